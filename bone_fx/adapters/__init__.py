@@ -1,0 +1,42 @@
+"""The algebra of block adapters: tensors in, tensors out, one file a method.
+
+`METHODS` is the literal table of what this package can train and fold. Adding a method is one file
+and one row.
+"""
+
+from __future__ import annotations
+
+from bone_fx.adapters import bat, bone, mini
+from bone_fx.adapters.method import Method
+
+METHODS: dict[str, Method] = {
+    "bone": Method(
+        "bone",
+        additive=True,
+        block_shape=bone.block_shape,
+        refusal=bone.refusal,
+        fold=bone.fold,
+        term=bone.term,
+        delta=bone.delta,
+    ),
+    "mini": Method(
+        "mini",
+        additive=True,
+        block_shape=mini.block_shape,
+        refusal=mini.refusal,
+        fold=mini.fold,
+        term=mini.term,
+        delta=mini.delta,
+    ),
+    "bat": Method(
+        "bat",
+        additive=False,
+        block_shape=bat.block_shape,
+        refusal=bat.refusal,
+        fold=bat.fold,
+        term=None,
+        delta=bat.delta,
+    ),
+}
+
+__all__ = ["METHODS", "Method"]

@@ -1,0 +1,70 @@
+"""BAT: one square block a row of weight blocks (PEFT 0.18.1 `init_weights="bat"`).
+
+`W'ab = Wab + Wab Ba + Ba` for the R x R block in block row a and block column b. Block row a of W
+is contiguous, so `W.view(O/R, R·I/R, R)` is a view whose batched product with B is `Wab Ba` for all
+b: no copy of W is permuted.
+
+Shapes: I in_features, O out_features, R block size, A = O/R, N = R·I/R = I.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def block_shape(in_features: int, out_features: int, r: int, mini_r: int) -> tuple[int, ...]:
+    """Shape `[O/R, R, R]` of the block."""
+    return (out_features // r, r, r)
+
+
+def refusal(in_features: int, out_features: int, r: int, mini_r: int) -> str | None:
+    """R must divide I and O."""
+    if in_features % r == 0 and out_features % r == 0:
+        return None
+    fitting = [
+        n
+        for n in range(1, min(in_features, out_features) + 1)
+        if in_features % n == out_features % n == 0
+    ]
+    near = sorted(fitting, key=lambda n: abs(n - r))[:3]
+    fits = ", ".join(map(str, sorted(near)))
+    return (
+        f"r={r} must divide in_features={in_features} and out_features={out_features} for bat; "
+        f"r that would fit: {fits}"
+    )
+
+
+def delta(w_OI: Tensor, b_ARR: Tensor) -> Tensor:
+    """`W' - W`, `[O, I]`: it depends on the weight that BAT is given."""
+    out_features, in_features = w_OI.shape
+    blocks, r, _ = b_ARR.shape
+    w_ANR = w_OI.reshape(blocks, r * (in_features // r), r)
+    product = torch.bmm(w_ANR, b_ARR).view(blocks, r, in_features // r, r)
+    return (product + b_ARR.unsqueeze(2)).view(out_features, in_features)
+
+
+def fold(w_OI: Tensor, b_ARR: Tensor) -> Tensor:
+    """The folded weight `[O, I]`; a new tensor."""
+    return w_OI + delta(w_OI, b_ARR)
+
+
+def gradient(w_OI: Tensor, dw_OI: Tensor, r: int) -> Tensor:
+    """The block's gradient `[O/R, R, R]` from the folded weight's.
+
+    `dBa = Σ_b Wabᵀ dW'ab + dW'ab`.
+    """
+    out_features, in_features = w_OI.shape
+    blocks = out_features // r
+    w_ANR = w_OI.reshape(blocks, r * (in_features // r), r)
+    dw_ANR = dw_OI.reshape(blocks, r * (in_features // r), r)
+    through = torch.bmm(w_ANR.transpose(1, 2), dw_ANR)
+    return through + dw_OI.reshape(blocks, r, in_features // r, r).sum(2)
+
+
+def weight_gradient(dw_OI: Tensor, b_ARR: Tensor) -> Tensor:
+    """The gradient of the weight before the fold, `[O, I]`: `dWab = dW'ab + dW'ab Baᵀ`."""
+    out_features, in_features = dw_OI.shape
+    blocks, r, _ = b_ARR.shape
+    dw_ANR = dw_OI.reshape(blocks, r * (in_features // r), r)
+    return dw_OI + torch.bmm(dw_ANR, b_ARR.transpose(1, 2)).view(out_features, in_features)

@@ -1,0 +1,64 @@
+"""Bone.
+
+One block D `[R, O]` shared by all shards of the input (PEFT 0.18.1 `init_weights=True/False`; MiSS
+default).
+
+`W'[o, i] = W[o, i] + D[i mod R, o]`, or without folding `y = x Wᵀ + S(x) D` with `S(x)[t, j]` the
+sum of `x[t, i]` over `i ≡ j (mod R)`. The definition by column index covers a ragged last shard and
+R > I. (arXiv 2409.15371, equation 4.)
+
+Shapes: T tokens, I in_features, O out_features, R block size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def block_shape(in_features: int, out_features: int, r: int, mini_r: int) -> tuple[int, ...]:
+    """Shape `[R, O]` of the block."""
+    return (r, out_features)
+
+
+def refusal(in_features: int, out_features: int, r: int, mini_r: int) -> str | None:
+    """Bone fits every layer."""
+    return None
+
+
+def fold(w_OI: Tensor, d_RO: Tensor) -> Tensor:
+    """The folded weight `[O, I]`; a new tensor."""
+    out_features, in_features = w_OI.shape
+    r = d_RO.shape[0]
+    d_OR = d_RO.t()
+    whole = in_features // r * r
+    shards = w_OI[:, :whole].reshape(out_features, -1, r) + d_OR.unsqueeze(1)
+    folded = shards.reshape(out_features, whole)
+    if whole == in_features:
+        return folded
+    tail = w_OI[:, whole:] + d_OR[:, : in_features - whole]
+    return torch.cat([folded, tail], dim=1)
+
+
+def delta(w_OI: Tensor, d_RO: Tensor) -> Tensor:
+    """`W' - W`, `[O, I]`; it does not depend on the weight's values."""
+    return fold(torch.zeros_like(w_OI), d_RO)
+
+
+def shard_sums(x_TI: Tensor, r: int) -> Tensor:
+    """S(x) `[..., R]`.
+
+    The sum of the shards of width R of the last dimension, the ragged last one included.
+    """
+    in_features = x_TI.shape[-1]
+    if in_features % r:
+        x_TI = functional.pad(x_TI, (0, -in_features % r))
+    if x_TI.shape[-1] == r:
+        return x_TI
+    return x_TI.reshape(*x_TI.shape[:-1], -1, r).sum(-2)
+
+
+def term(x_TI: Tensor, d_RO: Tensor, out_features: int) -> Tensor:
+    """What the adapter adds to the base product: `S(x) D`, `[..., O]`."""
+    return shard_sums(x_TI, d_RO.shape[0]) @ d_RO

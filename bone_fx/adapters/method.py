@@ -1,0 +1,42 @@
+"""What every adapter method answers.
+
+Shape letters: T tokens, I in_features, O out_features, R block size, M mini_r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+BlockShape = Callable[[int, int, int, int], tuple[int, ...]]
+Refusal = Callable[[int, int, int, int], str | None]
+Fold = Callable[[Tensor, Tensor], Tensor]
+Term = Callable[[Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table of methods.
+
+    Attributes:
+        name: The method's name in `BoneConfig.method`.
+        additive: True if the delta does not depend on the weight, so that adapters add up in any
+            order.
+        block_shape: `(I, O, R, M) -> shape` of the trained block.
+        refusal: `(I, O, R, M) -> reason` why the block cannot fit such a layer, or None if it can.
+        fold: `(w_OI, block) -> W'_OI`, out of place, differentiable, in the dtype the operands
+            promote to.
+        term: `(x_TI, block, O) -> y_TO`, what an additive method adds to the base product without
+            folding; None for methods that act on the weight.
+        delta: `(w_OI, block) -> W' - W`, without the cancellation of subtracting.
+    """
+
+    name: str
+    additive: bool
+    block_shape: BlockShape
+    refusal: Refusal
+    fold: Fold
+    term: Term | None
+    delta: Fold

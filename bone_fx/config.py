@@ -1,0 +1,235 @@
+"""`BoneConfig`: PEFT's own fields and meanings, for `peft_type` BONE and MISS.
+
+Reference: `BoneConfig` of PEFT 0.18.1 and `MissConfig` of PEFT 0.18.1 and 0.21.2,
+`adapter_config.json` included. A field that we do not know is kept and written back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from bone_fx.errors import AdapterError, ConfigError
+
+CONFIG_NAME = "adapter_config.json"
+ALL_LINEAR = "all-linear"
+INIT_WEIGHTS = (True, False, "bat", "mini")
+PEFT_TYPES = ("BONE", "MISS")
+_METHOD_OF_INIT: dict[bool | str, str] = {True: "bone", False: "bone", "bat": "bat", "mini": "mini"}
+
+
+@dataclass
+class BoneConfig:
+    """Configuration of one block adapter.
+
+    Attributes:
+        r: Block size R, at least 1.
+        target_modules: Names to adapt: a list of names or name suffixes, one regular expression
+            that must match a whole name, or `"all-linear"` (every linear layer but the output
+            layer).
+        exclude_modules: Names to leave alone, same forms as `target_modules`.
+        init_weights: `True` (zeros) or `False` (Kaiming uniform) for Bone, `"bat"` for BAT,
+            `"mini"` for MiSS mini.
+        layers_to_transform: Layer index or indices to adapt; only with a list of `target_modules`.
+        layers_pattern: Name of the list of layers that `layers_to_transform` counts in.
+        bias: Only `"none"`: PEFT trains other biases but never saves them.
+        modules_to_save: Modules, besides the blocks, that are trained and saved whole.
+        mini_r: Width M of a mini block; it must divide every adapted layer's out_features.
+        miss_dropout: Dropout probability on the adapter's input while training, in [0, 1). BAT
+            ignores it, as in PEFT.
+        task_type: PEFT's task type, kept for those who read the file.
+        base_model_name_or_path: The base the adapter was trained on, kept for those who read the
+            file.
+        inference_mode: PEFT's flag of saved adapters, kept.
+        peft_type: `"BONE"` or `"MISS"`; chosen from the other fields when None.
+        extra: Fields of `adapter_config.json` that are not ours, kept as they came.
+
+    Raises:
+        ConfigError: A field has a value that is not allowed; the message names field, value and
+            what is allowed.
+    """
+
+    r: int = 64
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    init_weights: bool | Literal["bat", "mini"] = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    mini_r: int = 0
+    miss_dropout: float = 0.0
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    inference_mode: bool = False
+    peft_type: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, set | frozenset):
+                setattr(self, name, sorted(value))
+            elif isinstance(value, tuple):
+                setattr(self, name, list(value))
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+            self.target_modules = ALL_LINEAR
+        self._check_values()
+        if self.peft_type is None:
+            self.peft_type = "MISS" if self._needs_miss else "BONE"
+
+    @property
+    def method(self) -> str:
+        """Key of `bone_fx.adapters.METHODS`."""
+        return _METHOD_OF_INIT[self.init_weights]
+
+    @property
+    def _needs_miss(self) -> bool:
+        return self.init_weights == "mini" or self.mini_r != 0 or self.miss_dropout != 0.0
+
+    def _check_values(self) -> None:
+        _require("r", self.r, _is_int(self.r) and self.r >= 1, "an integer of at least 1")
+        allowed = any(
+            self.init_weights is v if isinstance(v, bool) else self.init_weights == v
+            for v in INIT_WEIGHTS
+        )
+        _require("init_weights", self.init_weights, allowed, "True, False, 'bat' or 'mini'")
+        names = "a list of names, a regular expression or 'all-linear'"
+        _require("target_modules", self.target_modules, _is_names(self.target_modules), names)
+        _require(
+            "exclude_modules",
+            self.exclude_modules,
+            _is_names(self.exclude_modules),
+            "a list of names or a regular expression",
+        )
+        saved_ok = self.modules_to_save is None or _is_str_list(self.modules_to_save)
+        _require("modules_to_save", self.modules_to_save, saved_ok, "a list of module names")
+        layers_ok = self.layers_to_transform is None or _is_int(self.layers_to_transform)
+        if isinstance(self.layers_to_transform, list):
+            layers_ok = all(_is_int(i) for i in self.layers_to_transform)
+        _require(
+            "layers_to_transform",
+            self.layers_to_transform,
+            layers_ok,
+            "an integer or a list of integers",
+        )
+        pattern_ok = self.layers_pattern is None or _is_names(self.layers_pattern)
+        _require("layers_pattern", self.layers_pattern, pattern_ok, "a name or a list of names")
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                rule = "None when target_modules is a string (PEFT's rule)"
+                _require(name, getattr(self, name), getattr(self, name) is None, rule)
+        _require(
+            "bias",
+            self.bias,
+            self.bias == "none",
+            "'none' (PEFT trains other biases but never saves them)",
+        )
+        _require(
+            "mini_r",
+            self.mini_r,
+            _is_int(self.mini_r) and self.mini_r >= 0,
+            "an integer of at least 0",
+        )
+        if self.init_weights == "mini":
+            _require("mini_r", self.mini_r, self.mini_r >= 1, "at least 1 with init_weights='mini'")
+        dropout = self.miss_dropout
+        dropout_ok = (
+            isinstance(dropout, int | float)
+            and not isinstance(dropout, bool)
+            and 0.0 <= dropout < 1.0
+        )
+        _require("miss_dropout", dropout, dropout_ok, "a probability in [0, 1)")
+        _require(
+            "peft_type", self.peft_type, self.peft_type in (None, *PEFT_TYPES), "'BONE' or 'MISS'"
+        )
+        if self.peft_type == "BONE":
+            _require(
+                "peft_type", "BONE", not self._needs_miss, "'MISS' for mini, mini_r or miss_dropout"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `adapter_config.json`, as PEFT of the matching type reads it."""
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        if self.peft_type == "BONE":
+            del known["mini_r"], known["miss_dropout"]
+        return dict(sorted({**self.extra, **known}.items()))
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `adapter_config.json` into a folder, which is made if needed."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], *, where: str = CONFIG_NAME) -> BoneConfig:
+        """Build from the content of an `adapter_config.json`.
+
+        Raises:
+            ConfigError: A value that is not allowed, or a `peft_type` other than BONE and MISS.
+        """
+        kind = content.get("peft_type")
+        if kind not in PEFT_TYPES:
+            raise ConfigError(
+                f"{where}: peft_type {kind!r} is not a block adapter",
+                expected="'BONE' or 'MISS'",
+                found=repr(kind),
+                next_step="export adapters of other types with their own tools",
+            )
+        own = {f.name for f in fields(cls)} - {"extra"}
+        values = {
+            name: value for name, value in content.items() if name in own and value is not None
+        }
+        extra = {name: value for name, value in content.items() if name not in own}
+        try:
+            return cls(**values, extra=extra)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{where}: {error.what}",
+                expected=error.expected,
+                found=error.found,
+                next_step=error.next_step,
+            ) from None
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> BoneConfig:
+        """Read `adapter_config.json` from an adapter folder.
+
+        Raises:
+            AdapterError: The file is missing or not JSON.
+            ConfigError: A value in it is not allowed.
+        """
+        path = Path(directory) / CONFIG_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise AdapterError(
+                f"no {CONFIG_NAME} in {directory}",
+                expected="a folder as PEFT's save_pretrained writes it",
+                next_step="check the path of the adapter",
+            ) from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise AdapterError(f"{path} cannot be read as JSON", found=str(error)) from None
+        if not isinstance(content, dict):
+            raise AdapterError(f"{path} does not hold an object", found=type(content).__name__)
+        return cls.from_dict(content, where=str(path))
+
+
+def _require(name: str, value: object, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}={value!r} is not allowed", expected=allowed, found=repr(value))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_str_list(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def _is_names(value: object) -> bool:
+    return value is None or isinstance(value, str) or _is_str_list(value)

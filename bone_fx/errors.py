@@ -1,0 +1,102 @@
+"""Every error a user can meet, and the exit status `bone-export` gives it.
+
+An error is for the person at the keyboard: it names the layer or file, what was expected, what was
+found and what to do next. Code raises the narrowest class; the command line turns it into one
+message and `exit_code`.
+"""
+
+from __future__ import annotations
+
+
+class BoneFxError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        what: What is wrong, naming the layer, field or file.
+        expected: What would have been right.
+        found: What was there instead.
+        next_step: What the person can do or type next.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: object = None,
+        found: object = None,
+        next_step: str | None = None,
+    ) -> None:
+        self.what = what
+        self.expected = expected
+        self.found = found
+        self.next_step = next_step
+        lines = [what]
+        if expected is not None:
+            lines.append(f"  expected: {expected}")
+        if found is not None:
+            lines.append(f"  found:    {found}")
+        if next_step is not None:
+            lines.append(f"  next:     {next_step}")
+        super().__init__("\n".join(lines))
+
+
+class UsageError(BoneFxError):
+    """A call or command line that cannot mean anything."""
+
+    exit_code = 2
+
+
+class InputRefusedError(BoneFxError):
+    """A base, an adapter or an example input that cannot be used."""
+
+    exit_code = 3
+
+
+class ConfigError(InputRefusedError, ValueError):
+    """A field of an adapter configuration with a value that is not allowed."""
+
+
+class AdapterError(InputRefusedError):
+    """An adapter folder that is broken or belongs to another model."""
+
+
+class BaseModelError(InputRefusedError):
+    """A base model that is missing, broken or of an unsupported kind."""
+
+
+class SiteError(InputRefusedError):
+    """A target that is no linear site, or a set of targets that does not fit the graph."""
+
+
+class FoldError(BoneFxError):
+    """Folding gave a value that must not be published."""
+
+    exit_code = 4
+
+
+class ExportError(BoneFxError):
+    """Capture, lowering, translation or writing failed."""
+
+    exit_code = 5
+
+
+class CaptureError(ExportError):
+    """A model that cannot be captured, or whose capture would not be the model."""
+
+
+class PassError(ExportError):
+    """A graph pass broke its contract."""
+
+
+class VerificationError(BoneFxError):
+    """What was built does not agree with what was asked for; nothing was published."""
+
+    exit_code = 6
+
+
+class ProviderError(BoneFxError):
+    """The execution provider that was asked for cannot be had here."""
+
+    exit_code = 7

@@ -1,0 +1,210 @@
+"""Linear sites, and which of them a configuration targets by PEFT 0.18.1's rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+from bone_fx.adapters import METHODS
+from bone_fx.config import ALL_LINEAR, BoneConfig
+from bone_fx.errors import SiteError
+
+_LINEAR_MODULES = ("Linear", "Conv1D")
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """A linear layer that an adapter can sit on.
+
+    Attributes:
+        name: The layer's original dotted name, such as `model.layers.0.mlp.up_proj`.
+        weight_name: Dotted name of the weight parameter.
+        in_features: I.
+        out_features: O.
+        transposed: Whether the weight is stored `[I, O]` (HF `Conv1D`) rather than `[O, I]`.
+        module_type: Class name of the module that owns the weight, or None if the graph does not
+            say.
+    """
+
+    name: str
+    weight_name: str
+    in_features: int
+    out_features: int
+    transposed: bool = False
+    module_type: str | None = None
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether this is a linear layer, no bare parameter and no other module's weight."""
+        owned = self.weight_name == f"{self.name}.weight"
+        return owned and (
+            self.module_type is None or any(kind in self.module_type for kind in _LINEAR_MODULES)
+        )
+
+    @property
+    def block_owner(self) -> str:
+        """Dotted name under which block parameters are mounted.
+
+        A bare parameter cannot own any itself.
+        """
+        return self.name if self.weight_name != self.name else f"{self.name}_site"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that was asked for and not done.
+
+    Attributes:
+        name: Site, parameter or target.
+        reason: Why.
+    """
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def is_target(config: BoneConfig, name: str) -> bool:
+    """Whether PEFT's rules for names choose `name`.
+
+    `"all-linear"` chooses every name that is not excluded.
+    """
+    if _listed(config.exclude_modules, name) or is_saved_module(config, name):
+        return False
+    if config.target_modules is None:
+        return False
+    if config.target_modules == ALL_LINEAR:
+        return True
+    if name in config.target_modules and isinstance(config.target_modules, list):
+        return True  # a whole name is taken as it is, whatever layers_to_transform says
+    if not _listed(config.target_modules, name):
+        return False
+    return _in_layers(config, name)
+
+
+def is_saved_module(config: BoneConfig, name: str) -> bool:
+    """Whether `name` lies in one of `modules_to_save`."""
+    return any(
+        re.match(rf"(^|.*\.){module}($|\..*)", name) for module in config.modules_to_save or ()
+    )
+
+
+def select_sites(
+    config: BoneConfig,
+    sites: Iterable[LinearSite],
+    others: Iterable[Refusal] = (),
+    output_layers: Collection[str] = (),
+) -> tuple[list[LinearSite], list[Refusal]]:
+    """Choose the sites that a configuration targets.
+
+    Args:
+        config: The configuration; `target_modules` must be set.
+        sites: All sites of a model, in order.
+        others: Parameters that are no sites, with the reason; those that are targeted come back as
+            refused.
+        output_layers: Names that `"all-linear"` leaves out, as PEFT leaves out a model's output
+            layer.
+
+    Returns:
+        The chosen sites in order, and what was asked for but refused.
+
+    Raises:
+        SiteError: Nothing at all was matched.
+    """
+    sites = list(sites)
+    if config.target_modules is None:
+        raise SiteError(
+            "target_modules is not set",
+            expected="a list of names, a regular expression or 'all-linear'",
+            next_step=f"choose among: {_examples(sites)}",
+        )
+    if config.target_modules == ALL_LINEAR:
+        chosen = [
+            s
+            for s in sites
+            if s.is_layer and s.name not in output_layers and is_target(config, s.name)
+        ]
+        refused: list[Refusal] = []
+    else:
+        chosen = [s for s in sites if is_target(config, s.name)]
+        refused = [
+            o
+            for o in others
+            if is_target(config, o.name) or is_target(config, o.name.rpartition(".")[0])
+        ]
+        refused += _unmatched(config, [*(s.name for s in chosen), *(r.name for r in refused)])
+    if not chosen:
+        raise SiteError(
+            f"target_modules={config.target_modules!r} matched no linear layer",
+            expected=f"names such as {_examples(sites)}",
+            found="; ".join(map(str, refused[:5])) or "no match",
+            next_step="correct target_modules, exclude_modules or layers_to_transform",
+        )
+    return chosen, refused
+
+
+def check_fit(config: BoneConfig, site: LinearSite) -> None:
+    """Refuse a block that cannot fit a layer.
+
+    Raises:
+        SiteError: The layer, the rule, and values that would fit.
+    """
+    reason = METHODS[config.method].refusal(
+        site.in_features, site.out_features, config.r, config.mini_r
+    )
+    if reason:
+        raise SiteError(
+            f"{site.name}: {reason}",
+            next_step="change it, or leave the layer out with exclude_modules",
+        )
+
+
+def _unmatched(config: BoneConfig, names: list[str]) -> list[Refusal]:
+    """Entries of a target list that chose nothing."""
+    if not isinstance(config.target_modules, list):
+        return []
+    reason = "this target matched no linear layer"
+    return [
+        Refusal(target, reason)
+        for target in config.target_modules
+        if not any(
+            n == target or n.endswith(f".{target}") or f".{target}." in f".{n}." for n in names
+        )
+    ]
+
+
+def _listed(entries: list[str] | str | None, name: str) -> bool:
+    if not entries:
+        return False
+    if isinstance(entries, str):
+        try:
+            return re.fullmatch(entries, name) is not None
+        except re.error as error:
+            raise SiteError(f"{entries!r} is not a regular expression", found=str(error)) from None
+    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+
+
+def _in_layers(config: BoneConfig, name: str) -> bool:
+    wanted = config.layers_to_transform
+    if wanted is None or wanted == []:
+        return True
+    patterns: list[str] = [r"[^.]*"]
+    if config.layers_pattern:
+        patterns = (
+            [config.layers_pattern]
+            if isinstance(config.layers_pattern, str)
+            else config.layers_pattern
+        )
+    match: Callable[[str], re.Match[str] | None] = lambda p: re.match(rf".*\.{p}\.(\d+)\.", name)  # noqa: E731 - one use
+    found = next((m for m in map(match, patterns) if m), None)
+    return found is not None and int(found.group(1)) in (
+        [wanted] if isinstance(wanted, int) else wanted
+    )
+
+
+def _examples(sites: list[LinearSite]) -> str:
+    endings = dict.fromkeys(s.name.rpartition(".")[2] for s in sites)
+    return ", ".join(list(endings)[:12]) or "none: the graph has no linear layer"
