@@ -1,0 +1,195 @@
+"""Adapter folders in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`.
+
+Keys are `base_model.model.<site>.bone_block` (BONE) or `.miss_block` (MISS), and
+`base_model.model.<parameter>` for `modules_to_save`. PEFT 0.18.1 also writes other adapters'
+blocks, as `...bone_block.<name>`, and ignores them when it loads; so do we. Folders are untrusted:
+safetensors only.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bone_fx.adapters import METHODS
+from bone_fx.config import CONFIG_NAME, BoneConfig
+from bone_fx.errors import AdapterError
+from bone_fx.sites import LinearSite, Refusal, check_fit, select_sites
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_BLOCK_OF_TYPE = {"BONE": "bone_block", "MISS": "miss_block"}
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A trained adapter as it was read.
+
+    Attributes:
+        path: The folder.
+        config: Its configuration.
+        blocks: Block by site name, float32 as PEFT loads it (`autocast_adapter_dtype`).
+        modules_to_save: Tensor by parameter name of every module that was trained whole.
+    """
+
+    path: Path
+    config: BoneConfig
+    blocks: dict[str, Tensor]
+    modules_to_save: dict[str, Tensor]
+
+    def match(
+        self,
+        sites: Iterable[LinearSite],
+        others: Iterable[Refusal] = (),
+        output_layers: Iterable[str] = (),
+    ) -> list[LinearSite]:
+        """The sites of a model that this adapter adapts, each with a block that fits.
+
+        Raises:
+            SiteError: The configuration matches nothing, or a method cannot fit a layer.
+            AdapterError: Blocks and matched layers differ, or a shape does; the message lists both
+                sides.
+        """
+        chosen, _ = select_sites(self.config, sites, others, set(output_layers))
+        for site in chosen:
+            check_fit(self.config, site)
+        names = {site.name for site in chosen}
+        missing = [site.name for site in chosen if site.name not in self.blocks]
+        foreign = [name for name in self.blocks if name not in names]
+        if missing or foreign:
+            raise AdapterError(
+                f"{self.path / WEIGHTS_NAME} does not fit this model: "
+                f"{len(missing)} of {len(chosen)} layers are missing a block, "
+                f"{len(foreign)} blocks have no layer",
+                expected=f"a block for {_some(missing)}" if missing else f"{len(chosen)} blocks",
+                found=f"blocks for {_some(foreign)}" if foreign else f"{len(self.blocks)} blocks",
+                next_step="check that the adapter is this base's and that its file is whole",
+            )
+        for site in chosen:
+            self._check_shape(site)
+        return chosen
+
+    def _check_shape(self, site: LinearSite) -> None:
+        config = self.config
+        shape = METHODS[config.method].block_shape(
+            site.in_features, site.out_features, config.r, config.mini_r
+        )
+        found = tuple(self.blocks[site.name].shape)
+        if found != shape:
+            raise AdapterError(
+                f"{self.path / WEIGHTS_NAME}: the block of {site.name} has the wrong shape",
+                expected=f"{list(shape)} for {config.method} with r={config.r} on a layer"
+                f" {site.in_features} -> {site.out_features}",
+                found=list(found),
+                next_step="check that the adapter was trained on a base model of this width",
+            )
+
+
+def read_adapter(directory: str | Path, name: str = "default") -> AdapterFolder:
+    """Read an adapter folder.
+
+    Args:
+        directory: The folder, or PEFT's parent of several adapters, of which `name` is taken.
+        name: Adapter name, for a parent of several.
+
+    Raises:
+        AdapterError: A file is missing, unreadable, not finite, or only pickled.
+        ConfigError: A value in `adapter_config.json` is not allowed.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise AdapterError(f"there is no adapter folder {directory}", next_step="check the path")
+    if not (folder / CONFIG_NAME).exists() and (folder / name / CONFIG_NAME).exists():
+        folder = folder / name
+    config = BoneConfig.from_pretrained(folder)
+    path = folder / WEIGHTS_NAME
+    if not path.exists():
+        raise AdapterError(
+            f"no {WEIGHTS_NAME} in {folder}",
+            found=", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "an empty folder",
+            next_step="save the adapter again with safe_serialization=True; pickles are not read",
+        )
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise AdapterError(
+            f"{path} is not a readable safetensors file",
+            found=str(error),
+            next_step="copy or save the adapter again",
+        ) from None
+    blocks, saved = _sort_keys(tensors, config)
+    if not blocks:
+        raise AdapterError(
+            f"{path} holds no block",
+            expected=f"keys that end in .{_BLOCK_OF_TYPE[str(config.peft_type)]}",
+            found=_some(list(tensors)),
+        )
+    for key, tensor in {**blocks, **saved}.items():
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise AdapterError(
+                f"{path}: {key} holds NaN or Inf",
+                expected="finite values",
+                next_step="train again from a sound state",
+            )
+    return AdapterFolder(folder, config, blocks, saved)
+
+
+def write_adapter(
+    directory: str | Path,
+    config: BoneConfig,
+    blocks: Mapping[str, Tensor],
+    modules_to_save: Mapping[str, Tensor],
+) -> Path:
+    """Write an adapter folder that PEFT 0.18.1 loads.
+
+    Earlier files are replaced only when the new ones are whole.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    leaf = _BLOCK_OF_TYPE[str(config.peft_type)]
+    tensors = {f"{_PREFIX}{site}.{leaf}": block for site, block in blocks.items()}
+    tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in modules_to_save.items()}
+    tensors = {
+        key: tensor.detach().cpu().contiguous().clone() for key, tensor in sorted(tensors.items())
+    }
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".staging-") as staging:
+        save_file(tensors, Path(staging) / WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(staging)
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(Path(staging) / name, folder / name)
+    return folder
+
+
+def _sort_keys(
+    tensors: Mapping[str, Tensor], config: BoneConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    leaf = f".{_BLOCK_OF_TYPE[str(config.peft_type)]}"
+    blocks: dict[str, Tensor] = {}
+    saved: dict[str, Tensor] = {}
+    for key in sorted(tensors):
+        name = key.removeprefix(_PREFIX)
+        if name.endswith(leaf):
+            blocks[name.removesuffix(leaf)] = tensors[key].float()
+        elif (
+            ".bone_block." not in name
+            and ".miss_block." not in name
+            and not name.endswith("_block")
+        ):
+            saved[name] = tensors[key]
+    return blocks, saved
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(names[:3]) or "none") + more

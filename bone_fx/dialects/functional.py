@@ -1,0 +1,36 @@
+"""`torch.nn.functional.linear` on a parameter, as `torch.fx.symbolic_trace` records it."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.nn import functional
+
+from bone_fx.dialects.linear_use import LinearUse, module_type, owner_of
+from bone_fx.dialects.weights import weight_behind
+from bone_fx.sites import LinearSite
+
+_TARGETS = {functional.linear, torch._C._nn.linear}
+
+
+def read(gm: fx.GraphModule, node: fx.Node) -> LinearUse | None:
+    """The linear use at a call of `F.linear`, or None."""
+    if node.op != "call_function" or node.target not in _TARGETS:
+        return None
+    names = ("input", "weight", "bias")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    x, bias = given.get("input"), given.get("bias")
+    found = weight_behind(gm, given.get("weight"))
+    if (
+        found is None
+        or not isinstance(x, fx.Node)
+        or not (bias is None or isinstance(bias, fx.Node))
+    ):
+        return None
+    weight_name, weight, flipped = found
+    out_features, in_features = weight.shape[::-1] if flipped else weight.shape
+    name = owner_of(weight_name)
+    site = LinearSite(
+        name, weight_name, in_features, out_features, flipped, module_type(node, name)
+    )
+    return LinearUse(node, site, x, bias, "functional")

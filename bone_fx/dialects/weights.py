@@ -1,0 +1,58 @@
+"""Follow an argument back to the parameter it reads, through the views that only transpose it."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+_TRANSPOSES = {
+    torch.ops.aten.t.default,
+    torch.ops.aten.numpy_T.default,
+    torch.t,
+}
+_SWAPS = {torch.ops.aten.transpose.int, torch.transpose, "transpose"}
+_PERMUTES = {torch.ops.aten.permute.default, torch.permute, "permute"}
+
+
+def weight_behind(gm: fx.GraphModule, argument: object) -> tuple[str, torch.Tensor, bool] | None:
+    """The 2-D tensor an argument reads.
+
+    Its dotted name, the tensor, and whether it arrives transposed; None if none.
+    """
+    flipped = False
+    while isinstance(argument, fx.Node) and _is_transpose(argument):
+        flipped = not flipped
+        argument = argument.args[0]
+    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+        return None
+    name = str(argument.target)
+    tensor = tensor_at(gm, name)
+    if tensor is None or tensor.dim() != 2:
+        return None
+    return name, tensor, flipped
+
+
+def tensor_at(gm: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """The tensor attribute at a dotted name, or None."""
+    value: object = gm
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _is_transpose(node: fx.Node) -> bool:
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] == "T"
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target in _TRANSPOSES or (node.op == "call_method" and node.target == "t"):
+        return True
+    dims = [int(a) for a in node.args[1:] if isinstance(a, int)]
+    if node.target in _SWAPS:
+        return sorted(d % 2 for d in dims) == [0, 1]
+    if node.target in _PERMUTES:
+        order = (
+            node.args[1] if len(node.args) > 1 and isinstance(node.args[1], list | tuple) else dims
+        )
+        return list(order) == [1, 0]
+    return False

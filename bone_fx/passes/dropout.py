@@ -1,0 +1,121 @@
+"""Switching a captured graph between training and evaluation.
+
+A graph that was traced in training mode has the mode written into it as literals:
+
+    Before: aten.dropout(x, 0.1, True)   sdpa(q, k, v, mask, 0.1)   aten.batch_norm(...,
+        training=True, ...)
+    After:  aten.dropout(x, 0.1, False)  sdpa(q, k, v, mask, 0.0)   aten.batch_norm(...,
+        training=False, ...)
+
+The literals of training are kept in `node.meta`, so the way back is exact, also for a copy of the
+graph that was made in evaluation mode. Subgraphs of higher-order operators are switched too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+TRAINING_LITERALS = "bone_fx_training_literals"
+"""Key of `node.meta`: {index of the argument: its value in training}."""
+
+# Operator (without its overload and any trailing underscore) -> {argument: its value in
+# evaluation}.
+_IN_EVALUATION: dict[str, dict[str, Any]] = {
+    "aten::dropout": {"train": False},
+    "aten::feature_dropout": {"train": False},
+    "aten::alpha_dropout": {"train": False},
+    "aten::feature_alpha_dropout": {"train": False},
+    "aten::native_dropout": {"train": False},
+    "aten::rrelu": {"training": False},
+    "aten::scaled_dot_product_attention": {"dropout_p": 0.0},
+    "aten::batch_norm": {"training": False},
+    "aten::lstm": {"train": False},
+    "aten::gru": {"train": False},
+    "aten::rnn_tanh": {"train": False},
+    "aten::rnn_relu": {"train": False},
+}
+_COUNTER = "num_batches_tracked"
+
+
+def set_dropout(graph_module: GraphModule, training: bool) -> bool:
+    """Puts the literals of training or of evaluation into a captured graph, in place.
+
+    Args:
+        graph_module: A graph from `torch.export` of a module in training mode.
+        training: Which of the two.
+
+    Returns:
+        Whether anything changed; a graph that is in that mode already is not recompiled.
+    """
+    any_changed = False
+    for module in graph_module.modules():
+        if not isinstance(module, GraphModule):
+            continue
+        changed = False
+        for node in module.graph.nodes:
+            changed |= _switch(node, training)
+        if changed:
+            module.recompile()
+        any_changed |= changed
+    return any_changed
+
+
+def remember_training(graph_module: GraphModule) -> None:
+    """Notes the literals of training in `node.meta`, as `set_dropout` does at its first sight."""
+    for module in graph_module.modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                _training_literals(node)
+
+
+def _switch(node: Node, training: bool) -> bool:
+    literals = _training_literals(node)
+    changed = False
+    for key, (in_training, in_evaluation) in literals.items():
+        wanted = in_training if training else in_evaluation
+        now = node.args[key] if isinstance(key, int) else node.kwargs[key]
+        if now != wanted or type(now) is not type(wanted):
+            if isinstance(key, int):
+                node.update_arg(key, wanted)
+            else:
+                node.update_kwarg(key, wanted)
+            changed = True
+    return changed
+
+
+def _training_literals(node: Node) -> dict[int | str, tuple[Any, Any]]:
+    """{position or keyword of the literal: (in training, in evaluation)}, found once a node."""
+    if node.op != "call_function" or not hasattr(node.target, "_schema"):
+        return {}
+    known: dict[int | str, tuple[Any, Any]] | None = node.meta.get(TRAINING_LITERALS)
+    if known is not None:
+        return known
+    schema = node.target._schema
+    found: dict[int | str, tuple[Any, Any]] = {}
+    in_evaluation = _IN_EVALUATION.get(schema.name.rstrip("_"), {})
+    for index, argument in enumerate(schema.arguments):
+        if argument.name not in in_evaluation:
+            continue
+        where: int | str = index if index < len(node.args) else argument.name
+        if isinstance(where, str) and where not in node.kwargs:
+            continue  # left at its default, which is the value in evaluation (dropout_p=0.0)
+        value = node.args[where] if isinstance(where, int) else node.kwargs[where]
+        if isinstance(value, bool | int | float) and value != in_evaluation[argument.name]:
+            found[where] = (value, in_evaluation[argument.name])
+    if _counts_batches(node):
+        found[1] = (node.args[1], 0)
+    if found:
+        node.meta[TRAINING_LITERALS] = found
+    return found
+
+
+def _counts_batches(node: Node) -> bool:
+    """`num_batches_tracked.add_(1)` of a batch norm: it counts nothing in evaluation."""
+    return (
+        node.target._schema.name == "aten::add_"  # type: ignore[union-attr]
+        and isinstance(node.args[0], Node)
+        and node.args[0].op == "get_attr"
+        and str(node.args[0].target).rpartition(".")[2] == _COUNTER
+    )

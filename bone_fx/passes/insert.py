@@ -1,0 +1,190 @@
+"""Insert: put block-adaptation nodes on the linear sites that a configuration targets.
+
+Before:  %y = aten.linear(%x [T, I], %q_proj_weight [O, I], %bias)
+After:   %y = bone_fx.adapted_linear(%x, %q_proj_weight, %bias, [%block], ['bone'], [], False)
+
+A site that already carries adapters gets one more block in its node: one node a site, however many
+adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, fx, nn
+
+from bone_fx.adapters import METHODS
+from bone_fx.config import BoneConfig
+from bone_fx.dialects import LinearUse, find_sites, read_use
+from bone_fx.dialects.adapted import META, AdaptedArguments
+from bone_fx.errors import SiteError
+from bone_fx.operators import ADAPTED_LINEAR
+from bone_fx.passes.frame import PassResult, container, copy_module, fake_like, graph_pass
+from bone_fx.passes.tied import untie_weights
+from bone_fx.sites import LinearSite, check_fit, is_saved_module, select_sites
+
+BLOCK = "bone_block"
+"""Name under which a site owns its blocks: `<site>.bone_block.<adapter>`."""
+
+
+@graph_pass
+def insert_adapters(
+    gm: fx.GraphModule,
+    config: BoneConfig,
+    adapter_name: str = "default",
+    *,
+    blocks: Mapping[str, Tensor] | None = None,
+    output_layers: Collection[str] = (),
+    freeze_base: bool = True,
+    untie: bool = False,
+) -> PassResult:
+    """Insert one adapter.
+
+    Args:
+        gm: A traced graph, by `torch.fx.symbolic_trace` or `torch.export`; it is left as it was.
+        config: What to insert and where.
+        adapter_name: Name of the adapter; its blocks are `<site>.bone_block.<adapter_name>`.
+        blocks: Blocks by site to use as they are (trained ones); missing: fresh ones, drawn in
+            module order.
+        output_layers: Sites that `target_modules="all-linear"` leaves out.
+        freeze_base: Freeze every parameter that is neither a block nor in `modules_to_save`.
+        untie: Allow a target whose weight is shared with another layer, by giving that layer its
+            own name for it.
+
+    Returns:
+        The adapted graph; `applied` lists the sites, `refused` the targets that could not be
+        adapted.
+
+    Raises:
+        SiteError: Nothing matched, a block does not fit its layer, a name is taken, or a target is
+            tied.
+    """
+    if not adapter_name or "." in adapter_name:
+        raise SiteError(
+            f"adapter name {adapter_name!r} cannot be used", expected="a name without a dot"
+        )
+    search = find_sites(gm)
+    chosen, refused = select_sites(config, search.sites, search.others, output_layers)
+    result = copy_module(gm)
+    result = untie_weights(result, chosen, untie=untie)
+    if freeze_base:
+        _freeze(result, config)
+    fresh = {} if blocks else new_blocks(config, _in_module_order(gm, chosen))
+    for site in chosen:
+        check_fit(config, site)
+        given = fresh[site.name] if not blocks else _given(blocks, site, config)
+        _mount(result, site, adapter_name, given)
+    names = {site.name for site in chosen}
+    for node in [use.node for use in find_sites(result).uses if use.site.name in names]:
+        use = read_use(result, node)  # again: its input may be a node rewritten before it
+        if use is not None:
+            _rewrite(result, use, config, adapter_name)
+    return PassResult(result, True, tuple(chosen), tuple(refused))
+
+
+def new_blocks(config: BoneConfig, sites: list[LinearSite]) -> dict[str, Tensor]:
+    """Fresh float32 blocks by site.
+
+    Zeros, or PEFT 0.18.1's Kaiming uniform for `init_weights=False`.
+    """
+    blocks = {}
+    for site in sites:
+        check_fit(config, site)
+        shape = METHODS[config.method].block_shape(
+            site.in_features, site.out_features, config.r, config.mini_r
+        )
+        block = torch.zeros(shape)
+        if config.init_weights is False:
+            nn.init.kaiming_uniform_(block, a=math.sqrt(5))
+        blocks[site.name] = block
+    return blocks
+
+
+def _given(blocks: Mapping[str, Tensor], site: LinearSite, config: BoneConfig) -> Tensor:
+    shape = METHODS[config.method].block_shape(
+        site.in_features, site.out_features, config.r, config.mini_r
+    )
+    block = blocks.get(site.name)
+    if block is None or tuple(block.shape) != shape:
+        found = "none" if block is None else list(block.shape)
+        raise SiteError(
+            f"{site.name}: the block does not fit", expected=f"shape {list(shape)}", found=found
+        )
+    return block
+
+
+def _in_module_order(gm: fx.GraphModule, sites: list[LinearSite]) -> list[LinearSite]:
+    order = {name: i for i, (name, _) in enumerate(gm.named_parameters(remove_duplicate=False))}
+    return sorted(sites, key=lambda site: order.get(site.weight_name, len(order)))
+
+
+def _freeze(gm: fx.GraphModule, config: BoneConfig) -> None:
+    for name, parameter in gm.named_parameters():
+        block = f".{BLOCK}." in name
+        if not block and parameter.is_floating_point():
+            parameter.requires_grad_(is_saved_module(config, name.rpartition(".")[0]))
+
+
+def _mount(gm: fx.GraphModule, site: LinearSite, adapter_name: str, block: Tensor) -> None:
+    owner, leaf = container(gm, f"{site.block_owner}.{BLOCK}.{adapter_name}")
+    if leaf in owner._parameters:
+        raise SiteError(
+            f"{site.name}: there is already an adapter {adapter_name!r}",
+            next_step="use another name",
+        )
+    weight = gm.get_parameter(site.weight_name)
+    parameter = block if isinstance(block, nn.Parameter) else nn.Parameter(block.to(weight.device))
+    owner.register_parameter(leaf, parameter)
+
+
+def _rewrite(gm: fx.GraphModule, use: LinearUse, config: BoneConfig, adapter_name: str) -> None:
+    graph, node, site = gm.graph, use.node, use.site
+    block_name = f"{site.block_owner}.{BLOCK}.{adapter_name}"
+    with graph.inserting_before(node):
+        block = constant(gm, node, block_name)
+        branch = use.x if not config.miss_dropout else _dropout(graph, use.x, config.miss_dropout)
+        if node.target is ADAPTED_LINEAR:
+            now = AdaptedArguments.of(node)
+        else:
+            bias = constant(gm, node, use.bias) if isinstance(use.bias, str) else use.bias
+            weight = constant(gm, node, site.weight_name)
+            now = AdaptedArguments(use.x, weight, bias, [], [], [], site.transposed)
+        inputs = [*now.block_inputs, branch]
+        if not now.block_inputs:
+            inputs = [now.x] * len(now.blocks) + [branch] if branch is not now.x else []
+        arguments = (
+            now.x,
+            now.weight,
+            now.bias,
+            [*now.blocks, block],
+            [*now.methods, config.method],
+            inputs,
+            now.transposed,
+        )
+        new = graph.create_node(
+            "call_function", ADAPTED_LINEAR, arguments, name=site.name.replace(".", "_")
+        )
+    new.meta.update(node.meta)
+    new.meta[META] = (site, use.family)
+    node.replace_all_uses_with(new)
+    dead = [node, *node.all_input_nodes]
+    for old in dead:
+        if not old.users and old.op != "placeholder":
+            graph.erase_node(old)
+
+
+def constant(gm: fx.GraphModule, like: fx.Node, name: str) -> fx.Node:
+    """A `get_attr` node for a parameter, with a true `meta["val"]` if the trace has values."""
+    node = gm.graph.get_attr(name)
+    value = fake_like(like, gm.get_parameter(name))
+    if value is not None:
+        node.meta["val"] = value
+    return node
+
+
+def _dropout(graph: fx.Graph, x: fx.Node, probability: float) -> fx.Node:
+    node = graph.call_function(torch.ops.aten.dropout.default, (x, probability, True))
+    node.meta.update({key: x.meta[key] for key in ("val", "nn_module_stack") if key in x.meta})
+    return node

@@ -1,0 +1,70 @@
+"""Tied weights: one parameter under two names, read by an embedding and by a linear layer.
+
+An adapter on such a layer would change the embedding too once it is folded (PEFT does so, and its
+logits are wrong).
+
+Before:  %w = get_attr[lm_head.weight]; embedding(%w, ids); linear(%h, %w)
+After:   %e = get_attr[model.embed_tokens.weight]; embedding(%e, ids); %w =
+get_attr[lm_head.weight]; linear(%h, %w)
+"""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from bone_fx.dialects import find_sites
+from bone_fx.errors import SiteError
+from bone_fx.passes.frame import container
+from bone_fx.sites import LinearSite
+
+
+def untie_weights(gm: fx.GraphModule, sites: list[LinearSite], *, untie: bool) -> fx.GraphModule:
+    """Untie the weights of `sites` in place in a graph that is ours to change, or refuse.
+
+    Raises:
+        SiteError: A site's weight is tied and `untie` is False, or it has no other name to be read
+            by.
+    """
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in gm.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+    search = find_sites(gm)
+    for site in sites:
+        weight = gm.get_parameter(site.weight_name)
+        others = [name for name in names_of[id(weight)] if name != site.weight_name]
+        readers = _other_readers(
+            gm, site, {use.node for use in search.uses if use.site.name == site.name}
+        )
+        if not others and not readers:
+            continue
+        if not untie:
+            raise SiteError(
+                f"{site.name}: its weight is tied to {', '.join(others) or readers[0].name}",
+                expected="a layer with a weight of its own",
+                next_step="leave it out with exclude_modules, or pass untie=True",
+            )
+        if readers and not others:
+            raise SiteError(
+                f"{site.name}: its weight is also read by {readers[0].name}, under no other name"
+            )
+        for node in readers:
+            with gm.graph.inserting_before(node):
+                own = gm.graph.get_attr(others[0])
+            node.replace_input_with(_reading(gm, node, site.weight_name), own)
+        owner, leaf = container(gm, site.weight_name)
+        owner.register_parameter(
+            leaf, nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+        )
+    return gm
+
+
+def _reading(gm: fx.GraphModule, node: fx.Node, name: str) -> fx.Node:
+    return next(n for n in node.all_input_nodes if n.op == "get_attr" and str(n.target) == name)
+
+
+def _other_readers(gm: fx.GraphModule, site: LinearSite, own: set[fx.Node]) -> list[fx.Node]:
+    views = {site.weight_name}
+    reads = [n for n in gm.graph.nodes if n.op == "get_attr" and str(n.target) in views]
+    users = [user for read in reads for user in read.users]
+    passing = {n for use in own for n in use.all_input_nodes}
+    return [user for user in users if user not in own and user not in passing]
