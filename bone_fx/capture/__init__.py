@@ -1,0 +1,1 @@
+"""From a model to a graph. The only room that imports transformers."""

@@ -1,0 +1,355 @@
+"""A causal language model without weights becomes one graph for prefill and decode.
+
+The model runs once, under `torch.export`, with its attention, norms, rotary embedding, masks and
+cache replaced for that time by what emits ONNX Runtime's operators (the other files of this room).
+Nothing is looked up by architecture: what is replaced is recognised by what it computes, and what
+is not recognised stays as the model wrote it. A model of which the graph would not be true is
+refused.
+
+Shape letters: B batch, S new tokens, P past tokens, T tokens of past and present, K key/value
+heads, D head size.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+
+from bone_fx.capture.attention import (
+    AttentionEmitter,
+    AttentionLayer,
+    attention_through,
+    why_plain,
+)
+from bone_fx.capture.kv_cache import PassThroughCache
+from bone_fx.capture.lowering import columns, constant_names, lower, name_constants
+from bone_fx.capture.norms import norms_as_operators
+from bone_fx.capture.ort_ops import total_length
+from bone_fx.capture.rotary import RotaryWatcher
+from bone_fx.errors import BoneFxError, CaptureError
+
+BATCH, NEW, PAST = 2, 3, 7
+KeyValueShape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A constant of the graph that is computed from one parameter.
+
+    Attributes:
+        source: Name of the parameter.
+        function: What is done to it: `add_one`, the parameter plus 1.
+    """
+
+    source: str
+    function: str
+
+
+@dataclass
+class DecoderCapture:
+    """A decoder as one graph.
+
+    Attributes:
+        program: The graph; its parameters are fake where the model's are.
+        input_names: Names of the user inputs in order: input_ids, attention_mask,
+            past_key_values.0.key, …
+        output_names: logits, present.0.key, present.0.value, …
+        axis_names: For each input and output, the names of its dynamic axes by position.
+        constants: Values of the constants that no checkpoint holds, by their name in the graph
+            signature.
+        derived: Constants made from a parameter, by their name in the graph signature.
+        layers: What the attention of each layer needs.
+        dtype: Dtype of weights, cache and logits.
+        context_length: Number of positions the graph holds for; None where nothing limits it.
+        vocab_size: Columns of the logits.
+        share_buffer: Whether past and present may be one buffer (onnxruntime-genai's
+            past_present_share_buffer).
+        norms: Number of norms emitted as one operator.
+        notes: What was not recognised and stayed as the model wrote it.
+    """
+
+    program: ExportedProgram
+    input_names: list[str]
+    output_names: list[str]
+    axis_names: dict[str, dict[int, str]]
+    constants: dict[str, Tensor]
+    derived: dict[str, Derived]
+    layers: list[AttentionLayer]
+    dtype: torch.dtype
+    context_length: int | None
+    vocab_size: int
+    share_buffer: bool
+    norms: int
+    notes: list[str] = field(default_factory=list)
+
+
+class _OtherCacheShapeError(Exception):
+    """The model's keys and values have other shapes than its configuration made us expect."""
+
+    def __init__(self, shapes: list[KeyValueShape]) -> None:
+        super().__init__(f"cache shapes {shapes}")
+        self.shapes = shapes
+
+
+def capture_decoder(model: nn.Module, *, context_length: int | None = None) -> DecoderCapture:
+    """Captures a transformers causal language model as one graph for prefill and decode.
+
+    Args:
+        model: The model in the dtype of the export. Its parameters may be FakeTensors of one
+            FakeTensorMode with a ShapeEnv and `allow_non_fake_inputs=True`; its buffers are real.
+            It is as it was when this returns.
+        context_length: Number of positions of the rotary tables; default: the configuration's
+            max_position_embeddings.
+
+    Raises:
+        CaptureError: The model cannot be captured, or the graph would not be the model.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        raise CaptureError(
+            f"{type(model).__name__} has no configuration", expected="a transformers causal LM"
+        )
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    horizon = context_length or getattr(text_config, "max_position_embeddings", None)
+    shapes = _shapes_from(text_config)
+    for _ in range(2):
+        try:
+            return _Capture(model, text_config, horizon, shapes).run()
+        except _OtherCacheShapeError as other:
+            shapes = other.shapes
+    raise CaptureError(
+        "the shapes of the key/value cache depend on the cache",
+        found=str(shapes[:4]),
+    )
+
+
+def _shapes_from(config: Any) -> list[KeyValueShape]:
+    """Heads, key columns and value columns of each layer: a first guess from the configuration."""
+    try:
+        heads = int(config.num_attention_heads)
+        size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        return [(kv_heads, size, size)] * int(config.num_hidden_layers)
+    except (AttributeError, TypeError) as error:
+        raise CaptureError(
+            f"{type(config).__name__} does not say how many layers and heads the model has",
+            expected="num_hidden_layers, num_attention_heads and hidden_size",
+        ) from error
+
+
+class _Capture:
+    """One attempt, for one guess of the cache's shapes."""
+
+    def __init__(
+        self, model: nn.Module, config: Any, horizon: int | None, shapes: list[KeyValueShape]
+    ) -> None:
+        self.model = model
+        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self.shapes = shapes
+        self.horizon = horizon or int(getattr(config, "n_positions", 0)) or 1 << 15
+        self.limited = horizon is not None
+        self.plain = any(why_plain(key, value) for _, key, value in shapes)
+        self.emitter_of: dict[str, AttentionEmitter] = {}
+        self.derived: dict[str, str] = {}
+        self.norms = 0
+
+    def run(self) -> DecoderCapture:
+        watcher = RotaryWatcher(self.model, self.horizon, self.dtype)
+        call = self._forward(watcher)
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(_evaluating(self.model))
+            self.norms = stack.enter_context(norms_as_operators(self.model, self.derived))
+            stack.enter_context(watcher.watching())
+            stack.enter_context(attention_through(self.emitter_of, self.model, self.horizon))
+            stack.enter_context(_forward_replaced(self.model, call))
+            program = self._export()
+        constants = name_constants(program, watcher.tables)
+        lower(program)
+        constants = {k: v for k, v in constants.items() if k in constant_names(program)}
+        layers = sorted(self.emitter_of["now"].layers, key=lambda layer: layer.layer)
+        return DecoderCapture(
+            program=program,
+            input_names=self._input_names(),
+            output_names=self._output_names(),
+            axis_names=self._axis_names(),
+            constants=constants,
+            derived={
+                name: Derived(source, "add_one")
+                for name, source in self.derived.items()
+                if name in constant_names(program)
+            },
+            layers=layers,
+            dtype=self.dtype,
+            context_length=self.horizon if self.limited else None,
+            vocab_size=columns(program),
+            share_buffer=not self.plain,
+            norms=self.norms,
+            notes=sorted({*watcher.notes, *(layer.plain for layer in layers if layer.plain)}),
+        )
+
+    def _forward(self, watcher: RotaryWatcher) -> Callable[..., tuple[Tensor, ...]]:
+        model_forward = self.model.forward
+        accepts = inspect.signature(model_forward).parameters
+        takes_positions = "position_ids" in accepts
+
+        def forward(
+            input_ids: Tensor, attention_mask: Tensor, past_key_values: list[Tensor]
+        ) -> tuple[Tensor, ...]:
+            tokens = input_ids.shape[1]
+            if self.plain:
+                torch._check(  # type: ignore[no-untyped-call]  # PyTorch has no types for it
+                    past_key_values[0].shape[2] + tokens == attention_mask.shape[1]
+                )
+            valid_B = attention_mask.sum(1)
+            lengths = ((valid_B - 1).to(torch.int32), total_length(attention_mask))
+            before_B = (valid_B - tokens).clamp(min=0)
+            positions = torch.arange(tokens)[None, :] + before_B[:, None]
+            pasts = list(zip(past_key_values[::2], past_key_values[1::2], strict=True))
+            total = attention_mask.shape[1]
+            cache = PassThroughCache(pasts, query_offset=total - tokens, total=total)
+            emitter = AttentionEmitter(cache, attention_mask, lengths)
+            self.emitter_of["now"] = emitter
+            watcher.positions = positions
+            output = model_forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                use_cache=True,
+                **({"position_ids": positions} if takes_positions else {}),
+            )
+            presents = cache.finish()
+            self._check_shapes(emitter.layers)
+            return (output.logits, *(t for pair in presents for t in pair))
+
+        return forward
+
+    def _check_shapes(self, layers: list[AttentionLayer]) -> None:
+        found = [
+            (a.kv_heads, a.key_size, a.value_size) for a in sorted(layers, key=lambda a: a.layer)
+        ]
+        if found != self.shapes:
+            raise _OtherCacheShapeError(found)
+
+    def _export(self) -> ExportedProgram:
+        mode = detect_fake_mode(list(self.model.parameters()))
+        arguments = _example_inputs(self.shapes, self.dtype, mode)
+        try:
+            with _without_remarks():
+                return torch.export.export(
+                    self.model, (), arguments, dynamic_shapes=self._dynamic_shapes(), strict=False
+                )
+        except (BoneFxError, _OtherCacheShapeError):
+            raise
+        except Exception as error:  # whatever a model's own code may raise
+            if "now" in self.emitter_of:
+                self.emitter_of["now"].cache.refuse_waiting()
+            name = type(self.model).__name__
+            raise CaptureError(
+                f"{name} cannot be captured as a decoder: {_first_line(error)}",
+                expected="a forward without decisions that depend on the data",
+            ) from error
+
+    def _dynamic_shapes(self) -> dict[str, Any]:
+        if self.plain:
+            batch: Any = Dim.AUTO
+            new: Any = Dim.AUTO
+            past: Any = Dim.AUTO
+            total: Any = Dim.AUTO
+        else:
+            batch, new = Dim("batch_size", max=1 << 20), Dim("sequence_length", max=self.horizon)
+            past = Dim("past_sequence_length", max=1 << 30)
+            total = Dim("total_sequence_length", max=1 << 30)
+        return {
+            "input_ids": {0: batch, 1: new},
+            "attention_mask": {0: batch, 1: total},
+            "past_key_values": [{0: batch, 2: past}] * (2 * len(self.shapes)),
+        }
+
+    def _input_names(self) -> list[str]:
+        pasts = [f"past_key_values.{i}.{kind}" for i in range(len(self.shapes)) for kind in KINDS]
+        return ["input_ids", "attention_mask", *pasts]
+
+    def _output_names(self) -> list[str]:
+        return ["logits", *(f"present.{i}.{k}" for i in range(len(self.shapes)) for k in KINDS)]
+
+    def _axis_names(self) -> dict[str, dict[int, str]]:
+        names = {
+            "input_ids": {0: "batch_size", 1: "sequence_length"},
+            "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+            "logits": {0: "batch_size", 1: "sequence_length"},
+        }
+        for name in self._input_names()[2:]:
+            names[name] = {0: "batch_size", 2: "past_sequence_length"}
+        for name in self._output_names()[1:]:
+            names[name] = {0: "batch_size", 2: "total_sequence_length"}
+        return names
+
+
+KINDS = ("key", "value")
+
+
+def _example_inputs(
+    shapes: list[KeyValueShape], dtype: torch.dtype, mode: FakeTensorMode | None
+) -> dict[str, Any]:
+    with mode or ExitStack():
+        pasts = []
+        for heads, key, value in shapes:
+            pasts.append(torch.zeros(BATCH, heads, PAST, key, dtype=dtype))
+            pasts.append(torch.zeros(BATCH, heads, PAST, value, dtype=dtype))
+        return {
+            "input_ids": torch.zeros(BATCH, NEW, dtype=torch.long),
+            "attention_mask": torch.ones(BATCH, PAST + NEW, dtype=torch.long),
+            "past_key_values": pasts,
+        }
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _forward_replaced(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    previous = vars(model).get("forward")
+    vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        if previous is None:
+            del vars(model)["forward"]
+        else:
+            vars(model)["forward"] = previous
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Keeps what PyTorch logs about a failing trace from the user, who gets a CaptureError."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -1,0 +1,275 @@
+"""Capture for deployment of anything but a decoder: a forward in evaluation mode.
+
+Taken are a transformers model (its parameters may be fake), a user's own module, a GraphModule from
+`symbolic_trace` or `torch.export`, and an ExportedProgram as it is. What comes out has flat tensors
+with names on both sides.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from bone_fx.capture.default_inputs import default_inputs
+from bone_fx.capture.examples import BATCH, Examples, read_examples
+from bone_fx.capture.flat_outputs import different_from, flat_outputs
+from bone_fx.capture.patches import is_transformers_model, traceable
+from bone_fx.capture.unchanged import unchanged
+from bone_fx.capture.varying import (
+    Roles,
+    first_line,
+    fixed_dims,
+    name_dims,
+    roles_of,
+    user_inputs,
+)
+from bone_fx.errors import BoneFxError, CaptureError, UsageError
+from bone_fx.passes.dropout import set_dropout
+
+ExampleInputs = Mapping[str, Any] | Sequence[Any] | torch.Tensor
+DynamicShapes = Mapping[str, Any] | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class ForwardCapture:
+    """A model's forward, ready to be translated.
+
+    Attributes:
+        program: Flat tensors in and out; parameters and buffers under the model's names, fake where
+            the model's were.
+        input_names: Names of the inputs, in order.
+        output_names: Names of the outputs, in order: fields of a transformers output
+            (`last_hidden_state`, `logits`).
+        dim_names: For inputs, the names of the dimensions that vary.
+        notes: What is fixed that was to vary, with the reason.
+    """
+
+    program: ExportedProgram
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    dim_names: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def capture_forward(
+    model: torch.nn.Module | ExportedProgram,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    dynamic_shapes: DynamicShapes | None = None,
+) -> ForwardCapture:
+    """Captures a forward in evaluation mode; the model is as it was when this returns.
+
+    Args:
+        model: What to capture. A graph that was traced in training mode is switched to evaluation
+            on a copy.
+        example_inputs: Arguments of one call, by name or by position; their values do not matter. A
+            transformers model needs none. Its batch and lengths become dynamic and a 2-D attention
+            mask is always an input; for another module dimension 0 of every tensor that agrees with
+            the first one's is dynamic.
+        dynamic_shapes: Instead of that choice, `torch.export`'s own `dynamic_shapes` for the
+            example inputs.
+
+    Raises:
+        CaptureError: The model cannot be traced, or a dimension that was asked to vary cannot.
+        UsageError: The example inputs do not fit, or there are none where they are needed.
+    """
+    if isinstance(model, ExportedProgram):
+        return _from_program(model)
+    if example_inputs is None:
+        if not is_transformers_model(model):
+            raise UsageError(
+                f"{type(model).__name__} cannot be captured without example inputs",
+                next_step="pass example_inputs=(x,) with the arguments of one call",
+            )
+        example_inputs = default_inputs(model)
+    if isinstance(model, GraphModule):
+        model = _shell(_evaluation_copy(model))
+    with unchanged(model), torch.no_grad():
+        torch.nn.Module.train(
+            model, False
+        )  # not model.eval(), which raises on what torch.export made
+        examples = read_examples(model, example_inputs)
+        return _capture(model, examples, dynamic_shapes)
+
+
+def _capture(
+    model: torch.nn.Module, examples: Examples, dynamic_shapes: DynamicShapes | None
+) -> ForwardCapture:
+    transformers = is_transformers_model(model)
+    as_given = replace(examples, inputs=examples.as_given)
+    attempts: list[tuple[Examples, dict[str, Any]]]
+    if dynamic_shapes is not None:
+        attempts = [(as_given, _by_input(examples, dynamic_shapes))]
+    else:
+        attempts = [(examples, _shapes(examples, dim)) for dim in (Dim.DYNAMIC, Dim.AUTO)]
+        if not transformers:
+            attempts.append((as_given, _shapes(examples, None)))
+    roles: Roles = examples.varying if dynamic_shapes is None else roles_of(attempts[0][1])
+    first: Exception | None = None
+    for choice, shapes in attempts:
+        try:
+            capture = _export(model, choice, shapes, roles)
+        except BoneFxError:
+            raise
+        except Exception as error:  # noqa: BLE001 -- whatever is raised is a refusal
+            first = first or error
+            continue
+        if capture.notes and (transformers or dynamic_shapes is not None):
+            raise CaptureError(
+                f"{type(model).__name__} does not run at every size: {capture.notes[0]}",
+                next_step="pass dynamic_shapes, with None for the dimensions that may be fixed",
+            ) from first
+        return capture
+    assert first is not None
+    asked = f" with dynamic_shapes {dynamic_shapes}" if dynamic_shapes is not None else ""
+    raise CaptureError(
+        f"{type(model).__name__} cannot be captured{asked}: {first_line(first)}",
+        next_step="see the error that this one comes from for the line in the model",
+    ) from first
+
+
+def _export(
+    model: torch.nn.Module, examples: Examples, shapes: dict[str, Any], roles: Roles
+) -> ForwardCapture:
+    outputs: list[tuple[str, ...]] = []
+    inputs = _traced_inputs(model, examples)
+    with traceable(model), _flat_forward(model, examples, outputs):
+        program = torch.export.export(model, (), inputs, strict=False, dynamic_shapes=shapes)
+    names = tuple(
+        f"{name}.{place}" if nested else name
+        for name, value in examples.inputs.items()
+        for nested in [not isinstance(value, torch.Tensor)]
+        for place, _ in enumerate(_tensors(value))
+    )
+    tensors = dict(zip(names, user_inputs(program).values(), strict=True))
+    return ForwardCapture(
+        program,
+        input_names=names,
+        output_names=different_from(outputs[-1], names),
+        dim_names=name_dims(tensors, roles),
+        notes=fixed_dims(tensors, roles, None),
+    )
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _traced_inputs(model: torch.nn.Module, examples: Examples) -> dict[str, Any]:
+    """Inputs of the example's sizes, in the fake mode of the parameters if they are fake."""
+    mode = torch._guards.detect_fake_mode(list(model.parameters()))
+    if mode is None:
+        return dict(examples.inputs)
+    with mode:
+        return {
+            name: pytree.tree_map_only(
+                torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), value
+            )
+            for name, value in examples.inputs.items()
+        }
+
+
+@contextmanager
+def _flat_forward(
+    model: torch.nn.Module, examples: Examples, outputs: list[tuple[str, ...]]
+) -> Iterator[None]:
+    """Gives the model a forward that takes the inputs by name and returns a flat tuple."""
+    original = model.forward
+    positional = list(examples.positional[: examples.by_position])
+
+    def forward(**inputs: Any) -> tuple[torch.Tensor, ...]:
+        values = {**inputs, **examples.constants}
+        args = [values.pop(name, None) for name in positional]
+        tensors, names = flat_outputs(original(*args, **values))
+        if not tensors:
+            raise CaptureError(f"{type(model).__name__} returns no tensor")
+        outputs.append(names)
+        return tensors
+
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            for name in examples.inputs
+        ]
+    )
+    had = "forward" in model.__dict__
+    model.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if had:
+            model.__dict__["forward"] = original
+        else:
+            del model.__dict__["forward"]
+
+
+def _by_input(examples: Examples, dynamic_shapes: DynamicShapes) -> dict[str, Any]:
+    if isinstance(dynamic_shapes, Mapping):
+        given = dict(dynamic_shapes)
+    else:
+        given = dict(zip(examples.inputs, dynamic_shapes, strict=False))
+    return {name: given.get(name) for name in examples.inputs}
+
+
+def _shapes(examples: Examples, dim: Any) -> dict[str, Any]:
+    """`dynamic_shapes` with `dim` wherever a size is to vary; without one, nothing varies."""
+
+    def of(name: str) -> Any:
+        varying = examples.varying.get(name)
+        if varying and dim is not None:
+            return dict.fromkeys(varying, dim)
+        return pytree.tree_map_only(torch.Tensor, lambda _: None, examples.inputs[name])
+
+    return {name: of(name) for name in examples.inputs}
+
+
+def _evaluation_copy(graph_module: GraphModule) -> GraphModule:
+    """The graph on its own, without guards, in evaluation; parameters are shared."""
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    graph.set_codegen(graph_module.graph._codegen)
+    for node in graph.find_nodes(op="call_module", target="_guards_fn"):
+        graph.erase_node(node)
+    copied = GraphModule(graph_module, graph, type(graph_module).__name__)
+    for spec in ("_in_spec", "_out_spec"):
+        if hasattr(graph_module, spec):
+            setattr(copied, spec, getattr(graph_module, spec))
+    set_dropout(copied, training=False)
+    return copied
+
+
+def _shell(graph_module: GraphModule) -> torch.nn.Module:
+    """A module with the graph's state: `torch.export` passes a GraphModule's `forward` over."""
+    shell = torch.nn.Module()
+    for owned in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+        shell.__dict__[owned] = graph_module.__dict__[owned]
+    shell.__dict__["forward"] = graph_module.forward
+    return shell
+
+
+def _from_program(program: ExportedProgram) -> ForwardCapture:
+    inputs = user_inputs(program)
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    results = [values.get(str(name)) for name in program.graph_signature.user_outputs]
+    assert program.call_spec.out_spec is not None
+    _, names = flat_outputs(pytree.tree_unflatten(results, program.call_spec.out_spec))
+    tensors = [value for value in inputs.values() if value.dim()]
+    batch = {name: {0: BATCH} for name, v in inputs.items() if v.dim() and _same(v, tensors[0])}
+    return ForwardCapture(
+        program,
+        input_names=tuple(inputs),
+        output_names=different_from(names, inputs),
+        dim_names=name_dims(inputs, batch),
+    )
+
+
+def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return str(left.shape[0]) == str(right.shape[0])

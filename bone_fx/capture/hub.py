@@ -1,0 +1,49 @@
+"""Fetching a model from the Hugging Face hub: the only place that may use the network."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from bone_fx.errors import BaseModelError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.gguf"]
+_UNWANTED = ["*/*.safetensors", "*/*.gguf", "onnx/*", "openvino/*"]
+
+
+def download(hub_id: str, revision: str | None, *, trust_remote_code: bool) -> Path:
+    """A local folder with a hub model's configuration, weights and tokenizer.
+
+    What the hub's cache already has is not fetched.
+
+    Args:
+        hub_id: `owner/name`.
+        revision: Branch, tag or commit.
+        trust_remote_code: Whether to fetch Python files too.
+
+    Raises:
+        BaseModelError: The id is none, the hub has no such model, or it cannot be reached.
+    """
+    if not _HUB_ID.fullmatch(hub_id):
+        raise BaseModelError(
+            f"{hub_id!r} is neither a file nor a hub id",
+            expected="a model folder, a .gguf file, or owner/name",
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = [*_WANTED, *(["*.py"] if trust_remote_code else [])]
+    try:
+        return Path(
+            snapshot_download(
+                hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise BaseModelError(
+            f"{hub_id} is no local folder, and it could not be fetched from the hub",
+            expected="a folder that exists, or the id of a model that you may read",
+            found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            next_step="check the spelling, the network, and `hf auth login` for gated models",
+        ) from error

@@ -1,0 +1,86 @@
+"""From the exported program of a decoder to a tight graph with named constants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import GraphModule
+
+from bone_fx.passes.absorb_rotary import absorb_rotary
+from bone_fx.passes.cancel_reshapes import cancel_reshapes
+from bone_fx.passes.frame import PassResult
+
+PASSES: tuple[Callable[[GraphModule], PassResult], ...] = (
+    absorb_rotary,  # first: it looks for the transpositions that the next one cancels
+    cancel_reshapes,
+)
+
+
+def lower(program: ExportedProgram) -> None:
+    """Tightens the graph of a program in place and drops constants that it no longer uses."""
+    for node in program.graph.find_nodes(
+        op="call_function", target=torch.ops.aten._assert_tensor_metadata.default
+    ):
+        program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    module = program.graph_module
+    for run in PASSES:
+        module = run(module).graph_module
+    program._graph_module = module
+    _drop_unused_constants(program)
+    program.graph.lint()
+    module.recompile()
+
+
+def _drop_unused_constants(program: ExportedProgram) -> None:
+    placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    kept = []
+    for spec in program.graph_signature.input_specs:
+        node = placeholders.get(getattr(spec.arg, "name", ""))
+        constant = spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.PARAMETER)
+        if constant and node is not None and not node.users:
+            program.graph.erase_node(node)
+            continue
+        kept.append(spec)
+    program.graph_signature.input_specs[:] = kept
+
+
+def columns(program: ExportedProgram) -> int:
+    """Columns of the first output."""
+    (logits, *_), *_ = program.graph.output_node().args
+    return int(logits.meta["val"].shape[-1])
+
+
+def constant_names(program: ExportedProgram) -> set[str]:
+    """Names of the parameters, buffers and constants that the graph uses."""
+    return {s.target for s in program.graph_signature.input_specs if s.target is not None}
+
+
+def name_constants(
+    program: ExportedProgram, rotary: list[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """Names the rotary tables, and gives the values of the constants that are no parameters."""
+    tables = {
+        id(t): f"{kind}_cache{f'_{i}' if i else ''}"
+        for i, pair in enumerate(rotary)
+        for kind, t in zip(("cos", "sin"), pair, strict=True)
+    }
+    by_id = {id(t): t for pair in rotary for t in pair}
+    constants: dict[str, Tensor] = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind not in (InputKind.CONSTANT_TENSOR, InputKind.BUFFER) or spec.target is None:
+            continue
+        value = program.constants.get(spec.target, program.state_dict.get(spec.target))
+        if spec.kind == InputKind.CONSTANT_TENSOR and id(value) in tables:
+            name = tables[id(value)]
+            program.constants[name] = program.constants.pop(spec.target)
+            spec.target = name
+            value = by_id[id(value)]
+        if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
+            constants[spec.target] = value
+    return constants

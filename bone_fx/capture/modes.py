@@ -1,0 +1,146 @@
+"""Differences between training and evaluation, other than dropout, that a graph must not hide.
+
+A graph holds one path through the model. Where the model draws its path (LayerDrop), its input
+(SpecAugment) or its noise while training, the graph with dropout off is not the model in evaluation
+mode, and the capture is refused with the setting that avoids it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from bone_fx.capture.examples import Examples
+from bone_fx.capture.patches import configs_of, without_cache
+from bone_fx.errors import CaptureError
+from bone_fx.passes.dropout import set_dropout
+
+
+def _positive(value: Any, _: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _spec_augment(value: Any, config: Any) -> bool:
+    probabilities = (getattr(config, "mask_time_prob", 0), getattr(config, "mask_feature_prob", 0))
+    return bool(value) and any(p and p > 0 for p in probabilities)
+
+
+def _is(*values: str) -> Callable[[Any, Any], bool]:
+    return lambda value, _: value in values
+
+
+# A field of a transformers config, when it is in the way, what avoids it, and why.
+_SETTINGS: tuple[tuple[str, Callable[[Any, Any], bool], str, str], ...] = (
+    ("layerdrop", _positive, "layerdrop=0", "LayerDrop draws which layers run"),
+    ("encoder_layerdrop", _positive, "encoder_layerdrop=0", "LayerDrop draws which layers run"),
+    ("decoder_layerdrop", _positive, "decoder_layerdrop=0", "LayerDrop draws which layers run"),
+    (
+        "apply_spec_augment",
+        _spec_augment,
+        "apply_spec_augment=False",
+        "SpecAugment masks the input while training",
+    ),
+    (
+        "drop_path_rate",
+        _positive,
+        "drop_path_rate=0",
+        "stochastic depth draws which rows skip a layer",
+    ),
+    (
+        "router_jitter_noise",
+        _positive,
+        "router_jitter_noise=0",
+        "the router adds noise while training",
+    ),
+    (
+        "_experts_implementation",
+        _is("eager"),
+        'experts_implementation="grouped_mm"',
+        "experts loop over tokens",
+    ),
+    (
+        "_attn_implementation",
+        _is("flash_attention_2", "flash_attention_3", "flex_attention"),
+        'attn_implementation="sdpa"',
+        "this attention cannot be traced",
+    ),
+)
+
+# Largest allowed difference from the model in evaluation mode, relative to its largest output.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+def refuse_checkpointing(model: torch.nn.Module) -> None:
+    """Raises `CaptureError` if transformers' gradient checkpointing is on: a trace loses it."""
+    if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
+        raise CaptureError(
+            f"gradient checkpointing is on in {type(model).__name__}: a graph would not have it",
+            expected="a model without gradient checkpointing",
+            next_step="call model.activation_checkpointing_disable() before",
+        )
+
+
+def settings_to_blame(model: torch.nn.Module) -> str | None:
+    """Which of the model's settings are known to make its forward differ from call to call."""
+    found = {
+        avoid: why
+        for config in configs_of(model)
+        for name, in_the_way, avoid, why in _SETTINGS
+        if in_the_way(getattr(config, name, None), config)
+    }
+    if not found:
+        return None
+    return "; ".join(f"set {avoid} in the config ({why})" for avoid, why in found.items())
+
+
+def require_same_evaluation(
+    model: torch.nn.Module, graph_module: GraphModule, examples: Examples
+) -> None:
+    """Runs the model in evaluation mode and the graph with dropout off on the examples.
+
+    Raises:
+        CaptureError: They differ.
+    """
+    model.eval()
+    set_dropout(graph_module, False)
+    values = examples.keywords()
+    args = [values.pop(name, None) for name in examples.positional[: examples.by_position]]
+    try:
+        with torch.no_grad(), without_cache(model):
+            expected = pytree.tree_leaves(model(*args, **values))
+            got = pytree.tree_leaves(
+                graph_module(*pytree.tree_leaves(list(examples.inputs.values())))
+            )
+    finally:
+        set_dropout(graph_module, True)
+        model.train()
+    gap = _gap(expected, got)
+    if gap is not None:
+        raise CaptureError(
+            f"{type(model).__name__} in evaluation mode is not its graph with dropout off: {gap}",
+            expected="a model whose modes differ by dropout and batch norm only",
+            next_step=settings_to_blame(model)
+            or "switch off what reads self.training or draws random numbers in its forward",
+        )
+
+
+def _gap(expected: list[Any], got: list[Any]) -> str | None:
+    if len(expected) != len(got):
+        return f"{len(expected)} outputs against {len(got)}"
+    for index, (a, b) in enumerate(zip(expected, got, strict=True)):
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"output {index}: {a.dtype} {list(a.shape)} against {b.dtype} {list(b.shape)}"
+        if a.numel() == 0 or not (a.is_floating_point() or a.is_complex()):
+            continue
+        scale = a.abs().nan_to_num(0, 0, 0).max().item()
+        difference = (a - b).abs()[~(a.isnan() & b.isnan()) & (a != b)]
+        limit = _TOLERANCE.get(a.dtype, 1e-4) * max(scale, 1e-6)
+        if difference.numel() and not bool((difference <= limit).all()):
+            return f"output {index} differs by {difference.max().item():.3g}, allowed {limit:.3g}"
+    return None

@@ -1,0 +1,159 @@
+"""`torch.export` of a model on its examples, with as many dynamic sizes as the model allows."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from bone_fx.capture.examples import Examples
+from bone_fx.capture.modes import settings_to_blame
+from bone_fx.capture.patches import is_transformers_model, traceable
+from bone_fx.errors import CaptureError
+
+DynamicShapes = Mapping[str, Any] | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced model.
+
+    Attributes:
+        program: What `torch.export` gave.
+        examples: The examples it was given, which say what varies.
+        notes: Which sizes were meant to vary and do not, with the reason.
+    """
+
+    program: ExportedProgram
+    examples: Examples
+    notes: tuple[str, ...]
+
+
+def trace(
+    model: torch.nn.Module, examples: Examples, dynamic_shapes: DynamicShapes | None = None
+) -> Trace:
+    """Traces `model` with the most dynamic sizes that it allows.
+
+    Args:
+        model: The model, in the mode to trace.
+        examples: Its example inputs.
+        dynamic_shapes: `torch.export`'s own, instead of what the examples say varies.
+
+    Raises:
+        CaptureError: It cannot be traced.
+    """
+    first: Exception | None = None
+    for choice, shapes in _choices(model, examples, dynamic_shapes):
+        try:
+            program = _export(model, choice, shapes)
+        except Exception as error:  # noqa: BLE001 -- whatever the model or the tracer raises is a refusal
+            first = first or error
+            continue
+        notes = () if first is None else tuple(_fixed(choice, program, first))
+        return Trace(program, choice, notes)
+    assert first is not None
+    raise CaptureError(
+        f"{type(model).__name__} cannot be captured: {_first_line(first)}",
+        next_step=settings_to_blame(model)
+        or "see the error that this one comes from for the line in the model",
+    ) from first
+
+
+def _choices(
+    model: torch.nn.Module, examples: Examples, dynamic_shapes: DynamicShapes | None
+) -> list[tuple[Examples, dict[str, Any]]]:
+    """What to try in turn: all that varies; what of it the model allows; else nothing varies."""
+    if dynamic_shapes is not None:
+        names = list(examples.inputs)
+        given = (
+            dynamic_shapes
+            if isinstance(dynamic_shapes, Mapping)
+            else dict(zip(names, dynamic_shapes, strict=False))
+        )
+        as_given = replace(examples, inputs=examples.as_given)
+        return [(as_given, {name: given.get(name) for name in names})]
+    choices = [(examples, _shapes(examples, Dim.DYNAMIC)), (examples, _shapes(examples, Dim.AUTO))]
+    if not is_transformers_model(model):
+        static = replace(examples, inputs=examples.as_given, varying={})
+        choices.append((static, _shapes(static, None)))
+    return choices
+
+
+def _export(model: torch.nn.Module, examples: Examples, shapes: dict[str, Any]) -> ExportedProgram:
+    inputs = {name: copy.copy(value) for name, value in examples.inputs.items()}
+    with traceable(model), _flat_forward(model, examples), torch.enable_grad():
+        return torch.export.export(model, (), inputs, strict=False, dynamic_shapes=shapes)
+
+
+@contextmanager
+def _flat_forward(model: torch.nn.Module, examples: Examples) -> Iterator[None]:
+    """Gives the model a forward of exactly the inputs, whose signature `torch.export` reads."""
+    original: Callable[..., Any] = model.forward
+    positional = list(examples.positional[: examples.by_position])
+
+    def forward(**inputs: Any) -> Any:
+        values = {**inputs, **examples.constants}
+        args = [values.pop(name, None) for name in positional]
+        return original(*args, **values)
+
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            for name in examples.inputs
+        ]
+    )
+    had = "forward" in model.__dict__
+    model.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if had:
+            model.__dict__["forward"] = original
+        else:
+            del model.__dict__["forward"]
+
+
+def _shapes(examples: Examples, hint: Any) -> dict[str, Any]:
+    def of(name: str) -> Any:
+        dimensions = examples.varying.get(name)
+        if dimensions and hint is not None:
+            return dict.fromkeys(dimensions, hint)
+        return pytree.tree_map_only(torch.Tensor, lambda _: None, examples.inputs[name])
+
+    return {name: of(name) for name in examples.inputs}
+
+
+def _fixed(examples: Examples, program: ExportedProgram, reason: Exception) -> list[str]:
+    """Says which dimensions that were meant to vary do not."""
+    placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    notes: list[str] = []
+    if not examples.varying:
+        return [f"every size is fixed at the example's: {_first_line(reason)}"]
+    for name, dimensions in examples.varying.items():
+        node = placeholders.get(name)
+        value = None if node is None else node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue
+        notes.extend(
+            f"dimension {axis} of {name} ({role}) is fixed at {fixed}: {_first_line(reason)}"
+            for axis, role in dimensions.items()
+            if (fixed := fixed_size(value.shape[axis])) is not None
+        )
+    return notes
+
+
+def fixed_size(size: int | torch.SymInt) -> int | None:
+    """The size, if the trace fixed it: a number, or a symbol that can only be one number."""
+    return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

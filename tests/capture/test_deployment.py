@@ -1,0 +1,190 @@
+"""A decoder captured without weights is its model, row by row, in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from bone_fx.capture.deployment import capture_decoder
+from bone_fx.capture.lowering import lower
+from bone_fx.errors import CaptureError
+from tests.capture.architectures import BY_NAME
+from tests.capture.decoders import DECODERS, Decoder
+from tests.capture.decoding import capture_of, differences, onnx_of, session_of, skeleton_of, texts
+
+TOLERANCE = 1e-5
+ROW = {row.name: row for row in DECODERS}
+
+
+@pytest.mark.parametrize("row", DECODERS, ids=lambda row: row.name)
+def test_decoder_equals_the_model_on_ragged_texts(row: Decoder) -> None:
+    model = row.build()
+    capture = capture_of(model)
+    translated = onnx_of(capture, model)
+    found = differences(model, capture, session_of(translated))
+    assert max(found.values()) <= TOLERANCE, found
+    assert [layer.window for layer in capture.layers] == list(row.windows)
+    assert capture.norms == row.norms
+    operators = Counter(node.op_type for node in translated.graph)
+    assert operators["GroupQueryAttention"] == (2 if row.fused else 0)
+    assert operators["RotaryEmbedding"] == 2 * row.rotary.count("outside")
+    turned = [
+        n.attributes.get_int("do_rotary", 0)
+        for n in translated.graph
+        if n.op_type == "GroupQueryAttention"
+    ]
+    assert turned == [int(kind == "inside") for kind in row.rotary if row.fused]
+    assert capture.share_buffer == row.fused
+    logits = model(input_ids=texts(99)[1][None]).logits
+    assert float(logits.detach().std()) > 0.5, "logits that hardly differ would hide an error"
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "mistral_head_20"])
+def test_a_window_wider_by_one_is_seen(name: str) -> None:
+    model = ROW[name].build()
+    wider = ROW[name].build(sliding_window=7)
+    capture = capture_of(wider)
+    found = differences(model, capture, session_of(onnx_of(capture, model)))
+    assert min(found["prefill"], found["decode"]) > 1e-2
+
+
+def test_gemma3_has_a_table_for_each_kind_of_layer() -> None:
+    capture = capture_of(ROW["gemma3_text"].build())
+    assert {"cos_cache", "sin_cache", "cos_cache_1", "sin_cache_1"} <= set(capture.constants)
+    assert capture.derived["model.norm.weight_plus_one"].source == "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "gpt_neox_quarter", "gpt2", "llama_head_20", "phi3"]
+)
+def test_half_precision_is_captured_in_half_precision(name: str) -> None:
+    model = ROW[name].build()
+    capture = capture_of(model, torch.float16)
+    assert all(t.dtype is torch.float16 for name, t in capture.constants.items() if "cache" in name)
+    found = differences(model, capture, session_of(onnx_of(capture, model.half().float())))
+    assert max(found.values()) < 3e-2, found
+
+
+def test_no_weight_is_read_and_the_model_is_left_as_it_was() -> None:
+    model = skeleton_of(ROW["gemma3_text"].build())
+    before = {name: (type(m), dict(vars(m)), set(m._buffers)) for name, m in model.named_modules()}
+    config = model.config.to_dict(), model.config._attn_implementation
+    first = capture_decoder(model)
+    assert (model.config.to_dict(), model.config._attn_implementation) == config
+    for name, module in model.named_modules():
+        kind, attributes, buffers = before[name]
+        assert type(module) is kind
+        assert set(vars(module)) == set(attributes)
+        assert set(module._buffers) == buffers
+    again = capture_decoder(model)
+    assert str(again.program.graph) == str(first.program.graph)
+
+
+def test_nothing_global_is_left_behind() -> None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.llama import modeling_llama
+
+    before = (
+        list(ALL_ATTENTION_FUNCTIONS),
+        list(ALL_MASK_ATTENTION_FUNCTIONS),
+        dict(vars(modeling_llama)),
+    )
+    capture_of(ROW["llama"].build())
+    bloom = BY_NAME["bloom"].build()
+    with pytest.raises(CaptureError):
+        capture_decoder(skeleton_of(bloom))
+    assert before == (
+        list(ALL_ATTENTION_FUNCTIONS),
+        list(ALL_MASK_ATTENTION_FUNCTIONS),
+        dict(vars(modeling_llama)),
+    )
+
+
+def test_a_subclass_with_other_names_goes_through_unchanged() -> None:
+    from transformers import LlamaForCausalLM
+
+    class Alpaca(LlamaForCausalLM):
+        pass
+
+    model = ROW["llama"].build()
+    other = Alpaca(model.config)
+    other.load_state_dict(model.state_dict())
+    capture = capture_of(other.eval())
+    assert (
+        max(differences(model, capture, session_of(onnx_of(capture, other))).values()) <= TOLERANCE
+    )
+
+
+def test_names_and_axes_are_those_of_onnxruntime_genai() -> None:
+    model = ROW["llama"].build()
+    translated = onnx_of(capture_of(model), model)
+    shapes = {v.name: str(v.shape) for v in (*translated.graph.inputs, *translated.graph.outputs)}
+    assert shapes["input_ids"] == "[batch_size,sequence_length]"
+    assert shapes["attention_mask"] == "[batch_size,total_sequence_length]"
+    assert shapes["past_key_values.1.value"] == "[batch_size,2,past_sequence_length,16]"
+    assert shapes["logits"] == "[batch_size,sequence_length,99]"
+    assert shapes["present.0.key"] == "[batch_size,2,total_sequence_length,16]"
+
+
+def test_a_norm_between_rotary_and_attention_keeps_both() -> None:
+    from transformers import HunYuanDenseV1Config, HunYuanDenseV1ForCausalLM
+
+    config = HunYuanDenseV1Config(**{**BY_NAME["qwen3"].config, "head_dim": 16})
+    torch.manual_seed(0)
+    model = HunYuanDenseV1ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+    capture = capture_of(model)
+    translated = onnx_of(capture, model)
+    assert Counter(n.op_type for n in translated.graph)["RotaryEmbedding"] == 4
+    assert max(differences(model, capture, session_of(translated)).values()) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("bloom", {}, "attention interface"),
+        ("falcon", {}, "attention interface"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "neither causal"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "length of the text",
+        ),
+        (
+            "phi3",
+            {
+                "max_position_embeddings": 100,
+                "original_max_position_embeddings": 32,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                    "original_max_position_embeddings": 32,
+                },
+            },
+            "length of the text",
+        ),
+    ],
+)
+def test_what_would_be_wrong_is_refused(name: str, changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(CaptureError, match=reason):
+        capture_decoder(skeleton_of(BY_NAME[name].build(**changes)))
+
+
+def test_a_module_without_a_configuration_is_refused() -> None:
+    with pytest.raises(CaptureError, match="no configuration"):
+        capture_decoder(nn.Linear(2, 2))
+
+
+def test_lowering_twice_changes_nothing() -> None:
+    capture = capture_of(ROW["phi"].build())
+    before = str(capture.program.graph)
+    lower(capture.program)
+    assert str(capture.program.graph) == before
