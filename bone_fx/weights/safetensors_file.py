@@ -1,0 +1,187 @@
+"""Reading safetensors files by position: a checked header, and tensors in tiles of at most 64 MB.
+
+The file is not mapped: mapped pages count as the process's memory, and a fold of a large checkpoint
+would seem to hold all of it. Layout: 8 bytes little-endian header size, that many bytes of JSON,
+then the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+from bone_fx.errors import BaseModelError
+
+TILE_BYTES = 64 * 2**20
+_MAX_HEADER_BYTES = 100_000_000
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies in a file.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+        offset: First byte, counted from the start of the file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """All tensors of a file, in the order of their bytes.
+
+    Raises:
+        BaseModelError: The file cannot be read, is cut off, or its header is not what the format
+            allows.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if size < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):
+                raise _broken(path, f"the header claims {header_bytes} bytes of a file of {size}")
+            text = file.read(header_bytes)
+    except OSError as error:
+        raise _broken(path, error.strerror or str(error)) from error
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"the header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _broken(path, "the header is not a JSON object")
+    header.pop("__metadata__", None)
+    start = 8 + header_bytes
+    entries = {key: _entry(path, key, raw, start, size) for key, raw in header.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: item[1].offset))
+    _check_no_overlap(path, entries)
+    return entries
+
+
+def read_tensor(path: Path, entry: TensorEntry) -> Tensor:
+    """Read one tensor in tiles.
+
+    Raises:
+        BaseModelError: The file cannot be read or is shorter than its header says.
+    """
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    if entry.nbytes == 0:
+        return tensor
+    # An array is a buffer, which its annotation does not say before Python 3.12.
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    try:
+        with path.open("rb", buffering=0) as file:
+            done = 0
+            while done < entry.nbytes:
+                tile = view[done : done + TILE_BYTES]
+                count = os.preadv(file.fileno(), [tile], entry.offset + done)
+                if count == 0:
+                    raise _broken(path, f"it ends {entry.nbytes - done} bytes before a tensor does")
+                done += count
+    except OSError as error:
+        raise _broken(path, error.strerror or str(error)) from error
+    return tensor
+
+
+def same_bytes(path: Path, entry: TensorEntry, other_path: Path, other: TensorEntry) -> bool:
+    """Whether two tensors are the same bit for bit, compared tile by tile."""
+    if (entry.shape, entry.dtype) != (other.shape, other.dtype):
+        return False
+    with path.open("rb", buffering=0) as file, other_path.open("rb", buffering=0) as other_file:
+        for done in range(0, entry.nbytes, TILE_BYTES):
+            count = min(TILE_BYTES, entry.nbytes - done)
+            tile = os.pread(file.fileno(), count, entry.offset + done)
+            if tile != os.pread(other_file.fileno(), count, other.offset + done):
+                return False
+    return True
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal, read in tiles."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while tile := file.read(TILE_BYTES):
+            digest.update(tile)
+    return digest.hexdigest()
+
+
+def _entry(path: Path, key: str, raw: object, start: int, size: int) -> TensorEntry:
+    if not isinstance(raw, Mapping):
+        raise _broken(path, f"the entry of {key!r} is not an object")
+    dtype = _DTYPES.get(str(raw.get("dtype")))
+    if dtype is None:
+        raise _broken(
+            path, f"{key!r} has dtype {raw.get('dtype')!r}", expected=f"one of {', '.join(_DTYPES)}"
+        )
+    shape, offsets = raw.get("shape"), raw.get("data_offsets")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise _broken(path, f"{key!r} has shape {shape!r} and data_offsets {offsets!r}")
+    begin, end = offsets
+    entry = TensorEntry(tuple(shape), dtype, start + begin)
+    if end - begin != entry.nbytes:
+        raise _broken(
+            path,
+            f"{key!r} has {end - begin} bytes",
+            expected=f"{entry.nbytes} for {dtype} {list(shape)}",
+        )
+    if start + end > size:
+        raise _broken(
+            path, f"it has {size} bytes and {key!r} ends at byte {start + end}: the file is cut off"
+        )
+    return entry
+
+
+def _naturals(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _check_no_overlap(path: Path, entries: Mapping[str, TensorEntry]) -> None:
+    end = 0
+    for key, entry in entries.items():
+        if entry.offset < end:
+            raise _broken(path, f"the bytes of {key!r} overlap another tensor's")
+        end = entry.offset + entry.nbytes
+
+
+def _broken(path: Path, found: str, expected: str | None = None) -> BaseModelError:
+    return BaseModelError(
+        f"{path} is not a readable safetensors file",
+        expected=expected,
+        found=found,
+        next_step="copy or download it again",
+    )
