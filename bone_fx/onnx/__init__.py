@@ -1,0 +1,1 @@
+"""ONNX: from an exported program to files on disk; see README.md."""

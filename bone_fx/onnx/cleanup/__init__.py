@@ -1,0 +1,67 @@
+"""Passes on the ONNX graph, none of which reads a weight.
+
+Each file holds one pass, an `onnx_ir` `InPlacePass` with an honest `modified`. `CLEANUP` is read
+from top to bottom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from bone_fx.errors import PassError
+from bone_fx.onnx.cleanup.absorb_casts import AbsorbCasts
+from bone_fx.onnx.cleanup.absorb_transposes import AbsorbTransposes
+from bone_fx.onnx.cleanup.constant_reshapes import ConstantReshapes
+from bone_fx.onnx.cleanup.forget_traces import ForgetTraces
+from bone_fx.onnx.cleanup.infer_dtypes import InferDtypes
+from bone_fx.onnx.cleanup.lower_cast_like import LowerCastLike
+from bone_fx.onnx.cleanup.merge_reshapes import MergeReshapes
+from bone_fx.onnx.cleanup.merge_transposes import MergeTransposes
+from bone_fx.onnx.cleanup.remove_no_ops import RemoveNoOps
+from bone_fx.onnx.cleanup.share_constants import ShareConstants
+
+CLEANUP: tuple[Callable[[], ir.passes.InPlacePass], ...] = (
+    common.InlinePass,  # first: the passes below look at the main graph only
+    ShareConstants,  # before everything that asks whether an input is constant
+    common.IdentityEliminationPass,
+    InferDtypes,  # before the two that need the dtype of inner values
+    LowerCastLike,
+    RemoveNoOps,
+    AbsorbCasts,  # before transposes: a weight may be cast and then transposed
+    AbsorbTransposes,
+    MergeTransposes,  # before reshapes: pairs of transposes stand between pairs of reshapes
+    ConstantReshapes,
+    MergeReshapes,
+    RemoveNoOps,
+    common.RemoveUnusedNodesPass,
+    common.CommonSubexpressionEliminationPass,
+    common.RemoveUnusedNodesPass,
+    common.RemoveUnusedFunctionsPass,
+    common.RemoveUnusedOpsetsPass,
+    ForgetTraces,  # last: the passes above need the shapes that it drops
+)
+
+
+def clean(model: ir.Model) -> bool:
+    """Runs `CLEANUP` on a model in place; returns whether anything changed.
+
+    Raises:
+        PassError: A pass failed.
+    """
+    modified = False
+    done: list[str] = []
+    for create in CLEANUP:
+        step = create()
+        name = type(step).__name__
+        try:
+            modified = bool(step(model).modified) or modified
+        except Exception as error:
+            raise PassError(
+                f"ONNX cleanup pass {name} failed: {error}",
+                found=f"passes before it: {', '.join(done)}",
+            ) from error
+        done.append(name)
+    return modified

@@ -1,0 +1,52 @@
+"""A captured forward as an ONNX model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import onnx_ir as ir
+from torch.export import ExportedProgram
+
+from bone_fx.onnx.dim_names import DimNames
+from bone_fx.onnx.translate import translate
+from bone_fx.weights.recipes import Recipe
+
+
+class CapturedForward(Protocol):
+    """What a capture says about itself (`bone_fx.capture.forward.ForwardCapture`)."""
+
+    @property
+    def program(self) -> ExportedProgram:
+        """Flat tensors in and out."""
+
+    @property
+    def input_names(self) -> Sequence[str]:
+        """Names of the inputs, in order."""
+
+    @property
+    def output_names(self) -> Sequence[str]:
+        """Names of the outputs, in order."""
+
+    @property
+    def dim_names(self) -> DimNames:
+        """Names of the dimensions that vary."""
+
+
+def forward_model(
+    capture: CapturedForward, recipes: Mapping[str, Recipe] | None = None
+) -> ir.Model:
+    """Translates a capture; see `translate` for what it raises.
+
+    Args:
+        capture: From `bone_fx.capture.forward.capture_forward`.
+        recipes: Name of a parameter or buffer -> where its bytes come from; needed for those that
+            are fake. Those that are real need none: they are written as they are.
+    """
+    return translate(
+        capture.program,
+        recipes or {},
+        input_names=capture.input_names,
+        output_names=capture.output_names,
+        dim_names=capture.dim_names,
+    )

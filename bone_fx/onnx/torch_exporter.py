@@ -1,0 +1,165 @@
+"""Everything that touches `torch.onnx`'s exporter, private parts included.
+
+Tried with torch 2.13.0 and onnxscript 0.7.2. The public entry point decomposes every program before
+it translates it; here a prepared graph (`bone_fx.onnx.prepare`) is handed to the translator as it
+is. A graph with an operator that has no translation goes through `torch.onnx.export`, which is
+slower and equally right.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import operator
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, TensorArgument
+from torch.fx import GraphModule, Node
+
+from bone_fx.errors import ExportError
+from bone_fx.onnx.prepare import prepare
+from bone_fx.onnx.scaled_attention import SDPA, translations
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+TESTED_TORCH = ("2.13.0", "2.14.0")
+"""The first version tried, and the first that was not."""
+
+OPSET = 18
+"""Opset of torchlib, for which no CUDA kernel is missing."""
+
+
+def program_to_ir(program: ExportedProgram) -> tuple[ir.Model, str | None]:
+    """Translates a program whose parameters may be fake; initializers carry the program's names.
+
+    Returns:
+        The model, and why the program had to be decomposed: None if it was translated as it is.
+
+    Raises:
+        ExportError: An operator has no translation even when decomposed.
+    """
+    with _quiet():
+        registry = _registry()
+        prepared = prepare(program.graph_module)
+        reason = _untranslatable(prepared, registry)
+        if reason is None:
+            return _translate(program, prepared, registry), None
+        return _export(program, _own_translations(registry)), reason
+
+
+@functools.cache
+def _registry() -> Any:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    registry = ONNXRegistry.from_torchlib()
+    for target, function in _own_translations(registry).items():
+        registry.register_op(target, function)
+    return registry
+
+
+def _own_translations(registry: Any) -> dict[Any, Any]:
+    torchlib = [entry for entry in registry.get_decomps(SDPA) if not entry.is_custom]
+    return translations(torchlib[0].onnx_function)
+
+
+def _untranslatable(graph_module: GraphModule, registry: Any) -> str | None:
+    """What in a prepared graph the translator cannot take as it is."""
+    from torch.onnx._internal.exporter._dispatching import dispatch
+
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" and not _is_tensor(node):
+            return f"region {next(iter(node.users)).target}"
+        if node.op == "call_module":
+            return f"call of {node.target}"
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        if isinstance(node.target, torch._ops.OpOverload):
+            if node.target.namespace == "onnx":
+                continue
+            if node.target._schema.is_mutable:
+                return f"{node.target} changes {node.args[0]} in place"
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            return f"region {node.target}"
+        if dispatch(node, registry)[0] is None:
+            return f"no translation of {node.target}"
+    return None
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _translate(program: ExportedProgram, graph_module: GraphModule, registry: Any) -> ir.Model:
+    from torch.onnx._internal.exporter import _core, _errors
+
+    shadow = copy.copy(program)
+    shadow._graph_module = graph_module
+    shadow._graph_signature = _signature_of(program, graph_module)
+    try:
+        return _core._exported_program_to_onnx_program(shadow, registry=registry).model
+    except _errors.ConversionError as error:
+        raise _explained(error) from error
+
+
+def _signature_of(program: ExportedProgram, graph_module: GraphModule) -> ExportGraphSignature:
+    """The program's signature with the names that outputs have in the prepared graph."""
+    signature = program.graph_signature
+    outputs = graph_module.graph.output_node().args[0]
+    assert isinstance(outputs, (list, tuple))
+    specs = [
+        replace(spec, arg=TensorArgument(name=node.name)) if isinstance(node, Node) else spec
+        for spec, node in zip(signature.output_specs, outputs, strict=True)
+    ]
+    return ExportGraphSignature(list(signature.input_specs), specs)
+
+
+def _export(program: ExportedProgram, table: dict[Any, Any]) -> ir.Model:
+    try:
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            verbose=False,
+            custom_translation_table=table,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise _explained(error) from error
+    assert exported is not None
+    return exported.model
+
+
+def _explained(error: BaseException) -> ExportError:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    first = (str(cause).splitlines() or [type(cause).__name__])[0]
+    return ExportError(
+        "the graph could not be translated to ONNX",
+        found=first,
+        next_step="replace the operator that is named, or report it with the model's configuration",
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's remarks about absent packages and itself away from the user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

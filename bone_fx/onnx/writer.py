@@ -1,0 +1,183 @@
+"""A model on disk: `model.onnx` and one `model.onnx.data`, written constant by constant.
+
+Recipes are evaluated one at a time, in the order of their sources, and go straight to the file:
+peak memory is about the largest constant. The same model and sources give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from bone_fx.errors import ExportError, VerificationError
+from bone_fx.onnx.data_layout import Placement, external, lay_out
+from bone_fx.onnx.recipe_tensor import RecipeTensor
+from bone_fx.weights.recipes import Cast, Recipe
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes written so far and the bytes there will be."""
+
+_CHUNK = 16 << 20
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file: its name in the folder, its size, and its SHA-256, taken while it was written."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class WrittenModel:
+    """What was written.
+
+    Attributes:
+        files: `model.onnx` and, if any constant is large enough, `model.onnx.data`.
+        constants: Number of constants in the data file.
+    """
+
+    files: tuple[WrittenFile, ...]
+    constants: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(file.bytes for file in self.files)
+
+
+def write_model(model: ir.Model, folder: Path, progress: Progress | None = None) -> WrittenModel:
+    """Writes a model whose initializers may be recipes; the model is as it was when this returns.
+
+    Args:
+        model: From `bone_fx.onnx.translate`.
+        folder: An existing folder; files of the same names are replaced.
+        progress: Told about every 16 MB.
+
+    Raises:
+        ExportError: The disk is full, or would be; with bytes needed and available.
+        VerificationError: A value that was finite is not after rounding; names the constant.
+    """
+    placements = lay_out(model.graph.initializers.values())
+    with _external(model, placements):
+        content = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+    size = placements[-1].end if placements else 0
+    _require_space(folder, size + len(content))
+    files = []
+    try:
+        if placements:
+            files.append(
+                WrittenFile(DATA_FILE, size, _write_data(folder / DATA_FILE, placements, progress))
+            )
+        else:
+            (folder / DATA_FILE).unlink(missing_ok=True)
+        (folder / MODEL_FILE).write_bytes(content)
+    except OSError as error:
+        raise ExportError(
+            f"{folder} could not be written", found=error.strerror or str(error)
+        ) from error
+    files.insert(0, WrittenFile(MODEL_FILE, len(content), hashlib.sha256(content).hexdigest()))
+    return WrittenModel(tuple(files), len(placements))
+
+
+@contextmanager
+def _external(model: ir.Model, placements: list[Placement]) -> Iterator[None]:
+    """Puts references in the place of large constants, and small ones' bytes of recipes."""
+    before: Mapping[ir.Value, ir.TensorProtocol | None] = {
+        value: value.const_value for value in model.graph.initializers.values()
+    }
+    try:
+        for placement in placements:
+            for value in placement.values:
+                value.const_value = external(placement, value, DATA_FILE)
+        for value in before:
+            tensor = value.const_value
+            if isinstance(tensor, RecipeTensor):
+                evaluated = _evaluate(tensor.recipe, value.name or "")
+                value.const_value = ir.tensor_adapters.TorchTensor(evaluated, name=value.name)
+        yield
+    finally:
+        for value, tensor in before.items():
+            value.const_value = tensor
+
+
+def _write_data(path: Path, placements: list[Placement], progress: Progress | None) -> str:
+    digest = hashlib.sha256()
+    total, done = placements[-1].end, 0
+    with path.open("wb", buffering=0) as file:
+        for placement in placements:
+            for part in _content(placement, done):
+                file.write(part)
+                digest.update(part)
+                done += len(part)
+                if progress is not None:
+                    progress(done, total)
+    return digest.hexdigest()
+
+
+def _content(placement: Placement, position: int) -> Iterator[memoryview]:
+    if placement.offset > position:
+        yield memoryview(bytes(placement.offset - position))
+    tensor = _evaluate(placement.recipe, placement.values[0].name or "")
+    content = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    for start in range(0, placement.length, _CHUNK):
+        yield content[start : start + _CHUNK]
+
+
+def _evaluate(recipe: Recipe, name: str) -> Tensor:
+    tensor = recipe.evaluate().detach().contiguous()
+    if tuple(tensor.shape) != tuple(recipe.shape) or tensor.dtype != recipe.dtype:
+        raise ExportError(
+            f"constant {name!r} is not what was planned: {recipe.describe()}",
+            expected=f"{recipe.dtype} {list(recipe.shape)}",
+            found=f"{tensor.dtype} {list(tensor.shape)}",
+        )
+    if tensor.dtype in (torch.float16, torch.bfloat16) and not _is_finite(tensor):
+        _refuse_overflow(recipe, name)
+    return tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether every value is finite; their float32 sum tells, and takes no copy."""
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32)))
+
+
+def _refuse_overflow(recipe: Recipe, name: str) -> None:
+    """Follows a recipe to the cast, if any, that made its values infinite."""
+    if isinstance(recipe, Cast):
+        before = recipe.recipe.evaluate()
+        after = before.to(recipe.to)
+        overflown = torch.isfinite(before) & ~torch.isfinite(after)
+        if overflown.any():
+            largest = before[overflown].abs().max().item()
+            raise VerificationError(
+                f"{int(overflown.sum())} values of {name!r} overflow {recipe.to}",
+                expected=f"values up to {torch.finfo(recipe.to).max:.6g}",
+                found=f"{largest:.6g} in {recipe.recipe.describe()}",
+                next_step="export in fp32",
+            )
+    for source in recipe.inputs():
+        _refuse_overflow(source, name)
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    available = shutil.disk_usage(folder).free
+    if available < needed:
+        raise ExportError(
+            f"not enough disk space in {folder}",
+            expected=f"{needed:,} bytes",
+            found=f"{available:,} bytes available",
+            next_step="free some space, or choose another output folder",
+        )
