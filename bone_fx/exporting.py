@@ -1,0 +1,180 @@
+"""`export`: from a base and adapters, or a module, to a verified folder for ONNX Runtime.
+
+Stages: read the inputs, capture without weights, fold into recipes, translate, write into a staging
+folder, verify, publish. All refusals that need no work come first; nothing is visible before it was
+verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import fx, nn
+
+from bone_fx.checkpoint import AdapterFolder, read_adapter
+from bone_fx.errors import UsageError
+from bone_fx.progress import Progress, Silent
+from bone_fx.staging import Staging, staged
+from bone_fx.verify.parity import Parity
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from bone_fx.build import Build
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+PROVIDERS = ("cpu", "cuda")
+VERIFY = ("full", "fast", "off")
+MANIFEST = "bone_export.json"
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export published.
+
+    Attributes:
+        output: The folder.
+        verified: Whether it was compared with torch; False only with `verify="off"`.
+        manifest: The content of `bone_export.json`.
+        warnings: What a person should know.
+    """
+
+    output: Path
+    verified: bool
+    manifest: dict[str, Any] = field(repr=False)
+    warnings: tuple[str, ...] = ()
+
+
+def export(
+    base: str | Path | nn.Module | fx.GraphModule | ExportedProgram,
+    *,
+    output: str | Path,
+    adapters: Sequence[str | Path] = (),
+    dtype: Literal["fp32", "fp16"] = "fp32",
+    provider: Literal["cpu", "cuda"] = "cpu",
+    verify: Literal["full", "fast", "off"] = "full",
+    verify_on: Literal["cpu", "cuda"] | None = None,
+    overwrite: bool = False,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Export to ONNX.
+
+    Args:
+        base: A Hugging Face folder, a GGUF file or a hub id; or a module, GraphModule or
+            ExportedProgram of your own, which needs `example_inputs`.
+        output: Folder to publish: `model.onnx`, one `model.onnx.data`, `bone_export.json`; for
+            decoders also what onnxruntime-genai needs.
+        adapters: Adapter folders in PEFT's layout, in the order in which they apply; only with a
+            checkpoint.
+        dtype: Dtype of weights and activations. A module of your own keeps the dtype it has.
+        provider: What the graph is written for.
+        verify: `"full"` runs the model three ways, `"fast"` compares the written weights with
+            torch's fold and runs the graph once, `"off"` publishes unverified and says so.
+        verify_on: Provider to verify on, if not `provider`; recorded in the manifest.
+        overwrite: Replace an earlier output, once the new one is verified.
+        example_inputs: Arguments of one call of your own module, by position or name.
+        dynamic_shapes: `torch.export`'s own for your module, instead of a dynamic batch.
+        trust_remote_code: Run Python files that come with the base.
+        revision: Branch, tag or commit of a hub id.
+        progress: Told about stages and bytes.
+
+    Raises:
+        BoneFxError: One of its kinds, each with its exit status; nothing is published, the inputs
+            are as they were.
+    """
+    _check_choices(
+        dtype=(dtype, tuple(DTYPES)), provider=(provider, PROVIDERS), verify=(verify, VERIFY)
+    )
+    target = verify_on or provider
+    _check_choices(verify_on=(target, PROVIDERS))
+    told = progress or Silent()
+    own = not isinstance(base, str | Path)
+    if own and example_inputs is None and not _is_program(base):
+        raise UsageError(
+            "a module of your own needs example_inputs", next_step="pass the arguments of one call"
+        )
+    if own and adapters:
+        raise UsageError(
+            "adapters go with a checkpoint",
+            next_step="adapt the module, train it and export its fold()",
+        )
+    with staged(output, overwrite=overwrite) as staging:
+        told.stage("read the inputs")
+        folders = [(_adapter_name(path, adapters), read_adapter(path)) for path in adapters]
+        if verify != "off":
+            from bone_fx.runtime.session import require_provider
+
+            require_provider(target)
+        build: Build
+        if isinstance(base, str | Path):
+            from bone_fx.build import build_checkpoint
+
+            build = build_checkpoint(
+                base, folders, dtype, provider, trust_remote_code, revision, told
+            )
+        else:
+            from bone_fx.build import build_module
+
+            build = build_module(base, example_inputs, dynamic_shapes, told)
+        return _finish(staging, build, folders, provider, verify, target, told)
+
+
+def _finish(
+    staging: Staging,
+    build: Build,
+    adapters: list[tuple[str, AdapterFolder]],
+    provider: str,
+    verify: str,
+    target: str,
+    told: Progress,
+) -> ExportResult:
+    from bone_fx.manifest import manifest_of, write_manifest
+
+    told.stage("write the model")
+    build.write(staging.folder, told)
+    parity: Parity | None = None
+    if verify != "off":
+        told.stage(f"verify ({verify}, on {target})")
+        parity = build.verify(staging.folder, target, verify)
+    told.stage("publish")
+    content = manifest_of(build, adapters, provider, verify, target, parity, staging.folder)
+    write_manifest(staging.folder / MANIFEST, content)
+    staging.publish()
+    warnings = [
+        *build.notes,
+        *(parity.warnings if parity else ["not verified: published with verify='off'"]),
+    ]
+    return ExportResult(staging.output, parity is not None, content, tuple(warnings))
+
+
+def _adapter_name(path: str | Path, adapters: Sequence[str | Path]) -> str:
+    if len(adapters) == 1:
+        return "default"
+    names = [Path(p).resolve().name for p in adapters]
+    name = Path(path).resolve().name
+    if names.count(name) > 1:
+        raise UsageError(
+            f"two adapter folders are called {name!r}",
+            next_step="rename one: adapters apply by name",
+        )
+    return name
+
+
+def _is_program(base: object) -> bool:
+    return isinstance(base, torch.export.ExportedProgram)
+
+
+def _check_choices(**choices: tuple[str, Sequence[str]]) -> None:
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise UsageError(
+                f"{name}={value!r} is not known", expected=" or ".join(allowed), found=repr(value)
+            )

@@ -1,0 +1,1 @@
+"""What runs a published folder: ONNX Runtime sessions on the provider that was asked for."""

@@ -1,0 +1,81 @@
+"""The written constants, bit for bit.
+
+Each weight in the file is torch's own fold of the base's weight.
+
+Logits hide a single layer's mistake where fp16 rounds it away; the bytes do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from bone_fx.errors import VerificationError
+from bone_fx.passes.fold import fold_weight
+from bone_fx.sites import LinearSite
+from bone_fx.verify.reference import Adapters
+
+_TORCH = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+}
+
+
+def verify_constants(
+    folder: Path, model: nn.Module, sites: Mapping[str, LinearSite], adapters: Adapters
+) -> int:
+    """Compare the adapted weights in a written model with torch's fold.
+
+    Args:
+        folder: The folder with `model.onnx`.
+        model: The base in float32.
+        sites: The adapted sites by name.
+        adapters: Adapters by name, in the order in which they apply.
+
+    Returns:
+        The number of weights compared.
+
+    Raises:
+        VerificationError: A weight is missing or differs; the message names the layer.
+    """
+    written = ir.load(folder / "model.onnx").graph.initializers
+    compared = 0
+    for name, site in sites.items():
+        steps = [(a.config.method, a.blocks[name]) for _, a in adapters if name in a.blocks]
+        weight = model.get_parameter(site.weight_name).detach()
+        with torch.no_grad():
+            expected = fold_weight(weight, steps, transposed=site.transposed, layer=name)
+        constant = next(
+            (v for n, v in written.items() if n in (site.weight_name, f"{site.weight_name}.T")),
+            None,
+        )
+        if constant is None or constant.const_value is None:
+            raise VerificationError(
+                f"{name}: the exported model has no constant {site.weight_name}"
+            )
+        found = torch.from_numpy(constant.const_value.numpy().copy())
+        expected = expected.to(found.dtype)
+        if not (_equal(found, expected) or _equal(found, expected.t())):
+            base = weight.to(found.dtype)
+            what = (
+                "the base weight, unfolded"
+                if _equal(found, base) or _equal(found, base.t())
+                else "other values"
+            )
+            raise VerificationError(
+                f"verification failed: {name}: the written weight is not the folded one",
+                expected="torch's fold, bit for bit",
+                found=what,
+                next_step="nothing was published; the build is kept as <output>.rejected",
+            )
+        compared += 1
+    return compared
+
+
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    return found.shape == expected.shape and torch.equal(found, expected)
