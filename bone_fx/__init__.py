@@ -1,0 +1,58 @@
+"""bone_fx: a compiler for block adapters (Bone, BAT, MiSS).
+
+It rewrites a traced model to train block adapters, folds the trained blocks into constant weights,
+and exports the result to ONNX for ONNX Runtime. `adapt`, `insert_adapters`, `fold_adapters` and
+`export` are the four verbs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bone_fx.adapted import AdaptedModule
+    from bone_fx.adapting import adapt
+    from bone_fx.config import BoneConfig
+    from bone_fx.errors import BoneFxError
+    from bone_fx.exporting import ExportResult, export
+    from bone_fx.passes import PassResult, fold_adapters, insert_adapters
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdaptedModule": "bone_fx.adapted",
+    "BoneConfig": "bone_fx.config",
+    "BoneFxError": "bone_fx.errors",
+    "ExportResult": "bone_fx.exporting",
+    "PassResult": "bone_fx.passes",
+    "adapt": "bone_fx.adapting",
+    "export": "bone_fx.exporting",
+    "fold_adapters": "bone_fx.passes",
+    "insert_adapters": "bone_fx.passes",
+}
+
+__all__ = [
+    "AdaptedModule",
+    "BoneConfig",
+    "BoneFxError",
+    "ExportResult",
+    "PassResult",
+    "adapt",
+    "export",
+    "fold_adapters",
+    "insert_adapters",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import bone_fx` stays light."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bone_fx' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,368 @@
+"""`AdaptedModule`: a traced model under any number of block adapters, with PEFT's verbs.
+
+It keeps a pristine graph of the base and writes its own graph anew from it, through
+`insert_adapters` and `fold_adapters`, whenever the set of active adapters changes. Parameters are
+kept: optimizers stay valid.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, fx, nn
+
+from bone_fx.checkpoint import read_adapter, write_adapter
+from bone_fx.config import BoneConfig
+from bone_fx.dialects import find_sites
+from bone_fx.errors import UsageError
+from bone_fx.folded import FoldedModule
+from bone_fx.mounting import (
+    MountedAdapter,
+    Origin,
+    carry_buffers,
+    delta_weight,
+    insert_mounted,
+    mount_parameters,
+    new_adapter,
+    with_parameters,
+)
+from bone_fx.passes import fold_adapters
+from bone_fx.passes.dropout import set_dropout
+from bone_fx.passes.frame import adopt_state, container, copy_module
+from bone_fx.sites import LinearSite, Refusal
+
+_LOSS_OPTIONS = ("num_items_in_batch",)
+"""Arguments of a call that are for the model's loss function."""
+
+
+class AdaptedModule(fx.GraphModule):
+    """A GraphModule with one block-adaptation node a site, called like its model.
+
+    Attributes:
+        config: The base model's own configuration, if it has one.
+        active_adapters: Names of the adapters in the graph, in the order in which they apply.
+        refused: Targets of the last inserted adapter that could not be adapted.
+    """
+
+    active_adapters: list[str]
+    _origin: Origin
+    _base: fx.GraphModule
+    _adapters: dict[str, MountedAdapter]
+    _graph_forward: ClassVar[Callable[..., Any]]
+
+    def __init__(self, origin: Origin) -> None:
+        base = copy_module(origin.graph_module)
+        if origin.freeze_base:
+            for parameter in base.parameters():
+                parameter.requires_grad_(False)
+        super().__init__(copy_module(base), base.graph, "AdaptedModule")
+        self.__dict__["_origin"] = origin
+        self.__dict__["_base"] = base
+        self.__dict__["_adapters"] = {}
+        self.active_adapters = []
+        self._disabled = False
+        self._merged: list[str] = []
+        self._rebuild()
+
+    @property
+    def config(self) -> Any:
+        """The base model's configuration, or None."""
+        return getattr(self._origin.model, "config", None)
+
+    @property
+    def peft_config(self) -> dict[str, BoneConfig]:
+        """Configuration of every adapter, by name."""
+        return {name: adapter.config for name, adapter in self._adapters.items()}
+
+    @property
+    def refused(self) -> tuple[Refusal, ...]:
+        """What was asked for by the adapters and could not be done."""
+        return tuple(refusal for adapter in self._adapters.values() for refusal in adapter.refused)
+
+    # Adapters: add, load, choose, switch off, delete.
+
+    def add_adapter(self, adapter_name: str, config: BoneConfig) -> None:
+        """Add an adapter with fresh blocks; `set_adapter` makes it active.
+
+        Raises:
+            SiteError: Nothing matched, or a block cannot fit its layer.
+            UsageError: The name is taken.
+        """
+        self._check_new(adapter_name)
+        adapter = new_adapter(self._base, self._origin, adapter_name, config)
+        self._adapters[adapter_name] = adapter
+        self._rebuild()
+
+    def load_adapter(self, directory: str | Path, adapter_name: str = "default") -> None:
+        """Add a trained adapter from a folder in PEFT's layout; `set_adapter` makes it active.
+
+        Raises:
+            AdapterError: The folder is broken, or does not fit this model.
+            SiteError: Its configuration matches nothing here.
+            UsageError: The name is taken.
+        """
+        self._check_new(adapter_name)
+        folder = read_adapter(directory, adapter_name)
+        search = find_sites(self._base)
+        folder.match(search.sites, search.others, self._origin.output_layers)
+        adapter = new_adapter(self._base, self._origin, adapter_name, folder.config, folder)
+        self._adapters[adapter_name] = adapter
+        self._rebuild()
+
+    def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
+        """Make adapters active, in this order; their blocks train, those of the others are frozen.
+
+        Raises:
+            UsageError: A name that is not there, or given twice.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in names:
+            self._adapter(name)
+        if len(set(names)) != len(names):
+            raise UsageError(f"an adapter is named twice: {names}")
+        self.active_adapters = names
+        self._merged = []
+        self._rebuild()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter and its blocks; the others stay as they are."""
+        self._adapter(adapter_name)
+        del self._adapters[adapter_name]
+        self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
+        self._merged = [name for name in self._merged if name != adapter_name]
+        self._rebuild()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """A context in which this is the base model.
+
+        The graph has no adapters, not a flag that skips them.
+        """
+        before = self._disabled
+        self._disabled = True
+        self._rebuild()
+        try:
+            yield
+        finally:
+            self._disabled = before
+            self._rebuild()
+
+    # Weights: delta, merge, fold, unload.
+
+    def get_delta_weight(self, site: str, adapter_name: str = "default") -> Tensor:
+        """What an adapter adds to a layer's weight, float32, in the weight's own layout.
+
+        A BAT adapter acts on the weight that it receives: the base under the active adapters before
+        it.
+        """
+        adapter = self._adapter(adapter_name)
+        if site not in adapter.blocks:
+            raise UsageError(
+                f"adapter {adapter_name!r} has no block at {site!r}",
+                expected=f"one of {list(adapter.blocks)[:5]}",
+            )
+        active = self.active_adapters
+        before = active[: active.index(adapter_name)] if adapter_name in active else []
+        return delta_weight(self._base, site, adapter, [self._adapters[name] for name in before])
+
+    def fold(self, adapters: Sequence[str] | None = None) -> fx.GraphModule:
+        """A plain GraphModule with the adapters folded into constant weights.
+
+        This module stays as it is.
+
+        Args:
+            adapters: Names in the order in which they apply; None for the active ones.
+
+        Returns:
+            A `FoldedModule`, called like the model; its `state_dict()` has the base's names.
+
+        Raises:
+            FoldError: A folded weight holds NaN or Inf.
+        """
+        names = self.active_adapters if adapters is None else list(adapters)
+        result = fold_adapters(self._inserted(names)).graph_module
+        for name, parameter in self._saved(names).items():
+            owner, leaf = container(result, name)
+            owner.register_parameter(
+                leaf, nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            )
+        return FoldedModule(result, self._origin.signature, training=self.training)
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Put folded weights in place of the active adapters.
+
+        The base's own bytes are kept for `unmerge_adapter`.
+        """
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        for name in names:
+            self._adapter(name)
+        self._merged = list(names)
+        self._rebuild()
+
+    def unmerge_adapter(self) -> None:
+        """Give the base its own weights back, bit for bit, and the adapters their nodes."""
+        self._merged = []
+        self._rebuild()
+
+    def merge_and_unload(self, adapter_names: Sequence[str] | None = None) -> nn.Module:
+        """The original model class with folded weights, ready for `generate` and `save_pretrained`.
+
+        The model that was adapted is not changed; weights that no adapter touches are shared with
+        it.
+
+        Raises:
+            UsageError: This module was not made from a model.
+        """
+        model = self._origin.model
+        if model is None:
+            raise UsageError(
+                "there is no model to give back", next_step="use fold(), which gives a GraphModule"
+            )
+        folded = self.fold(adapter_names)
+        names = {site.weight_name for site in self._touched(adapter_names)}
+        names |= set(self._saved(adapter_names))
+        return with_parameters(model, folded, names).train(self.training)
+
+    # What people ask of a PEFT model.
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters."""
+        unique = {id(p): p for p in self.parameters()}.values()
+        return sum(p.numel() for p in unique if p.requires_grad), sum(p.numel() for p in unique)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the numbers of trainable and of all parameters, in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(  # noqa: T201 - this is what the verb is for
+            f"trainable params: {trainable:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def save_pretrained(
+        self, save_directory: str | Path, selected_adapters: Sequence[str] | None = None
+    ) -> None:
+        """Write adapters in PEFT's layout: `default` at the root, others in folders of their names.
+
+        Args:
+            save_directory: Folder to write to.
+            selected_adapters: Names; None for all.
+        """
+        for name in self._adapters if selected_adapters is None else selected_adapters:
+            adapter = self._adapter(name)
+            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+            config = copy.deepcopy(adapter.config)
+            if config.base_model_name_or_path is None:
+                config.base_model_name_or_path = getattr(self.config, "_name_or_path", None) or None
+            config.inference_mode = True
+            write_adapter(folder, config, adapter.blocks, adapter.saved)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the graph's dropout; calling it again changes nothing."""
+        self.training = mode
+        set_dropout(self, training=mode)
+        for module in self.children():
+            if not isinstance(module, fx.GraphModule):
+                module.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Switch dropout off; calling it again changes nothing."""
+        return self.train(mode=False)
+
+    # The call, and the graph underneath it.
+
+    def recompile(self) -> Any:
+        """Compile the graph; the model's own call stays around the generated forward."""
+        code = super().recompile()
+        cls = type(self)
+        if cls.forward is not AdaptedModule._call_model:
+            cls._graph_forward = cls.forward
+            cls.forward = AdaptedModule._call_model
+        return code
+
+    def _call_model(self, *args: Any, **kwargs: Any) -> Any:
+        origin = self._origin
+        packed = origin.signature.pack(self._graph_forward(*origin.signature.bind(*args, **kwargs)))
+        labels = origin.signature.labels_of(*args, **kwargs)
+        if not labels:
+            return packed
+        if origin.loss is None:
+            raise UsageError(
+                f"the loss of {type(origin.model).__name__} is not known",
+                next_step="leave the labels out and compute the loss on the output",
+            )
+        options = {name: kwargs[name] for name in _LOSS_OPTIONS if kwargs.get(name) is not None}
+        return origin.loss.attach(packed, labels, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedModule:
+        copied = AdaptedModule(copy.copy(self._origin))
+        for name, parameter in self._base.named_parameters(remove_duplicate=False):
+            copied._base.get_parameter(name).data = parameter.data.clone()
+        copied._adapters.update(copy.deepcopy(self._adapters, memo))
+        copied.active_adapters = list(self.active_adapters)
+        copied._merged, copied._disabled = list(self._merged), self._disabled
+        copied.training = self.training
+        copied._rebuild()
+        return copied
+
+    def __reduce__(self) -> Any:
+        raise UsageError(
+            "an AdaptedModule cannot be pickled",
+            next_step="keep adapters with save_pretrained(dir), parameters with state_dict()",
+        )
+
+    def _check_new(self, name: str) -> None:
+        if name in self._adapters:
+            raise UsageError(
+                f"there is already an adapter {name!r}",
+                next_step="delete_adapter it, or use another name",
+            )
+
+    def _adapter(self, name: str) -> MountedAdapter:
+        if name not in self._adapters:
+            raise UsageError(
+                f"there is no adapter {name!r}", expected=f"one of {list(self._adapters)}"
+            )
+        return self._adapters[name]
+
+    def _saved(self, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
+        """Parameters of `modules_to_save`; of two adapters that have one, the later acts."""
+        merged: dict[str, nn.Parameter] = {}
+        for name in self.active_adapters if names is None else names:
+            merged.update(self._adapter(name).saved)
+        return merged
+
+    def _touched(self, names: Sequence[str] | None) -> list[LinearSite]:
+        chosen = self.active_adapters if names is None else names
+        sites = {name for adapter in chosen for name in self._adapter(adapter).blocks}
+        return [site for site in find_sites(self._base).sites if site.name in sites]
+
+    def _inserted(self, names: Sequence[str]) -> fx.GraphModule:
+        chosen = [(name, self._adapter(name)) for name in names]
+        return insert_mounted(self._base, self._origin, chosen)
+
+    def _rebuild(self) -> None:
+        """Write the graph anew for the active adapters and mount every kept parameter."""
+        carry_buffers(self, self._base)
+        own: dict[str, nn.Parameter] = dict(self._base.named_parameters(remove_duplicate=False))
+        gm = self._base
+        if not self._disabled:
+            gm = self._inserted(self._merged or self.active_adapters)
+            own |= self._saved(None)
+        if self._merged and not self._disabled:
+            gm = fold_adapters(gm).graph_module
+            own |= {
+                s.weight_name: gm.get_parameter(s.weight_name) for s in self._touched(self._merged)
+            }
+        root = copy_module(gm)
+        mount_parameters(root, find_sites(self._base).sites, self._adapters, self.active_adapters)
+        for name, parameter in own.items():
+            owner, leaf = container(root, name)
+            owner.register_parameter(leaf, parameter)
+        adopt_state(self, root)
+        self.graph = root.graph
+        set_dropout(self, training=self.training)

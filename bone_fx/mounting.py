@@ -1,0 +1,210 @@
+"""What an adapted module keeps: where it comes from, and the parameters of each adapter."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from bone_fx.adapters import METHODS
+from bone_fx.capture.loss import ModelLoss
+from bone_fx.capture.signature import CallSignature
+from bone_fx.checkpoint import AdapterFolder
+from bone_fx.config import BoneConfig
+from bone_fx.dialects import find_sites
+from bone_fx.errors import AdapterError
+from bone_fx.passes.fold import fold_weight
+from bone_fx.passes.frame import container
+from bone_fx.passes.insert import BLOCK, insert_adapters
+from bone_fx.sites import LinearSite, Refusal, is_saved_module
+
+
+@dataclass
+class MountedAdapter:
+    """An adapter on a module.
+
+    Attributes:
+        config: Its configuration.
+        blocks: Its blocks by site.
+        saved: Its own copies of parameters in `modules_to_save`, by name.
+        refused: Targets that could not be adapted.
+    """
+
+    config: BoneConfig
+    blocks: dict[str, nn.Parameter]
+    saved: dict[str, nn.Parameter]
+    refused: tuple[Refusal, ...] = ()
+
+
+@dataclass
+class Origin:
+    """Where an adapted module comes from.
+
+    Attributes:
+        graph_module: The pristine captured graph, in train mode.
+        signature: How it is called.
+        model: The model it was captured from, untouched; `merge_and_unload` copies it.
+        loss: The model's own loss of an output and labels, or None.
+        output_layers: Sites that `"all-linear"` leaves out.
+        untie: Whether tied weights may be targets.
+        freeze_base: Whether every parameter but blocks and `modules_to_save` is frozen.
+    """
+
+    graph_module: fx.GraphModule
+    signature: CallSignature
+    model: nn.Module | None = None
+    loss: ModelLoss | None = None
+    output_layers: frozenset[str] = field(default_factory=frozenset)
+    untie: bool = False
+    freeze_base: bool = True
+
+
+def saved_parameters(
+    base: nn.Module, config: BoneConfig, given: Mapping[str, Tensor], where: str
+) -> tuple[dict[str, nn.Parameter], list[Refusal]]:
+    """An adapter's own copies of the parameters that it trains whole.
+
+    Args:
+        base: The base model's graph.
+        config: The adapter's configuration, for `modules_to_save`.
+        given: Trained values by parameter name, from an adapter folder; empty for a fresh adapter.
+        where: The folder or adapter, for messages.
+
+    Returns:
+        The parameters by name, and the modules that the base does not have (PEFT adds both
+        `classifier` and `score` for a classification task).
+
+    Raises:
+        AdapterError: A trained value belongs to no parameter, or has another shape.
+    """
+    trained = {
+        name: nn.Parameter(parameter.detach().clone())
+        for name, parameter in base.named_parameters()
+        if is_saved_module(config, name.rpartition(".")[0])
+    }
+    known = dict(base.named_parameters(remove_duplicate=False))
+    for name, tensor in given.items():
+        if name not in known:
+            raise AdapterError(
+                f"{where}: the model has no parameter {name!r}", next_step="check the base model"
+            )
+        parameter = known[name]
+        if parameter.shape != tensor.shape:
+            raise AdapterError(
+                f"{where}: the saved {name} does not fit",
+                expected=list(parameter.shape),
+                found=list(tensor.shape),
+            )
+        trained[name] = nn.Parameter(tensor.to(parameter.device, parameter.dtype).clone())
+    reason = "modules_to_save names a module that this model does not have"
+    absent = [
+        Refusal(module, reason)
+        for module in config.modules_to_save or ()
+        if not any(f".{module}." in f".{name}" for name in trained)
+    ]
+    return trained, absent
+
+
+def insert_mounted(
+    base: fx.GraphModule, origin: Origin, adapters: Sequence[tuple[str, MountedAdapter]]
+) -> fx.GraphModule:
+    """The base's graph with adapters inserted, in order, over the blocks that they have."""
+    for name, adapter in adapters:
+        base = insert_adapters(
+            base,
+            adapter.config,
+            name,
+            blocks=adapter.blocks,
+            output_layers=origin.output_layers,
+            freeze_base=False,
+            untie=origin.untie,
+        ).graph_module
+    return base
+
+
+def mount_parameters(
+    root: nn.Module,
+    sites: Sequence[LinearSite],
+    adapters: Mapping[str, MountedAdapter],
+    active: Sequence[str],
+) -> None:
+    """Put every adapter's blocks under their names; those of active adapters train."""
+    for name, adapter in adapters.items():
+        for parameter in (*adapter.blocks.values(), *adapter.saved.values()):
+            parameter.requires_grad_(name in active)
+        for site in sites:
+            if site.name in adapter.blocks:
+                owner, leaf = container(root, f"{site.block_owner}.{BLOCK}.{name}")
+                owner.register_parameter(leaf, adapter.blocks[site.name])
+
+
+def carry_buffers(module: nn.Module, base: nn.Module) -> None:
+    """Carry buffers that moved or were written over to the pristine graph."""
+    for name, buffer in module.named_buffers():
+        owner, leaf = container(base, name)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = buffer
+
+
+def new_adapter(
+    base: fx.GraphModule,
+    origin: Origin,
+    name: str,
+    config: BoneConfig,
+    folder: AdapterFolder | None = None,
+) -> MountedAdapter:
+    """An adapter for a base: fresh blocks, or those of a folder.
+
+    Raises:
+        SiteError: Nothing matched, or a block cannot fit its layer.
+        AdapterError: A trained module of the folder does not fit.
+    """
+    result = insert_adapters(
+        base,
+        config,
+        name,
+        blocks=folder.blocks if folder else None,
+        output_layers=origin.output_layers,
+        untie=origin.untie,
+    )
+    blocks = {
+        site.name: result.graph_module.get_parameter(f"{site.block_owner}.{BLOCK}.{name}")
+        for site in result.applied
+    }
+    given = folder.modules_to_save if folder else {}
+    saved, absent = saved_parameters(base, config, given, str(folder.path) if folder else name)
+    return MountedAdapter(config, blocks, saved, (*result.refused, *absent))
+
+
+def delta_weight(
+    base: fx.GraphModule, site: str, adapter: MountedAdapter, before: Sequence[MountedAdapter]
+) -> Tensor:
+    """What an adapter adds to a weight after those before it, in the weight's own layout."""
+    place = next(s for s in find_sites(base).sites if s.name == site)
+    steps = [(a.config.method, a.blocks[site].detach()) for a in before if site in a.blocks]
+    with torch.no_grad():
+        weight = base.get_parameter(place.weight_name).detach().float()
+        received = fold_weight(weight, steps, transposed=place.transposed, layer=site)
+        w_OI = received.t() if place.transposed else received
+        delta = METHODS[adapter.config.method].delta(w_OI, adapter.blocks[site].detach().float())
+    return delta.t().contiguous() if place.transposed else delta
+
+
+def with_parameters(model: nn.Module, source: nn.Module, names: Collection[str]) -> nn.Module:
+    """A copy of a model with some parameters taken from another; the rest is shared with it."""
+    shared: dict[int, Any] = {id(p): p for p in model.parameters()}
+    copied = copy.deepcopy(model, shared)
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    config: Any = getattr(copied, "config", None)
+    if config is not None and any(owners[id(model.get_parameter(name))] > 1 for name in names):
+        config.tie_word_embeddings = False  # a layer that was untied has a weight of its own
+    for name in sorted(names):
+        owner, leaf = container(copied, name)
+        value = source.get_parameter(name).detach()
+        owner.register_parameter(leaf, nn.Parameter(value, requires_grad=True))
+    return copied

