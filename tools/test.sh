@@ -16,11 +16,11 @@ stage() {
 }
 
 if [ "$#" -gt 0 ]; then
-    stage "tests" .venv/bin/python -m pytest -n 2 "$@"
+    stage "tests" .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
 else
     stage "lint" .venv/bin/ruff check .
     stage "format" .venv/bin/ruff format --check .
     stage "types" .venv/bin/mypy
-    stage "tests" .venv/bin/python -m pytest -n 2
+    stage "tests" .venv/bin/python -m pytest -n 2 --dist worksteal
 fi
 echo "==> all passed in $SECONDS s"

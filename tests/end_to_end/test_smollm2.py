@@ -135,6 +135,8 @@ def test_fp16_runs_and_holds_one_copy_of_the_weights(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_twenty_steps_give_the_losses_of_peft(method: str, smollm2: Path) -> None:
+    """At a rate at which training is stable: at 1e-3 PEFT differs from itself, run on one thread
+    and on two, by more than a tenth of the loss."""
     losses: dict[str, list[float]] = {}
     for who in ("peft", "ours"):
         model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
@@ -149,7 +151,7 @@ def test_twenty_steps_give_the_losses_of_peft(method: str, smollm2: Path) -> Non
         else:
             net = bone_fx.adapt(model, bone_fx.BoneConfig(**fields), batches[0])
         net.train()
-        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3)
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=2e-4)
         losses[who] = []
         for step in range(20):
             loss = net(**batches[step % 3]).loss
