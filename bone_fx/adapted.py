@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, fx, nn
 
 from bone_fx.checkpoint import read_adapter, write_adapter
@@ -94,8 +95,8 @@ class AdaptedModule(fx.GraphModule):
         """
         self._check_new(adapter_name)
         adapter = new_adapter(self._base, self._origin, adapter_name, config)
-        self._adapters[adapter_name] = adapter
-        self._rebuild()
+        with self._change():
+            self._adapters[adapter_name] = adapter
 
     def load_adapter(self, directory: str | Path, adapter_name: str = "default") -> None:
         """Add a trained adapter from a folder in PEFT's layout; `set_adapter` makes it active.
@@ -110,8 +111,8 @@ class AdaptedModule(fx.GraphModule):
         search = find_sites(self._base)
         folder.match(search.sites, search.others, self._origin.output_layers)
         adapter = new_adapter(self._base, self._origin, adapter_name, folder.config, folder)
-        self._adapters[adapter_name] = adapter
-        self._rebuild()
+        with self._change():
+            self._adapters[adapter_name] = adapter
 
     def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
         """Make adapters active, in this order; their blocks train, those of the others are frozen.
@@ -119,22 +120,19 @@ class AdaptedModule(fx.GraphModule):
         Raises:
             UsageError: A name that is not there, or given twice.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        for name in names:
-            self._adapter(name)
+        names = self._named(adapter_names)
         if len(set(names)) != len(names):
             raise UsageError(f"an adapter is named twice: {names}")
-        self.active_adapters = names
-        self._merged = []
-        self._rebuild()
+        with self._change():
+            self.active_adapters, self._merged = names, []
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its blocks; the others stay as they are."""
         self._adapter(adapter_name)
-        del self._adapters[adapter_name]
-        self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
-        self._merged = [name for name in self._merged if name != adapter_name]
-        self._rebuild()
+        with self._change():
+            del self._adapters[adapter_name]
+            self.active_adapters = [n for n in self.active_adapters if n != adapter_name]
+            self._merged = [n for n in self._merged if n != adapter_name]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -143,13 +141,13 @@ class AdaptedModule(fx.GraphModule):
         The graph has no adapters, not a flag that skips them.
         """
         before = self._disabled
-        self._disabled = True
-        self._rebuild()
+        with self._change():
+            self._disabled = True
         try:
             yield
         finally:
-            self._disabled = before
-            self._rebuild()
+            with self._change():
+                self._disabled = before
 
     # Weights: delta, merge, fold, unload.
 
@@ -169,7 +167,7 @@ class AdaptedModule(fx.GraphModule):
         before = active[: active.index(adapter_name)] if adapter_name in active else []
         return delta_weight(self._base, site, adapter, [self._adapters[name] for name in before])
 
-    def fold(self, adapters: Sequence[str] | None = None) -> fx.GraphModule:
+    def fold(self, adapters: str | Sequence[str] | None = None) -> fx.GraphModule:
         """A plain GraphModule with the adapters folded into constant weights.
 
         This module stays as it is.
@@ -183,7 +181,8 @@ class AdaptedModule(fx.GraphModule):
         Raises:
             FoldError: A folded weight holds NaN or Inf.
         """
-        names = self.active_adapters if adapters is None else list(adapters)
+        names = self._named(adapters)
+        carry_buffers(self, self._base)
         result = fold_adapters(self._inserted(names)).graph_module
         for name, parameter in self._saved(names).items():
             owner, leaf = container(result, name)
@@ -192,23 +191,21 @@ class AdaptedModule(fx.GraphModule):
             )
         return FoldedModule(result, self._origin.signature, training=self.training)
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+    def merge_adapter(self, adapter_names: str | Sequence[str] | None = None) -> None:
         """Put folded weights in place of the active adapters.
 
         The base's own bytes are kept for `unmerge_adapter`.
         """
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        for name in names:
-            self._adapter(name)
-        self._merged = list(names)
-        self._rebuild()
+        names = self._named(adapter_names)
+        with self._change():
+            self._merged = names
 
     def unmerge_adapter(self) -> None:
         """Give the base its own weights back, bit for bit, and the adapters their nodes."""
-        self._merged = []
-        self._rebuild()
+        with self._change():
+            self._merged = []
 
-    def merge_and_unload(self, adapter_names: Sequence[str] | None = None) -> nn.Module:
+    def merge_and_unload(self, adapter_names: str | Sequence[str] | None = None) -> nn.Module:
         """The original model class with folded weights, ready for `generate` and `save_pretrained`.
 
         The model that was adapted is not changed; weights that no adapter touches are shared with
@@ -222,9 +219,9 @@ class AdaptedModule(fx.GraphModule):
             raise UsageError(
                 "there is no model to give back", next_step="use fold(), which gives a GraphModule"
             )
-        folded = self.fold(adapter_names)
-        names = {site.weight_name for site in self._touched(adapter_names)}
-        names |= set(self._saved(adapter_names))
+        chosen = self._named(adapter_names)
+        folded = self.fold(chosen)
+        names = {site.weight_name for site in self._touched(chosen)} | set(self._saved(chosen))
         return with_parameters(model, folded, names).train(self.training)
 
     # What people ask of a PEFT model.
@@ -329,17 +326,48 @@ class AdaptedModule(fx.GraphModule):
             )
         return self._adapters[name]
 
-    def _saved(self, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    def _named(self, names: str | Sequence[str] | None) -> list[str]:
+        """Adapter names as a list, the active ones for None; each must be there."""
+        given = self.active_adapters if names is None else names
+        chosen = [given] if isinstance(given, str) else list(given)
+        for name in chosen:
+            self._adapter(name)
+        return chosen
+
+    def _saved(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
         """Parameters of `modules_to_save`; of two adapters that have one, the later acts."""
         merged: dict[str, nn.Parameter] = {}
-        for name in self.active_adapters if names is None else names:
+        for name in names:
             merged.update(self._adapter(name).saved)
         return merged
 
-    def _touched(self, names: Sequence[str] | None) -> list[LinearSite]:
-        chosen = self.active_adapters if names is None else names
-        sites = {name for adapter in chosen for name in self._adapter(adapter).blocks}
+    def _touched(self, names: Sequence[str]) -> list[LinearSite]:
+        sites = {name for adapter in names for name in self._adapter(adapter).blocks}
         return [site for site in find_sites(self._base).sites if site.name in sites]
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """A change of adapters: the graph is written anew, or everything is as it was before."""
+        before = dict(self._adapters), self.active_adapters, self._merged, self._disabled
+        try:
+            yield
+            self._rebuild()
+        except BaseException:
+            self.__dict__["_adapters"] = before[0]
+            self.active_adapters, self._merged, self._disabled = before[1:]
+            raise
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast what is mounted, and what waits to be mounted again."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        mounted = {id(parameter) for parameter in self.parameters()}
+        waiting = list(self._base.parameters())
+        for adapter in self._adapters.values():
+            waiting += [*adapter.blocks.values(), *adapter.saved.values()]
+        with torch.no_grad():
+            for parameter in {id(p): p for p in waiting if id(p) not in mounted}.values():
+                parameter.data = fn(parameter.data)
+        return self
 
     def _inserted(self, names: Sequence[str]) -> fx.GraphModule:
         chosen = [(name, self._adapter(name)) for name in names]
@@ -351,8 +379,9 @@ class AdaptedModule(fx.GraphModule):
         own: dict[str, nn.Parameter] = dict(self._base.named_parameters(remove_duplicate=False))
         gm = self._base
         if not self._disabled:
-            gm = self._inserted(self._merged or self.active_adapters)
-            own |= self._saved(None)
+            names = self._merged or self.active_adapters
+            gm = self._inserted(names)
+            own |= self._saved(names)
         if self._merged and not self._disabled:
             gm = fold_adapters(gm).graph_module
             own |= {

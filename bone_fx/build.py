@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from bone_fx.checkpoint import AdapterFolder
 from bone_fx.errors import CaptureError, UsageError
@@ -185,8 +186,7 @@ def build_checkpoint(
     from bone_fx.weights.fold import fold_recipes
 
     checkpoint = open_base(base, trust_remote_code=trust_remote_code, revision=revision)
-    plan_parts = _heads_and_class(checkpoint, adapters)
-    architecture, overrides, heads = plan_parts
+    architecture, overrides, heads = _heads_and_class(checkpoint, adapters)
     told.stage("capture without weights")
     model = skeleton(
         checkpoint, DTYPES[dtype], architecture=architecture, config_overrides=overrides
@@ -280,10 +280,13 @@ def build_module(
     base: object, example_inputs: Any, dynamic_shapes: Any, told: Progress
 ) -> ModuleBuild:
     """Capture a module, graph or program of the user's own with the weights it has."""
+    from bone_fx.adapted import AdaptedModule
     from bone_fx.capture.forward import capture_forward
     from bone_fx.onnx.forward_model import forward_model
 
     told.stage("capture")
+    if isinstance(base, AdaptedModule):
+        base = base.fold()
     if not isinstance(base, nn.Module | ExportedProgram):
         raise UsageError(
             f"cannot export a {type(base).__name__}",
@@ -309,23 +312,26 @@ def build_module(
 
 
 def _evaluated(module: nn.Module) -> Callable[..., Any]:
-    """The module's call in evaluation mode, as far as it can be switched.
+    """The module's call in evaluation mode; its buffers and its inputs are as before afterwards.
 
-    Graphs of torch.export cannot.
+    A graph is called without the guards of its trace, which hold for the sizes of its examples.
     """
+    from bone_fx.capture.forward import evaluation_copy
+
+    called = evaluation_copy(module) if isinstance(module, fx.GraphModule) else module
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        training = module.training
-        switchable = type(module).train is not nn.Module.train or not isinstance(
-            module, fx.GraphModule
-        )
-        if training and switchable:
-            module.eval()
+        training = called.training
+        before = [(buffer, buffer.clone()) for buffer in called.buffers()]
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+        nn.Module.train(called, False)
         try:
-            return module(*args, **kwargs)
+            return called(*args, **kwargs)
         finally:
-            if training and switchable:
-                module.train()
+            nn.Module.train(called, training)
+            with torch.no_grad():
+                for buffer, value in before:
+                    buffer.copy_(value)
 
     return call
 

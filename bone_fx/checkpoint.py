@@ -132,6 +132,10 @@ def read_adapter(directory: str | Path, name: str = "default") -> AdapterFolder:
             expected=f"keys that end in .{_BLOCK_OF_TYPE[str(config.peft_type)]}",
             found=_some(list(tensors)),
         )
+    for key in (k for k in tensors if k.endswith("_block") and not tensors[k].is_floating_point()):
+        raise AdapterError(
+            f"{path}: {key} holds no floats", expected="float32", found=str(tensors[key].dtype)
+        )
     for key, tensor in {**blocks, **saved}.items():
         if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(

@@ -18,7 +18,7 @@ from torch import fx, nn
 from bone_fx.checkpoint import AdapterFolder, read_adapter
 from bone_fx.errors import UsageError
 from bone_fx.progress import Progress, Silent
-from bone_fx.staging import Staging, staged
+from bone_fx.staging import MANIFEST, Staging, refuse_inputs_as_output, staged
 from bone_fx.verify.parity import Parity
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 PROVIDERS = ("cpu", "cuda")
 VERIFY = ("full", "fast", "off")
-MANIFEST = "bone_export.json"
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,7 @@ def export(
             "adapters go with a checkpoint",
             next_step="adapt the module, train it and export its fold()",
         )
+    refuse_inputs_as_output(output, [*adapters, *([] if own else [str(base)])])
     with staged(output, overwrite=overwrite) as staging:
         told.stage("read the inputs")
         folders = [(_adapter_name(path, adapters), read_adapter(path)) for path in adapters]

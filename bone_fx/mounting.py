@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from bone_fx.passes.fold import fold_weight
 from bone_fx.passes.frame import container
 from bone_fx.passes.insert import BLOCK, insert_adapters
 from bone_fx.sites import LinearSite, Refusal, is_saved_module
+
+_HEADS = ("classifier", "score")
+"""Heads that PEFT 0.18.1 trains whole for a classification task."""
 
 
 @dataclass
@@ -160,10 +163,16 @@ def new_adapter(
 ) -> MountedAdapter:
     """An adapter for a base: fresh blocks, or those of a folder.
 
+    A classification task trains the model's head too, as in PEFT.
+
     Raises:
         SiteError: Nothing matched, or a block cannot fit its layer.
         AdapterError: A trained module of the folder does not fit.
     """
+    if folder is None and config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        heads = [h for h in _HEADS if any(f".{h}." in f".{n}" for n, _ in base.named_parameters())]
+        listed = dict.fromkeys([*(config.modules_to_save or ()), *heads])
+        config = replace(config, modules_to_save=list(listed))
     result = insert_adapters(
         base,
         config,
@@ -203,6 +212,10 @@ def with_parameters(model: nn.Module, source: nn.Module, names: Collection[str])
     config: Any = getattr(copied, "config", None)
     if config is not None and any(owners[id(model.get_parameter(name))] > 1 for name in names):
         config.tie_word_embeddings = False  # a layer that was untied has a weight of its own
+    statistics = dict(source.named_buffers())
+    for name, buffer in copied.named_buffers():
+        if name in statistics:
+            buffer.copy_(statistics[name])
     for name in sorted(names):
         owner, leaf = container(copied, name)
         value = source.get_parameter(name).detach()

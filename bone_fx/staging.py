@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from bone_fx.errors import ExportError, UsageError, VerificationError
+
+MANIFEST = "bone_export.json"
+"""The file by which an earlier export is known."""
 
 
 @dataclass
@@ -71,6 +74,12 @@ def staged(output: str | Path, *, overwrite: bool) -> Iterator[Staging]:
         raise UsageError(
             f"the output {output} exists", next_step="choose another -o, or pass --overwrite"
         )
+    if target.exists() and any(target.iterdir()) and not (target / MANIFEST).exists():
+        raise UsageError(
+            f"the output {output} is no earlier export: it holds no {MANIFEST}",
+            expected="an empty folder or an earlier export",
+            next_step="choose another -o; nothing was deleted",
+        )
     try:
         made = _make_parents(target.parent)
         folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.staging-"))
@@ -95,6 +104,26 @@ def staged(output: str | Path, *, overwrite: bool) -> Iterator[Staging]:
             for parent in reversed(made):
                 if not any(parent.iterdir()):
                     parent.rmdir()
+
+
+def refuse_inputs_as_output(output: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Refuse an output that is, holds or lies in one of the inputs.
+
+    Raises:
+        UsageError: It does; publishing would change an input.
+    """
+    target = Path(output).expanduser().resolve()
+    for given in inputs:
+        path = Path(given).expanduser()
+        if not path.exists():
+            continue
+        path = path.resolve()
+        if target == path or target in path.parents or path in target.parents:
+            raise UsageError(
+                f"the output {output} overlaps the input {given}",
+                expected="a folder apart from the base and the adapters",
+                next_step="choose another -o",
+            )
 
 
 def _make_parents(parent: Path) -> list[Path]:

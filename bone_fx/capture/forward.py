@@ -91,7 +91,7 @@ def capture_forward(
             )
         example_inputs = default_inputs(model)
     if isinstance(model, GraphModule):
-        model = _shell(_evaluation_copy(model))
+        model = _shell(evaluation_copy(model))
     with unchanged(model), torch.no_grad():
         torch.nn.Module.train(
             model, False
@@ -231,7 +231,7 @@ def _shapes(examples: Examples, dim: Any) -> dict[str, Any]:
     return {name: of(name) for name in examples.inputs}
 
 
-def _evaluation_copy(graph_module: GraphModule) -> GraphModule:
+def evaluation_copy(graph_module: GraphModule) -> GraphModule:
     """The graph on its own, without guards, in evaluation; parameters are shared."""
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))

@@ -56,6 +56,12 @@ def find_sites(gm: fx.GraphModule) -> SiteSearch:
         and str(node.target) not in known
         and _is_matrix(gm, str(node.target))
     }
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and str(node.target) not in {use.site.name for use in uses}:
+            module = gm.get_submodule(str(node.target))
+            if module_calls.site_of(str(node.target), module) is not None:
+                name, kind = str(node.target), type(module).__name__
+                others[name] = Refusal(name, f"a {kind} with hooks or a forward of its own")
     return SiteSearch(tuple(uses), tuple(others.values()))
 
 

@@ -24,6 +24,8 @@ _PRODUCTS = {aten.mm.default, aten.matmul.default, torch.matmul, torch.mm, opera
 
 def read(gm: fx.GraphModule, node: fx.Node) -> LinearUse | None:
     """The linear use at an aten node, or None."""
+    if node.op == "call_method" and node.target in ("matmul", "mm") and len(node.args) == 2:
+        return _use(gm, node, node.args[0], node.args[1], None, is_IO=True)
     if node.op != "call_function":
         return None
     if node.target is aten.linear.default:

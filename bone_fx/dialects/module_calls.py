@@ -15,15 +15,22 @@ from bone_fx.sites import LinearSite
 
 def read(gm: fx.GraphModule, node: fx.Node) -> LinearUse | None:
     """The linear use at a `call_module` node, or None."""
-    if node.op != "call_module" or not node.args or not isinstance(node.args[0], fx.Node):
+    if node.op != "call_module":
         return None
+    x = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
     name = str(node.target)
     module = gm.get_submodule(name)
     site = site_of(name, module)
-    if site is None:
+    if site is None or not isinstance(x, fx.Node) or not is_plain(module):
         return None
     bias = f"{name}.bias" if getattr(module, "bias", None) is not None else None
-    return LinearUse(node, site, node.args[0], bias, "functional")
+    return LinearUse(node, site, x, bias, "functional")
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling the module is the product alone: no hooks, no forward of a subclass."""
+    own = type(module).__name__ == "Conv1D" or type(module).forward is nn.Linear.forward
+    return own and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def site_of(name: str, module: nn.Module) -> LinearSite | None:

@@ -22,7 +22,7 @@ from bone_fx.dialects.adapted import AdaptedArguments
 from bone_fx.errors import FoldError
 from bone_fx.operators import ADAPTED_LINEAR
 from bone_fx.passes.frame import PassResult, container, copy_module, graph_pass
-from bone_fx.passes.insert import BLOCK
+from bone_fx.passes.insert import BLOCK, DROPOUT
 from bone_fx.sites import LinearSite
 
 
@@ -129,7 +129,7 @@ def _is_input(node: fx.Node) -> bool:
 
 def _drop_blocks(gm: fx.GraphModule) -> None:
     for name, _ in list(gm.named_modules()):
-        if name.rpartition(".")[2] == BLOCK:
+        if name.rpartition(".")[2] in (BLOCK, DROPOUT):
             owner, leaf = container(gm, name)
             delattr(owner, leaf)
     for name, module in reversed(list(gm.named_modules())):

@@ -113,9 +113,11 @@ def copy_module(gm: fx.GraphModule, *, class_name: str | None = None) -> fx.Grap
         owner.register_parameter(leaf, memo[id(parameter)])
     for prefix, module in gm.named_modules(remove_duplicate=False):
         for leaf, buffer in module._buffers.items():
-            memo[id(buffer)] = buffer
-            owner, _ = container(root, f"{prefix}.{leaf}" if prefix else leaf)
             lasting = leaf not in module._non_persistent_buffers_set
+            if lasting and buffer is not None:  # statistics that a training forward writes
+                memo.setdefault(id(buffer), buffer.clone())
+            buffer = memo.setdefault(id(buffer), buffer)
+            owner, _ = container(root, f"{prefix}.{leaf}" if prefix else leaf)
             owner.register_buffer(leaf, buffer, persistent=lasting)
     graph = copy_graph(gm.graph)
     for node in graph.nodes:

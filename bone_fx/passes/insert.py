@@ -28,6 +28,9 @@ from bone_fx.sites import LinearSite, check_fit, is_saved_module, select_sites
 BLOCK = "bone_block"
 """Name under which a site owns its blocks: `<site>.bone_block.<adapter>`."""
 
+DROPOUT = "bone_dropout"
+"""Name under which a site of a graph without dropout literals owns its dropout modules."""
+
 
 @graph_pass
 def insert_adapters(
@@ -61,9 +64,10 @@ def insert_adapters(
         SiteError: Nothing matched, a block does not fit its layer, a name is taken, or a target is
             tied.
     """
-    if not adapter_name or "." in adapter_name:
+    if not adapter_name or "." in adapter_name or hasattr(nn.Module(), adapter_name):
         raise SiteError(
-            f"adapter name {adapter_name!r} cannot be used", expected="a name without a dot"
+            f"adapter name {adapter_name!r} cannot be used",
+            expected="a name without a dot that is no attribute of torch's modules",
         )
     search = find_sites(gm)
     chosen, refused = select_sites(config, search.sites, search.others, output_layers)
@@ -144,7 +148,7 @@ def _rewrite(gm: fx.GraphModule, use: LinearUse, config: BoneConfig, adapter_nam
     block_name = f"{site.block_owner}.{BLOCK}.{adapter_name}"
     with graph.inserting_before(node):
         block = constant(gm, node, block_name)
-        branch = use.x if not config.miss_dropout else _dropout(graph, use.x, config.miss_dropout)
+        branch = _dropout(gm, use, adapter_name, config.miss_dropout)
         if node.target is ADAPTED_LINEAR:
             now = AdaptedArguments.of(node)
         else:
@@ -184,7 +188,15 @@ def constant(gm: fx.GraphModule, like: fx.Node, name: str) -> fx.Node:
     return node
 
 
-def _dropout(graph: fx.Graph, x: fx.Node, probability: float) -> fx.Node:
-    node = graph.call_function(torch.ops.aten.dropout.default, (x, probability, True))
-    node.meta.update({key: x.meta[key] for key in ("val", "nn_module_stack") if key in x.meta})
+def _dropout(gm: fx.GraphModule, use: LinearUse, adapter_name: str, probability: float) -> fx.Node:
+    """The adapter's own input: `x`, or `x` under dropout that `train()` and `eval()` switch."""
+    if not probability:
+        return use.x
+    if use.family == "functional":
+        name = f"{use.site.block_owner}.{DROPOUT}.{adapter_name}"
+        owner, leaf = container(gm, name)
+        owner.add_module(leaf, nn.Dropout(probability).train(gm.training))
+        return gm.graph.call_module(name, (use.x,))
+    node = gm.graph.call_function(torch.ops.aten.dropout.default, (use.x, probability, True))
+    node.meta.update({k: use.x.meta[k] for k in ("val", "nn_module_stack") if k in use.x.meta})
     return node

@@ -43,6 +43,9 @@ def untie_weights(gm: fx.GraphModule, sites: list[LinearSite], *, untie: bool) -
                 expected="a layer with a weight of its own",
                 next_step="leave it out with exclude_modules, or pass untie=True",
             )
+        called = next((reader for reader in readers if reader.op == "call_module"), None)
+        if called is not None:
+            raise SiteError(f"{site.name}: its weight is also read by the module {called.target}")
         if readers and not others:
             raise SiteError(
                 f"{site.name}: its weight is also read by {readers[0].name}, under no other name"
@@ -66,5 +69,10 @@ def _other_readers(gm: fx.GraphModule, site: LinearSite, own: set[fx.Node]) -> l
     views = {site.weight_name}
     reads = [n for n in gm.graph.nodes if n.op == "get_attr" and str(n.target) in views]
     users = [user for read in reads for user in read.users]
+    weight = gm.get_parameter(site.weight_name)
+    calls = [n for n in gm.graph.nodes if n.op == "call_module"]
+    users += [
+        n for n in calls if any(p is weight for p in gm.get_submodule(str(n.target)).parameters())
+    ]
     passing = {n for use in own for n in use.all_input_nodes}
     return [user for user in users if user not in own and user not in passing]

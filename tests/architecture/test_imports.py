@@ -49,6 +49,7 @@ MAY_KNOW: dict[str, set[str]] = {
     },
     "adapting": {"adapted", "capture", "checkpoint", "config", "mounting"},
     "build": {
+        "adapted",
         "adapting",
         "capture",
         "checkpoint",

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import bone_fx
-from bone_fx.errors import SiteError, UsageError
+from bone_fx.errors import FoldError, SiteError, UsageError
 
 Q = "model.layers.0.self_attn.q_proj"
 CONFIG = bone_fx.BoneConfig(r=20, target_modules=["q_proj", "down_proj"])
@@ -220,3 +220,86 @@ def test_what_is_no_site_is_refused_by_name() -> None:
             bone_fx.BoneConfig(r=7, target_modules="all-linear", init_weights="bat"),
             inputs(),
         )
+
+
+class Headed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Linear(16, 16)
+        self.norm = torch.nn.BatchNorm1d(16)
+        self.score = torch.nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.score(torch.tanh(self.norm(self.body(x))))
+        return result
+
+
+def headed() -> tuple[bone_fx.AdaptedModule, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(4, 16)
+    config = bone_fx.BoneConfig(r=4, target_modules=["body"], modules_to_save=["score"])
+    adapted = bone_fx.adapt(Headed().eval(), config, (x,), adapter_name="one")
+    adapted.add_adapter("two", config)
+    with torch.no_grad():
+        for number, adapter in enumerate(adapted._adapters.values(), start=1):
+            for parameter in (*adapter.blocks.values(), *adapter.saved.values()):
+                parameter.add_(0.1 * number)
+    return adapted, x
+
+
+def test_a_cast_reaches_what_is_not_mounted() -> None:
+    adapted, x = headed()
+    with adapted.disable_adapter():
+        base = adapted(x)
+    adapted.merge_adapter()
+    adapted.double()
+    adapted.unmerge_adapter()
+    with adapted.disable_adapter():
+        torch.testing.assert_close(adapted(x.double()), base.double(), rtol=0, atol=1e-6)
+    adapted.set_adapter("two")
+    assert adapted(x.double()).dtype == torch.float64
+
+
+def test_merging_takes_the_head_of_what_is_merged() -> None:
+    adapted, x = headed()
+    expected = adapted.fold("two")(x)
+    adapted.merge_adapter("two")
+    torch.testing.assert_close(adapted(x), expected, rtol=0, atol=1e-6)
+
+
+def test_a_change_that_fails_leaves_everything_as_it_was() -> None:
+    adapted, x = headed()
+    before = adapted(x)
+    with torch.no_grad():
+        adapted.get_parameter("body.bone_block.two").fill_(float("inf"))
+    with pytest.raises(FoldError, match="body"):
+        adapted.merge_adapter(["two"])
+    assert torch.equal(adapted(x), before)
+    adapted.add_adapter("three", adapted.peft_config["one"])
+    assert torch.equal(adapted(x), before)
+
+
+def test_statistics_of_a_training_forward_stay_out_of_the_base() -> None:
+    torch.manual_seed(0)
+    model = Headed().eval()
+    x = torch.randn(4, 16)
+    config = bone_fx.BoneConfig(r=4, target_modules=["body"])
+    adapted = bone_fx.adapt(model, config, (x,)).train()
+    adapted(x)
+    assert int(model.norm.num_batches_tracked) == 0
+    assert int(adapted.get_buffer("norm.num_batches_tracked")) == 1
+    adapted.eval()
+    expected = adapted(x)
+    torch.testing.assert_close(adapted.fold()(x), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(adapted.merge_and_unload()(x), expected, rtol=0, atol=1e-6)
+
+
+def test_a_classification_task_trains_the_head() -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(vocab_size=96, hidden_size=48, num_hidden_layers=1, num_attention_heads=3)
+    config.intermediate_size = 80
+    adapter = bone_fx.BoneConfig(r=16, target_modules=["query"], task_type="SEQ_CLS")
+    adapted = bone_fx.adapt(BertForSequenceClassification(config).eval(), adapter, inputs())
+    assert adapted.get_parameter("classifier.weight").requires_grad
+    assert adapter.modules_to_save is None

@@ -163,3 +163,14 @@ def test_interrupted_in_every_stage(stage: str, work: Path) -> None:
     assert "interrupted" in rest
     assert tree(work) == before
     assert {path.name for path in work.iterdir()} == names
+
+
+def test_inputs_and_foreign_folders_are_never_overwritten(work: Path) -> None:
+    (work / "notes").mkdir()
+    (work / "notes" / "mine.txt").write_text("keep me")
+    before = tree(work)
+    arguments = ["--adapter", work / "adapter", "--overwrite"]
+    for target in ("base", "adapter", ".", "base/out"):
+        refused(run(work / "base", *arguments, "-o", work / target), 2, "overlaps the input")
+    refused(run(work / "base", *arguments, "-o", work / "notes"), 2, "no earlier export")
+    assert tree(work) == before
