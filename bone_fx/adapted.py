@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +21,7 @@ from bone_fx.config import BoneConfig
 from bone_fx.dialects import find_sites
 from bone_fx.errors import UsageError
 from bone_fx.folded import FoldedModule
+from bone_fx.model_graph import ModelGraph
 from bone_fx.mounting import (
     MountedAdapter,
     Origin,
@@ -40,7 +41,7 @@ _LOSS_OPTIONS = ("num_items_in_batch",)
 """Arguments of a call that are for the model's loss function."""
 
 
-class AdaptedModule(fx.GraphModule):
+class AdaptedModule(ModelGraph):
     """A GraphModule with one block-adaptation node a site, called like its model.
 
     Attributes:
@@ -53,7 +54,6 @@ class AdaptedModule(fx.GraphModule):
     _origin: Origin
     _base: fx.GraphModule
     _adapters: dict[str, MountedAdapter]
-    _graph_forward: ClassVar[Callable[..., Any]]
 
     def __init__(self, origin: Origin) -> None:
         base = copy_module(origin.graph_module)
@@ -257,29 +257,7 @@ class AdaptedModule(fx.GraphModule):
             config.inference_mode = True
             write_adapter(folder, config, adapter.blocks, adapter.saved)
 
-    def train(self, mode: bool = True) -> Self:
-        """Switch the graph's dropout; calling it again changes nothing."""
-        self.training = mode
-        set_dropout(self, training=mode)
-        for module in self.children():
-            if not isinstance(module, fx.GraphModule):
-                module.train(mode)
-        return self
-
-    def eval(self) -> Self:
-        """Switch dropout off; calling it again changes nothing."""
-        return self.train(mode=False)
-
     # The call, and the graph underneath it.
-
-    def recompile(self) -> Any:
-        """Compile the graph; the model's own call stays around the generated forward."""
-        code = super().recompile()
-        cls = type(self)
-        if cls.forward is not AdaptedModule._call_model:
-            cls._graph_forward = cls.forward
-            cls.forward = AdaptedModule._call_model
-        return code
 
     def _call_model(self, *args: Any, **kwargs: Any) -> Any:
         origin = self._origin

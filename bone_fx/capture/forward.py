@@ -7,9 +7,7 @@ with names on both sides.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from bone_fx.capture.default_inputs import default_inputs
 from bone_fx.capture.examples import BATCH, Examples, read_examples
+from bone_fx.capture.flat_forward import flat_forward
 from bone_fx.capture.flat_outputs import different_from, flat_outputs
 from bone_fx.capture.patches import is_transformers_model, traceable
 from bone_fx.capture.unchanged import unchanged
@@ -141,7 +140,15 @@ def _export(
 ) -> ForwardCapture:
     outputs: list[tuple[str, ...]] = []
     inputs = _traced_inputs(model, examples)
-    with traceable(model), _flat_forward(model, examples, outputs):
+
+    def flattened(output: Any) -> tuple[torch.Tensor, ...]:
+        tensors, names = flat_outputs(output)
+        if not tensors:
+            raise CaptureError(f"{type(model).__name__} returns no tensor")
+        outputs.append(names)
+        return tensors
+
+    with traceable(model), flat_forward(model, examples, flattened):
         program = torch.export.export(model, (), inputs, strict=False, dynamic_shapes=shapes)
     names = tuple(
         f"{name}.{place}" if nested else name
@@ -175,40 +182,6 @@ def _traced_inputs(model: torch.nn.Module, examples: Examples) -> dict[str, Any]
             )
             for name, value in examples.inputs.items()
         }
-
-
-@contextmanager
-def _flat_forward(
-    model: torch.nn.Module, examples: Examples, outputs: list[tuple[str, ...]]
-) -> Iterator[None]:
-    """Gives the model a forward that takes the inputs by name and returns a flat tuple."""
-    original = model.forward
-    positional = list(examples.positional[: examples.by_position])
-
-    def forward(**inputs: Any) -> tuple[torch.Tensor, ...]:
-        values = {**inputs, **examples.constants}
-        args = [values.pop(name, None) for name in positional]
-        tensors, names = flat_outputs(original(*args, **values))
-        if not tensors:
-            raise CaptureError(f"{type(model).__name__} returns no tensor")
-        outputs.append(names)
-        return tensors
-
-    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-            for name in examples.inputs
-        ]
-    )
-    had = "forward" in model.__dict__
-    model.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if had:
-            model.__dict__["forward"] = original
-        else:
-            del model.__dict__["forward"]
 
 
 def _by_input(examples: Examples, dynamic_shapes: DynamicShapes) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from bone_fx.capture.examples import Examples
+from bone_fx.capture.flat_forward import flat_forward
 from bone_fx.capture.modes import settings_to_blame
 from bone_fx.capture.patches import is_transformers_model, traceable
 from bone_fx.errors import CaptureError
@@ -88,36 +87,8 @@ def _choices(
 
 def _export(model: torch.nn.Module, examples: Examples, shapes: dict[str, Any]) -> ExportedProgram:
     inputs = {name: copy.copy(value) for name, value in examples.inputs.items()}
-    with traceable(model), _flat_forward(model, examples), torch.enable_grad():
+    with traceable(model), flat_forward(model, examples), torch.enable_grad():
         return torch.export.export(model, (), inputs, strict=False, dynamic_shapes=shapes)
-
-
-@contextmanager
-def _flat_forward(model: torch.nn.Module, examples: Examples) -> Iterator[None]:
-    """Gives the model a forward of exactly the inputs, whose signature `torch.export` reads."""
-    original: Callable[..., Any] = model.forward
-    positional = list(examples.positional[: examples.by_position])
-
-    def forward(**inputs: Any) -> Any:
-        values = {**inputs, **examples.constants}
-        args = [values.pop(name, None) for name in positional]
-        return original(*args, **values)
-
-    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-            for name in examples.inputs
-        ]
-    )
-    had = "forward" in model.__dict__
-    model.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if had:
-            model.__dict__["forward"] = original
-        else:
-            del model.__dict__["forward"]
 
 
 def _shapes(examples: Examples, hint: Any) -> dict[str, Any]:
