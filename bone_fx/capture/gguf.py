@@ -30,7 +30,6 @@ _READ_ERRORS = (
     AttributeError,
     RuntimeError,
     OSError,
-    NotImplementedError,
 )
 
 
