@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from bone_fx.build import Build
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = ("fp32", "fp16")
 PROVIDERS = ("cpu", "cuda")
 VERIFY = ("full", "fast", "off")
 
@@ -89,9 +89,7 @@ def export(
         BoneFxError: One of its kinds, each with its exit status; nothing is published, the inputs
             are as they were.
     """
-    _check_choices(
-        dtype=(dtype, tuple(DTYPES)), provider=(provider, PROVIDERS), verify=(verify, VERIFY)
-    )
+    _check_choices(dtype=(dtype, DTYPES), provider=(provider, PROVIDERS), verify=(verify, VERIFY))
     target = verify_on or provider
     _check_choices(verify_on=(target, PROVIDERS))
     told = progress or Silent()
@@ -115,11 +113,10 @@ def export(
             require_provider(target)
         build: Build
         if isinstance(base, str | Path):
-            from bone_fx.build import build_checkpoint
+            from bone_fx.build import BuildOptions, build_checkpoint
 
-            build = build_checkpoint(
-                base, folders, dtype, provider, trust_remote_code, revision, told
-            )
+            options = BuildOptions(dtype, provider, trust_remote_code, revision)
+            build = build_checkpoint(base, folders, options, told)
         else:
             from bone_fx.build import build_module
 
