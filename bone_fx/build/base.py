@@ -1,0 +1,49 @@
+"""An export before it is written: an ONNX model over recipes, and how to verify it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+
+from bone_fx.onnx.torch_exporter import OPSET
+from bone_fx.onnx.writer import write_model
+from bone_fx.progress import Progress
+from bone_fx.verify.parity import Parity
+
+
+@dataclass
+class Build:
+    """An export before it is written.
+
+    Attributes:
+        model: The ONNX model; its constants are recipes.
+        kind: `"decoder"`, `"model"` or `"module"`.
+        architecture: Class name of what was captured.
+        dtype: Dtype of weights and activations.
+        base_name: Name of the base, without its path.
+        base_files: SHA-256 of the base's weight files by name.
+        notes: What a person should know.
+    """
+
+    model: ir.Model
+    kind: str
+    architecture: str
+    dtype: str
+    base_name: str = ""
+    base_files: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    opset: int = OPSET
+
+    def write(self, folder: Path, told: Progress) -> None:
+        """Write the model, and what stands beside it, into a folder."""
+        write_model(self.model, folder, told.advance)
+
+    def verify(self, folder: Path, provider: str, mode: str) -> Parity:
+        """Compare the written model with torch.
+
+        Raises:
+            VerificationError: They disagree.
+        """
+        raise AssertionError(f"{type(self).__name__} has no verification")

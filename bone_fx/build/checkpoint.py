@@ -1,0 +1,193 @@
+"""A checkpoint under its adapters: a decoder with a cache if it generates, else its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bone_fx.build.base import Build
+from bone_fx.build.options import DTYPES, BuildOptions
+from bone_fx.build.plan import Adapters, Plan, adapted_sites, heads_and_class
+from bone_fx.onnx.translate import translate
+from bone_fx.progress import Progress
+from bone_fx.verify.parity import Parity
+from bone_fx.weights.recipes import Converted, Recipe, Value
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bone_fx.capture.deployment import DecoderCapture
+    from bone_fx.capture.loading import BaseCheckpoint
+
+
+@dataclass
+class CheckpointBuild(Build):
+    """A checkpoint under its adapters."""
+
+    provider: str = "cpu"
+    checkpoint: BaseCheckpoint | None = None
+    plan: Plan | None = None
+    decoder: DecoderCapture | None = None
+    examples: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def write(self, folder: Path, told: Progress) -> None:
+        """Write the model; for a decoder also what onnxruntime-genai needs to run the folder."""
+        super().write(folder, told)
+        assert self.checkpoint is not None
+        if self.decoder is not None:
+            from bone_fx.onnx.genai_config import write_genai_folder
+
+            self.notes += write_genai_folder(
+                folder,
+                self.checkpoint.config,
+                self.decoder,
+                self.checkpoint.folder,
+                provider=self.provider,
+            )
+        else:
+            from bone_fx.capture.real_model import copy_config_and_tokenizer
+
+            self.notes += copy_config_and_tokenizer(
+                self.checkpoint, self.plan.overrides if self.plan else {}, folder
+            )
+
+    def verify(self, folder: Path, provider: str, mode: str) -> Parity:
+        """Compare the written model with the base under its adapters, unmerged and folded."""
+        from bone_fx.capture.real_model import load_model
+        from bone_fx.runtime.session import open_session
+        from bone_fx.verify.constants import verify_constants
+        from bone_fx.verify.decoder import verify_decoder
+        from bone_fx.verify.forward import verify_model
+
+        assert self.checkpoint is not None
+        assert self.plan is not None
+        plan = self.plan
+        model = load_model(self.checkpoint, plan.architecture, plan.overrides, plan.heads)
+        verify_constants(folder, model, plan.sites, plan.adapters)
+        session = open_session(folder / "model.onnx", provider)
+        if self.decoder is not None:
+            vocab = int(self.checkpoint.config.get_text_config().vocab_size)
+            return verify_decoder(
+                session,
+                model,
+                plan.sites,
+                plan.adapters,
+                dtype=self.dtype,
+                vocab_size=vocab,
+                context_length=self.decoder.context_length,
+                short=mode == "fast",
+            )
+        return verify_model(
+            session, model, plan.sites, plan.adapters, dict(self.examples), dtype=self.dtype
+        )
+
+
+def build_checkpoint(
+    base: str | Path,
+    adapters: Adapters,
+    options: BuildOptions,
+    told: Progress,
+) -> CheckpointBuild:
+    """Capture a checkpoint without its weights and fold the adapters into its recipes."""
+    from bone_fx.capture.loading import open_base, skeleton
+    from bone_fx.weights.checkpoint import recipes_for
+    from bone_fx.weights.fold import fold_recipes
+
+    checkpoint = open_base(base, trust_remote_code=options.trust_remote_code, revision=options.revision)
+    architecture, overrides, heads = heads_and_class(checkpoint, adapters)
+    told.stage("capture without weights")
+    model = skeleton(
+        checkpoint, DTYPES[options.dtype], architecture=architecture, config_overrides=overrides
+    )
+    sites = adapted_sites(model, adapters)
+    plan = Plan(architecture, overrides, heads, adapters, sites)
+    recipes = recipes_for(model, checkpoint, extra=heads)
+    recipes = fold_recipes(recipes, sites, adapters)
+    common = {
+        "architecture": architecture.__name__,
+        "dtype": options.dtype,
+        "provider": options.provider,
+        "base_name": Path(checkpoint.origin).name,
+        "base_files": {file.name: checkpoint.sha256(file) for file in checkpoint.files},
+        "checkpoint": checkpoint,
+        "plan": plan,
+    }
+    if _generates(model):
+        return _build_decoder(model, recipes, common, told)
+    return _build_forward(model, recipes, common, told)
+
+
+def _build_decoder(
+    model: PreTrainedModel, recipes: Mapping[str, Recipe], common: dict[str, Any], told: Progress
+) -> CheckpointBuild:
+    from bone_fx.capture.deployment import capture_decoder
+
+    capture = capture_decoder(model)
+    told.stage("translate to ONNX")
+    known = {
+        **recipes,
+        **{name: Value(value, "computed") for name, value in capture.constants.items()},
+    }
+    for name, derived in capture.derived.items():
+        known[name] = _derived(recipes[derived.source], derived.function)
+    translated = translate(
+        capture.program,
+        known,
+        input_names=capture.input_names,
+        output_names=capture.output_names,
+        dim_names=capture.axis_names,
+    )
+    notes = list(capture.notes)
+    if common["provider"] == "cuda" and common["dtype"] == "fp32":
+        notes.append("GroupQueryAttention has no fp32 kernel on CUDA and runs on the CPU: use fp16")
+    return CheckpointBuild(translated, "decoder", decoder=capture, notes=notes, **common)
+
+
+def _derived(source: Recipe, function: str) -> Recipe:
+    """The recipe of a constant that is computed from one parameter, in float32, rounded once."""
+    compute = {"add_one": lambda tensors: (tensors[0].float() + 1).to(tensors[0].dtype)}[function]
+    return Converted((source,), compute, source.shape, function.replace("_", " "))
+
+
+def _build_forward(
+    model: PreTrainedModel, recipes: Mapping[str, Recipe], common: dict[str, Any], told: Progress
+) -> CheckpointBuild:
+    from bone_fx.capture.default_inputs import default_inputs
+    from bone_fx.capture.forward import capture_forward
+    from bone_fx.onnx.forward_model import forward_model
+
+    capture = capture_forward(model, default_inputs(model))
+    told.stage("translate to ONNX")
+    translated = forward_model(capture, recipes)
+    return CheckpointBuild(
+        translated, "model", examples=_random_inputs(model), notes=list(capture.notes), **common
+    )
+
+
+def _random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Example inputs for verification.
+
+    Token ids over the whole vocabulary, floats from a normal distribution.
+    """
+    from bone_fx.capture.default_inputs import default_inputs
+
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 2))
+    inputs = {}
+    for name, value in default_inputs(model).items():
+        if value.is_floating_point():
+            inputs[name] = torch.randn(value.shape, generator=generator)
+        elif name.endswith("input_ids"):
+            inputs[name] = torch.randint(0, vocabulary, value.shape, generator=generator)
+        else:
+            inputs[name] = value
+    return inputs
+
+
+def _generates(model: PreTrainedModel) -> bool:
+    return bool(model.can_generate()) and not getattr(model.config, "is_encoder_decoder", False)
