@@ -38,6 +38,16 @@ class Dtype(StrEnum):
 
     fp32 = "fp32"
     fp16 = "fp16"
+    int4 = "int4"
+    int8 = "int8"
+
+
+class Part(StrEnum):
+    """What the head or the embeddings of a quantized model become."""
+
+    keep = "keep"
+    int4 = "int4"
+    int8 = "int8"
 
 
 class Provider(StrEnum):
@@ -74,7 +84,9 @@ def bone_export(
             help="Bone, BAT or MiSS adapter in PEFT's layout; repeat to apply several, in order.",
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of weights and activations.")] = Dtype.fp32,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Dtype of weights and activations; int4, int8: of weights.")
+    ] = Dtype.fp32,
     provider: Annotated[
         Provider, typer.Option(help="Provider that the graph is written for.")
     ] = Provider.cpu,
@@ -87,6 +99,17 @@ def bone_export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier output.")
     ] = False,
+    block_size: Annotated[
+        int, typer.Option(help="int4, int8: values of a weight that share a scale.")
+    ] = 16,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric/--asymmetric", help="int4, int8: no zero points.")
+    ] = False,
+    head: Annotated[Part, typer.Option(help="int4, int8: the head.")] = Part.int8,
+    embeddings: Annotated[
+        Part | None,
+        typer.Option(help="int4, int8: the embeddings; kept unless tied to a quantized head."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python files that come with the base.")
@@ -110,6 +133,10 @@ def bone_export(
         verify=verify.value,
         verify_on=verify_on.value if verify_on else None,
         overwrite=overwrite,
+        block_size=block_size,
+        symmetric=symmetric,
+        head=head.value,
+        embeddings=embeddings.value if embeddings else None,
         revision=revision,
         trust_remote_code=trust_remote_code,
         progress=Silent() if quiet else Lines(),

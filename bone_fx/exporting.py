@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
     from bone_fx.build import Build
 
-DTYPES = ("fp32", "fp16")
+DTYPES = ("fp32", "fp16", "int4", "int8")
+PARTS = ("keep", "int4", "int8")
+BLOCK_SIZES = (16, 32, 64, 128, 256)
 PROVIDERS = ("cpu", "cuda")
+BLOCK_SIZE = 16
 VERIFY = ("full", "fast", "off")
 
 
@@ -53,13 +56,17 @@ def export(
     *,
     output: str | Path,
     adapters: Sequence[str | Path] = (),
-    dtype: Literal["fp32", "fp16"] = "fp32",
+    dtype: Literal["fp32", "fp16", "int4", "int8"] = "fp32",
     provider: Literal["cpu", "cuda"] = "cpu",
     verify: Literal["full", "fast", "off"] = "full",
     verify_on: Literal["cpu", "cuda"] | None = None,
     overwrite: bool = False,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
+    block_size: int = BLOCK_SIZE,
+    symmetric: bool = False,
+    head: Literal["keep", "int4", "int8"] = "int8",
+    embeddings: Literal["keep", "int4", "int8"] | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -73,7 +80,9 @@ def export(
             decoders also what onnxruntime-genai needs.
         adapters: Adapter folders in PEFT's layout, in the order in which they apply; only with a
             checkpoint.
-        dtype: Dtype of weights and activations. A module of your own keeps the dtype it has.
+        dtype: Dtype of weights and activations; `"int4"` and `"int8"` quantize the weights of
+            products and compute in fp32 on the CPU, fp16 on CUDA. A module of your own keeps the
+            dtype it has.
         provider: What the graph is written for.
         verify: `"full"` runs the model three ways, `"fast"` compares the written weights with
             torch's fold and runs the graph once, `"off"` publishes unverified and says so.
@@ -81,6 +90,11 @@ def export(
         overwrite: Replace an earlier output, once the new one is verified.
         example_inputs: Arguments of one call of your own module, by position or name.
         dynamic_shapes: `torch.export`'s own for your module, instead of a dynamic batch.
+        block_size: Values of a quantized weight that share a scale: 16, 32, 64, 128 or 256.
+        symmetric: Quantize without zero points.
+        head: What a quantized decoder's head becomes.
+        embeddings: What a quantized model's embeddings become; None keeps them, unless one is tied
+            to a quantized head, which then serves both.
         trust_remote_code: Run Python files that come with the base.
         revision: Branch, tag or commit of a hub id.
         progress: Told about stages and bytes.
@@ -90,6 +104,13 @@ def export(
             are as they were.
     """
     _check_choices(dtype=(dtype, DTYPES), provider=(provider, PROVIDERS), verify=(verify, VERIFY))
+    if block_size not in BLOCK_SIZES:
+        raise UsageError(
+            f"block_size={block_size} is not known",
+            expected=" or ".join(map(str, BLOCK_SIZES)),
+            found=str(block_size),
+        )
+    _check_choices(head=(head, PARTS), embeddings=(embeddings or "keep", PARTS))
     target = verify_on or provider
     _check_choices(verify_on=(target, PROVIDERS))
     told = progress or Silent()
@@ -115,7 +136,16 @@ def export(
         if isinstance(base, str | Path):
             from bone_fx.build import BuildOptions, build_checkpoint
 
-            options = BuildOptions(dtype, provider, trust_remote_code, revision)
+            options = BuildOptions(
+                dtype,
+                provider,
+                trust_remote_code,
+                revision,
+                block_size,
+                symmetric,
+                head,
+                embeddings,
+            )
             build = build_checkpoint(base, folders, options, told)
         else:
             from bone_fx.build import build_module

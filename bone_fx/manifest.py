@@ -60,6 +60,8 @@ def manifest_of(
             for name, adapter in adapters
         ],
         "dtype": build.dtype,
+        "activations": build.activations or build.dtype,
+        "quantization": build.quantization,
         "provider": provider,
         "opset": build.opset,
         "operators": operator_counts(folder / "model.onnx"),

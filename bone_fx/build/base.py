@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -21,7 +22,9 @@ class Build:
         model: The ONNX model; its constants are recipes.
         kind: `"decoder"`, `"model"` or `"module"`.
         architecture: Class name of what was captured.
-        dtype: Dtype of weights and activations.
+        dtype: Dtype of weights, and of activations unless the weights are quantized.
+        activations: Dtype of activations; empty if it is `dtype`.
+        quantization: What was quantized and how; None for a float export.
         base_name: Name of the base, without its path.
         base_files: SHA-256 of the base's weight files by name.
         notes: What a person should know.
@@ -35,6 +38,8 @@ class Build:
     base_files: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     opset: int = OPSET
+    activations: str = ""
+    quantization: dict[str, Any] | None = None
 
     def write(self, folder: Path, told: Progress) -> None:
         """Write the model, and what stands beside it, into a folder."""

@@ -13,9 +13,11 @@ from torch import Tensor
 from bone_fx.build.base import Build
 from bone_fx.build.options import DTYPES, BuildOptions
 from bone_fx.build.plan import Adapters, Plan, adapted_sites, heads_and_class
+from bone_fx.onnx.quantize import Quantization, QuantizeWeights
 from bone_fx.onnx.translate import translate
 from bone_fx.progress import Progress
 from bone_fx.verify.parity import Parity
+from bone_fx.weights.blocks import Scheme
 from bone_fx.weights.recipes import Converted, Recipe, Value
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class CheckpointBuild(Build):
         from bone_fx.verify.constants import verify_constants
         from bone_fx.verify.decoder import verify_decoder
         from bone_fx.verify.forward import verify_model
+        from bone_fx.verify.quantized import written_graph
 
         assert self.checkpoint is not None
         assert self.plan is not None
@@ -70,6 +73,7 @@ class CheckpointBuild(Build):
         model = load_model(self.checkpoint, plan.architecture, plan.overrides, plan.heads)
         verify_constants(folder, model, plan.sites, plan.adapters)
         session = open_session(folder / "model.onnx", provider)
+        written = written_graph(folder, provider) if self.quantization is not None else None
         if self.decoder is not None:
             vocab = int(self.checkpoint.config.get_text_config().vocab_size)
             return verify_decoder(
@@ -77,13 +81,20 @@ class CheckpointBuild(Build):
                 model,
                 plan.sites,
                 plan.adapters,
-                dtype=self.dtype,
+                dtype=self.activations,
                 vocab_size=vocab,
                 context_length=self.decoder.context_length,
                 short=mode == "fast",
+                written=written,
             )
         return verify_model(
-            session, model, plan.sites, plan.adapters, dict(self.examples), dtype=self.dtype
+            session,
+            model,
+            plan.sites,
+            plan.adapters,
+            dict(self.examples),
+            dtype=self.activations,
+            written=written,
         )
 
 
@@ -98,11 +109,16 @@ def build_checkpoint(
     from bone_fx.weights.checkpoint import recipes_for
     from bone_fx.weights.fold import fold_recipes
 
-    checkpoint = open_base(base, trust_remote_code=options.trust_remote_code, revision=options.revision)
+    checkpoint = open_base(
+        base, trust_remote_code=options.trust_remote_code, revision=options.revision
+    )
     architecture, overrides, heads = heads_and_class(checkpoint, adapters)
     told.stage("capture without weights")
     model = skeleton(
-        checkpoint, DTYPES[options.dtype], architecture=architecture, config_overrides=overrides
+        checkpoint,
+        DTYPES[options.activations],
+        architecture=architecture,
+        config_overrides=overrides,
     )
     sites = adapted_sites(model, adapters)
     plan = Plan(architecture, overrides, heads, adapters, sites)
@@ -111,15 +127,47 @@ def build_checkpoint(
     common = {
         "architecture": architecture.__name__,
         "dtype": options.dtype,
+        "activations": options.activations,
         "provider": options.provider,
         "base_name": Path(checkpoint.origin).name,
         "base_files": {file.name: checkpoint.sha256(file) for file in checkpoint.files},
         "checkpoint": checkpoint,
         "plan": plan,
     }
-    if _generates(model):
-        return _build_decoder(model, recipes, common, told)
-    return _build_forward(model, recipes, common, told)
+    build = _build_decoder if _generates(model) else _build_forward
+    built = build(model, recipes, common, told)
+    if options.quantization is not None:
+        _quantize(built, options.quantization, told)
+    return built
+
+
+def _described(scheme: Scheme | None) -> dict[str, Any] | None:
+    if scheme is None:
+        return None
+    return {
+        "bits": scheme.bits,
+        "block_size": scheme.block_size,
+        "symmetric": scheme.symmetric,
+    }
+
+
+def _quantize(build: CheckpointBuild, plan: Quantization, told: Progress) -> None:
+    """Replace the products of a build by quantized ones, in place."""
+    told.stage("quantize into recipes")
+    step = QuantizeWeights(plan)
+    step(build.model)
+    build.quantization = {
+        "weights": _described(plan.weights),
+        "head": _described(plan.head),
+        "embeddings": _described(plan.embeddings),
+        "accuracy_level": plan.accuracy_level,
+        "products": len(step.done.products),
+        "gathered": sorted(step.done.embeddings),
+        "kept": step.done.kept,
+    }
+    build.notes += [f"{name} is not quantized: {why}" for name, why in step.done.kept.items()]
+    if not step.done.products:
+        build.notes.append("no product of the graph could be quantized")
 
 
 def _build_decoder(
@@ -143,7 +191,7 @@ def _build_decoder(
         dim_names=capture.axis_names,
     )
     notes = list(capture.notes)
-    if common["provider"] == "cuda" and common["dtype"] == "fp32":
+    if common["provider"] == "cuda" and common["activations"] == "fp32":
         notes.append("GroupQueryAttention has no fp32 kernel on CUDA and runs on the CPU: use fp16")
     return CheckpointBuild(translated, "decoder", decoder=capture, notes=notes, **common)
 

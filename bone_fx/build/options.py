@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from bone_fx.onnx.quantize import Quantization
+from bone_fx.weights.blocks import Scheme
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+BITS = {"int4": 4, "int8": 8}
 
 
 @dataclass(frozen=True)
@@ -14,13 +18,52 @@ class BuildOptions:
     """The choices of `bone_fx.export` that shape the graph.
 
     Attributes:
-        dtype: Dtype of weights and activations, a key of `DTYPES`.
+        dtype: A key of `DTYPES`, the dtype of weights and activations; or of `BITS`, for products
+            with quantized weights and activations in fp32 on the CPU, fp16 on CUDA.
         provider: What the graph is written for, `cpu` or `cuda`.
         trust_remote_code: Run Python files that come with the base.
         revision: Branch, tag or commit of a hub id.
+        block_size: Values of a quantized weight that share a scale.
+        symmetric: Quantize without zero points.
+        head: `keep`, `int4` or `int8` for the head of a quantized decoder.
+        embeddings: `keep`, `int4` or `int8`; None keeps them unless they are tied to a quantized
+            head, which then serves both.
     """
 
     dtype: str = "fp32"
     provider: str = "cpu"
     trust_remote_code: bool = False
     revision: str | None = None
+    block_size: int = 16
+    symmetric: bool = False
+    head: str = "int8"
+    embeddings: str | None = None
+
+    @property
+    def activations(self) -> str:
+        """Dtype of activations, cache and logits."""
+        if self.dtype in BITS:
+            return "fp16" if self.provider == "cuda" else "fp32"
+        return self.dtype
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """What is quantized; None for a float export."""
+        if self.dtype not in BITS:
+            return None
+        scale = DTYPES[self.activations]
+
+        def scheme(name: str | None) -> Scheme | None:
+            if name not in BITS:
+                return None
+            return Scheme(BITS[name], self.block_size, self.symmetric, scale_dtype=scale)
+
+        weights = scheme(self.dtype)
+        assert weights is not None
+        return Quantization(
+            weights,
+            scheme(self.head),
+            scheme(self.embeddings),
+            follow_head=self.embeddings is None,
+            accuracy_level=4 if self.provider == "cpu" else 0,
+        )

@@ -81,6 +81,7 @@ def heads_and_class(
 
 
 def adapted_sites(model: nn.Module, adapters: Adapters) -> dict[str, LinearSite]:
+    """The layers of a model that the adapters train, by name."""
     from bone_fx.adapting import output_layers
     from bone_fx.dialects import find_module_sites
 

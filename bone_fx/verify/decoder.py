@@ -10,6 +10,7 @@ Shape letters: B batch, S new tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from bone_fx.sites import LinearSite
 from bone_fx.verify.parity import TOLERANCE, Parity, check_effect
+from bone_fx.verify.quantized import ROUNDED_ACTIVATIONS, Written
 from bone_fx.verify.ranges import within_range
 from bone_fx.verify.reference import Adapters, fold_in_place, load_heads, unmerged
 
@@ -52,6 +54,7 @@ def verify_decoder(
     vocab_size: int,
     context_length: int | None = None,
     short: bool = False,
+    written: Written | None = None,
 ) -> Parity:
     """Compare a session with the base model under its adapters.
 
@@ -65,6 +68,7 @@ def verify_decoder(
         vocab_size: V, the range of the random token ids.
         context_length: Positions that the graph holds for; cases beyond it are left out.
         short: Run only the first case.
+        written: The graph's quantized weights; the graph is then held to torch with these.
 
     Raises:
         VerificationError: Two of the three disagree, or a value is not finite.
@@ -86,11 +90,17 @@ def verify_decoder(
             parity.compare(
                 "unmerged_vs_folded", f"{case.name}, row {row}", one, other, TOLERANCE["fp32"]
             )
-        for step, row, position, logits in _run(session, case, rows[number]):
-            where = f"{case.name}: {step}, row {row}"
-            expected = slice(position, position + logits.shape[0])
-            parity.compare("onnx_vs_unmerged", where, logits, reference[number][row][expected])
-            parity.compare("onnx_vs_folded", where, logits, folded[number][row][expected])
+    references = {"onnx_vs_unmerged": reference, "onnx_vs_folded": folded}
+    if written is None:
+        _compare(parity, session, cases, rows, references, parity.tolerance)
+    else:
+        written.load_into(model)
+        quantized = {"onnx_vs_written": [_alone(model, r) for r in rows]}
+        _compare(parity, written.exact or session, cases, rows, quantized, parity.tolerance)
+        if written.exact is not None:
+            rounded = {"rounded_activations": quantized["onnx_vs_written"]}
+            _compare(parity, session, cases, rows, rounded, ROUNDED_ACTIVATIONS)
+        _compare(parity, session, cases, rows, references, math.inf)
     check_effect(
         parity,
         [
@@ -100,6 +110,23 @@ def verify_decoder(
         ],
     )
     return parity
+
+
+def _compare(
+    parity: Parity,
+    session: onnxruntime.InferenceSession,
+    cases: Sequence[Case],
+    rows: Sequence[list[list[int]]],
+    references: Mapping[str, Sequence[Sequence[Tensor]]],
+    tolerance: float,
+) -> None:
+    """Compare a session's logits in every case with logits `[S, V]` by pair, case and row."""
+    for number, case in enumerate(cases):
+        for step, row, position, logits in _run(session, case, rows[number]):
+            expected = slice(position, position + logits.shape[0])
+            for pair, reference in references.items():
+                where = f"{case.name}: {step}, row {row}"
+                parity.compare(pair, where, logits, reference[number][row][expected], tolerance)
 
 
 def _random_rows(case: Case, vocab_size: int, seed: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ one and three, two lengths, and for a mask rows padded on the right and on the l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from bone_fx.sites import LinearSite
 from bone_fx.verify.parity import TOLERANCE, Parity, check_effect
+from bone_fx.verify.quantized import ROUNDED_ACTIVATIONS, Written
 from bone_fx.verify.ranges import within_range
 from bone_fx.verify.reference import Adapters, fold_in_place, load_heads, unmerged
 
@@ -35,6 +37,7 @@ def verify_model(
     examples: Feeds,
     *,
     dtype: str,
+    written: Written | None = None,
 ) -> Parity:
     """Compare a session with a transformers model under its adapters.
 
@@ -47,6 +50,7 @@ def verify_model(
         adapters: Adapters by name, in the order in which they apply.
         examples: One tensor an input; what varies is resized.
         dtype: `"fp32"` or `"fp16"`, which sets the tolerance.
+        written: The graph's quantized weights; the graph is then held to torch with these.
 
     Raises:
         VerificationError: Two of the three disagree, or a value is not finite.
@@ -65,6 +69,10 @@ def verify_model(
             reference = run()
         fold_in_place(model, sites, adapters)
         folded = run() if adapters else reference
+        if written is not None:
+            written.load_into(model)
+            quantized = run()
+    free = parity.tolerance if written is None else math.inf
     for number, (case, feeds) in enumerate(cases.items()):
         outputs = run_session(session, feeds)
         for name, found, one, other in zip(
@@ -74,8 +82,19 @@ def verify_model(
             parity.compare(
                 "unmerged_vs_folded", f"{case}: {name}", *_kept(keep, other, one), TOLERANCE["fp32"]
             )
-            parity.compare("onnx_vs_unmerged", f"{case}: {name}", *_kept(keep, found, one))
-            parity.compare("onnx_vs_folded", f"{case}: {name}", *_kept(keep, found, other))
+            parity.compare("onnx_vs_unmerged", f"{case}: {name}", *_kept(keep, found, one), free)
+            parity.compare("onnx_vs_folded", f"{case}: {name}", *_kept(keep, found, other), free)
+        if written is None:
+            continue
+        runs = {"onnx_vs_written": (written.exact or session, parity.tolerance)}
+        if written.exact is not None:
+            runs["rounded_activations"] = (session, ROUNDED_ACTIVATIONS)
+        for pair, (graph, tolerance) in runs.items():
+            for name, found, one in zip(
+                names, run_session(graph, feeds), quantized[number], strict=True
+            ):
+                both = _kept(feeds.get(_MASK), found, one)
+                parity.compare(pair, f"{case}: {name}", *both, tolerance)
     pairs = [
         (a, b)
         for one, other in zip(base, reference, strict=False)

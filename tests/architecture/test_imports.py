@@ -25,7 +25,17 @@ MAY_KNOW: dict[str, set[str]] = {
     "capture": {"errors", "passes", "weights"},
     "onnx": {"capture", "errors", "weights"},
     "runtime": {"errors"},
-    "verify": {"checkpoint", "errors", "onnx", "operators", "passes", "runtime", "sites"},
+    # The format of quantized weights stands in weights.
+    "verify": {
+        "checkpoint",
+        "errors",
+        "onnx",
+        "operators",
+        "passes",
+        "runtime",
+        "sites",
+        "weights",
+    },
     "mounting": {
         "adapters",
         "capture",

@@ -34,6 +34,10 @@ OPTIONS = {
     "verify": ["--verify"],
     "verify_on": ["--verify-on"],
     "overwrite": ["--overwrite"],
+    "block_size": ["--block-size"],
+    "symmetric": ["--symmetric", "--asymmetric"],
+    "head": ["--head"],
+    "embeddings": ["--embeddings"],
     "revision": ["--revision"],
     "trust_remote_code": ["--trust-remote-code"],
     "as_json": ["--json"],
@@ -41,8 +45,10 @@ OPTIONS = {
     "help": ["-h", "--help"],
 }
 CHOICES = {
-    "dtype": ("fp32", ["fp32", "fp16"]),
+    "dtype": ("fp32", ["fp32", "fp16", "int4", "int8"]),
     "provider": ("cpu", ["cpu", "cuda"]),
+    "head": ("int8", ["keep", "int4", "int8"]),
+    "embeddings": (None, ["keep", "int4", "int8"]),
     "verify": ("full", ["full", "fast", "off"]),
     "verify_on": (None, ["cpu", "cuda"]),
 }

@@ -1,0 +1,167 @@
+"""Blocks of a weight as codes of 4 or 8 bits, a scale and a zero point, in ONNX Runtime's format.
+
+A value is `scale * (code - zero_point)`. Without search the bytes are those of ONNX Runtime's own
+quantizer: round to nearest over the block's range. With search each block takes, of a grid of
+narrower ranges, the one with the smallest squared error.
+
+Shape letters: N outputs, K inputs, G blocks of a row, B values of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.78, 0.74, 0.7)
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a weight is quantized.
+
+    Attributes:
+        bits: 4 or 8.
+        block_size: Values that share a scale: a power of two, at least 16.
+        symmetric: No zero point: zero is the middle code.
+        search: Look for the range with the smallest error instead of taking the block's own.
+        scale_dtype: Dtype of the scales; the codes are chosen for the rounded scale.
+    """
+
+    bits: int = 4
+    block_size: int = 32
+    symmetric: bool = False
+    search: bool = True
+    scale_dtype: torch.dtype = torch.float32
+
+    @property
+    def levels(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric scheme."""
+        return 1 << (self.bits - 1)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A quantized weight.
+
+    Attributes:
+        codes: uint8 `[N, G, B]`, one code a byte.
+        scales: `[N, G]` in the scheme's dtype.
+        zeros: The zero points, uint8 `[N, G]`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def values(self) -> Tensor:
+        """The weight `[N, K]` that the codes stand for, in float32."""
+        shifted = self.codes.float() - self.zeros.float().unsqueeze(-1)
+        return (shifted * self.scales.float().unsqueeze(-1)).flatten(1)
+
+
+def quantize(weight_NK: Tensor, scheme: Scheme) -> Blocks:
+    """Quantize a float32 weight `[N, K]`, K a multiple of the block size, rows at a time."""
+    groups = weight_NK.shape[1] // scheme.block_size
+    rows = max(1, _CHUNK // weight_NK.shape[1])
+    parts = [
+        _quantize_rows(
+            weight_NK[start : start + rows].float().reshape(-1, groups, scheme.block_size), scheme
+        )
+        for start in range(0, weight_NK.shape[0], rows)
+    ]
+    return Blocks(
+        torch.cat([p.codes for p in parts]),
+        torch.cat([p.scales for p in parts]),
+        torch.cat([p.zeros for p in parts]),
+    )
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes of 4 bits two a byte along the last dimension, the first in the low half; 8 as is."""
+    if bits == 8:
+        return codes.contiguous()
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1), value=8)  # what ORT's quantizer fills in
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
+    """What `pack` was given; `length` codes along the last dimension."""
+    if bits == 8:
+        return packed
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :length]
+
+
+def _quantize_rows(weight: Tensor, scheme: Scheme) -> Blocks:
+    best = _encode(weight, *_range(weight, scheme, 1.0), scheme)
+    if not scheme.search:
+        return best
+    error = _error(weight, best)
+    for shrink in _SHRINKS:
+        if shrink != 1.0:
+            best, error = _better(
+                weight, best, error, _encode(weight, *_range(weight, scheme, shrink), scheme)
+            )
+    for _ in range(2):
+        best, error = _better(weight, best, error, _refit(weight, best, scheme))
+    return best
+
+
+def _range(weight: Tensor, scheme: Scheme, shrink: float) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of every block for its range times `shrink`, as float32."""
+    low, high = weight.amin(-1), weight.amax(-1)
+    if scheme.symmetric:
+        # The value that lies furthest from zero gets the code 0, at the longer end of the codes.
+        extreme = torch.where(high.abs() > low.abs(), high, low)
+        return extreme * shrink / -scheme.middle, torch.full_like(extreme, scheme.middle)
+    low, high = low.clamp(max=0) * shrink, high.clamp(min=0) * shrink
+    scale = (high - low) / scheme.levels
+    zero = torch.where(scale == 0, low, -low / scale)
+    return scale, zero.clamp(0, scheme.levels)
+
+
+def _encode(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Blocks:
+    stored = scale.to(scheme.scale_dtype)
+    zero = _round(zero)
+    divisor = stored.float()
+    inverse = torch.where(divisor == 0, 0.0, 1.0 / divisor).unsqueeze(-1)
+    codes = _round(weight * inverse + zero.unsqueeze(-1)).clamp(0, scheme.levels)
+    return Blocks(codes.to(torch.uint8), stored, zero.to(torch.uint8))
+
+
+def _refit(weight: Tensor, blocks: Blocks, scheme: Scheme) -> Blocks:
+    """The scale of least squares for the codes that a block has, and new codes for it."""
+    shifted = blocks.codes.float() - blocks.zeros.float().unsqueeze(-1)
+    square = (shifted * shifted).sum(-1)
+    scale = torch.where(
+        square == 0, blocks.scales.float(), (weight * shifted).sum(-1) / square.clamp(min=1)
+    )
+    return _encode(weight, scale, blocks.zeros.float(), scheme)
+
+
+def _error(weight: Tensor, blocks: Blocks) -> Tensor:
+    return (blocks.values().view_as(weight) - weight).square().sum(-1)
+
+
+def _better(weight: Tensor, best: Blocks, error: Tensor, other: Blocks) -> tuple[Blocks, Tensor]:
+    others = _error(weight, other)
+    wins = others < error
+    chosen = Blocks(
+        torch.where(wins.unsqueeze(-1), other.codes, best.codes),
+        torch.where(wins, other.scales, best.scales),
+        torch.where(wins, other.zeros, best.zeros),
+    )
+    return chosen, torch.where(wins, others, error)
+
+
+def _round(values: Tensor) -> Tensor:
+    """Halves away from zero, as C's roundf."""
+    return torch.where(values < 0, (values - 0.5).ceil(), (values + 0.5).floor())

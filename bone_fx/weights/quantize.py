@@ -1,0 +1,106 @@
+"""Recipes of a quantized weight: its packed codes, its scales and its zero points.
+
+The three parts come from one float32 weight, folded first and quantized last. Whichever part is
+asked for first computes all; the others wait, packed, until they are asked for in turn, so that a
+weight is folded and quantized once while a model is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bone_fx.weights.blocks import Scheme, pack, quantize
+from bone_fx.weights.recipes import Concat, Fold, Recipe, Transpose, cast, without_cast
+
+PartName = Literal["codes", "scales", "zero_points"]
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight `[N, K]` to be quantized.
+
+    Attributes:
+        source: The weight in float32.
+        scheme: How.
+    """
+
+    source: Recipe
+    scheme: Scheme
+    _waiting: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def part(self, name: PartName) -> Part:
+        """The recipe of one part."""
+        return Part(self, name)
+
+    def take(self, name: PartName) -> Tensor:
+        """One part, computed with the other two or left over from them."""
+        if name not in self._waiting:
+            blocks = quantize(self.source.evaluate(), self.scheme)
+            self._waiting["codes"] = pack(blocks.codes, self.scheme.bits)
+            self._waiting["scales"] = blocks.scales
+            if not self.scheme.symmetric:
+                self._waiting["zero_points"] = pack(blocks.zeros, self.scheme.bits)
+        return self._waiting.pop(name)
+
+
+@dataclass(frozen=True, eq=False)
+class Part(Recipe):
+    """Packed codes uint8 `[N, G, B * bits / 8]`, scales `[N, G]`, or packed zero points uint8."""
+
+    weight: QuantizedWeight
+    name: PartName
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102 - documented on Recipe
+        outputs, inputs = self.weight.source.shape
+        scheme = self.weight.scheme
+        blocks = inputs // scheme.block_size
+        if self.name == "codes":
+            return outputs, blocks, scheme.block_size * scheme.bits // 8
+        return outputs, blocks if self.name == "scales" else -(-blocks * scheme.bits // 8)
+
+    @property
+    def dtype(self) -> torch.dtype:  # noqa: D102 - documented on Recipe
+        return self.weight.scheme.scale_dtype if self.name == "scales" else torch.uint8
+
+    def evaluate(self) -> Tensor:  # noqa: D102 - documented on Recipe
+        return self.weight.take(self.name).contiguous()
+
+    def describe(self) -> str:  # noqa: D102 - documented on Recipe
+        scheme = self.weight.scheme
+        kind = "symmetric" if scheme.symmetric else "asymmetric"
+        how = f"{self.name} of int{scheme.bits} {kind}, blocks of {scheme.block_size}"
+        return f"{self.weight.source.describe()} -> {how}"
+
+    def inputs(self) -> tuple[Recipe, ...]:  # noqa: D102 - documented on Recipe
+        return (self.weight.source,)
+
+
+def rows_in_float32(recipe: Recipe, *, transposed: bool) -> Recipe:
+    """The recipe of a weight `[N, K]` in float32, with no rounding to a dtype of the graph.
+
+    Args:
+        recipe: A weight of the graph.
+        transposed: Whether it is stored `[K, N]`.
+    """
+    unrounded = _unrounded(recipe)
+    if not transposed:
+        return unrounded
+    if isinstance(unrounded, Transpose) and unrounded.permutation == (1, 0):
+        return unrounded.recipe
+    return Transpose(unrounded)
+
+
+def _unrounded(recipe: Recipe) -> Recipe:
+    recipe = without_cast(recipe)
+    if isinstance(recipe, Fold):
+        return replace(recipe, to=torch.float32)
+    if isinstance(recipe, Transpose):
+        return Transpose(_unrounded(recipe.recipe), recipe.permutation)
+    if isinstance(recipe, Concat):
+        return Concat(tuple(map(_unrounded, recipe.recipes)), recipe.dim)
+    return cast(recipe, torch.float32)
