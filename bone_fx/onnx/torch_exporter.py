@@ -13,7 +13,7 @@ import functools
 import logging
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,24 @@ def _registry() -> Any:
 
 def _own_translations(registry: Any) -> dict[Any, Any]:
     torchlib = [entry for entry in registry.get_decomps(SDPA) if not entry.is_custom]
-    return translations(torchlib[0].onnx_function)
+    return translations(torchlib[0].onnx_function, _contrib)
+
+
+def _contrib(
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: dict[str, Any],
+    dtype: ir.DataType,
+) -> ir.Value:
+    """Records an operator of ONNX Runtime's own, of one output, as the translator does its own."""
+    import onnx_ir as ir
+    from torch.onnx._internal.exporter import _core
+
+    node = ir.node(op_type, inputs, attributes, domain="com.microsoft", version=1)
+    node.outputs[0].dtype = dtype
+    assert _core.current_tracer is not None
+    _core.current_tracer.nodes.append(node)
+    return node.outputs[0]
 
 
 def _untranslatable(graph_module: GraphModule, registry: Any) -> str | None:

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from bone_fx.onnx.prepare.assertions import remove_assertions
 from bone_fx.onnx.prepare.in_place import make_functional
 from bone_fx.onnx.prepare.mode_regions import inline_mode_regions
+from bone_fx.onnx.prepare.padding_masks import replace_padding_masks
 from bone_fx.onnx.prepare.promotion import insert_promotions
 from bone_fx.onnx.prepare.same_values import replace_conversions
 
@@ -23,6 +24,7 @@ STEPS: tuple[Callable[[GraphModule], None], ...] = (
     remove_assertions,
     make_functional,  # before conversions go: `to` may return its input, mutations included
     replace_conversions,
+    replace_padding_masks,
     insert_promotions,  # last: only functional operators are promoted
 )
 
