@@ -14,10 +14,14 @@ from torch.fx import GraphModule
 from bone_fx.passes.absorb_rotary import absorb_rotary
 from bone_fx.passes.cancel_reshapes import cancel_reshapes
 from bone_fx.passes.frame import PassResult
+from bone_fx.passes.fuse_norms import fuse_norms
+from bone_fx.passes.pack_projections import pack_projections
 
 PASSES: tuple[Callable[[GraphModule], PassResult], ...] = (
     absorb_rotary,  # first: it looks for the transpositions that the next one cancels
     cancel_reshapes,
+    pack_projections,  # sees projections and attention without the reshapes between them
+    fuse_norms,  # last: it works across the borders of layers
 )
 
 

@@ -22,11 +22,10 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from bone_fx.passes.frame import PassResult, copy_module, graph_pass
-from bone_fx.passes.symbolic import attributes, is_operator, operands, rewrite
+from bone_fx.passes.symbolic import CONTRIB, attributes, is_operator, operands, rewrite
 
 aten = torch.ops.aten
 
-CONTRIB = "com.microsoft"
 COS, SIN = 7, 8
 TABLE_MULTIPLE = 8
 LAST = 2**63 - 1

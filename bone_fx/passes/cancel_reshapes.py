@@ -90,7 +90,7 @@ def _source(node: Node) -> Node | None:
             following = base.args[0]
             assert isinstance(following, Node)
             base = following
-        if _same_shape(node, base):
+        if same_shape(node, base):
             return base
         return None
     axes = _axes(node)
@@ -115,7 +115,8 @@ def _axes(node: Node) -> tuple[int, int] | None:
     return (min(a, b), max(a, b))
 
 
-def _same_shape(a: Node, b: Node) -> bool:
+def same_shape(a: Node, b: Node) -> bool:
+    """Whether the tensors of two nodes have the same shape for all sizes."""
     x, y = a.meta.get("val"), b.meta.get("val")
     if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor) or x.dim() != y.dim():
         return False

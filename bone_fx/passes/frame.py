@@ -66,7 +66,8 @@ def graph_pass(
             raise
         except Exception as error:
             raise PassError(
-                f"pass {name} failed: {error}", found=f"passes before it: {history or 'none'}"
+                f"pass {name} failed: {_first_line(error)}",
+                found=f"passes before it: {history or 'none'}",
             ) from error
         after = _nodes(result.graph_module)
         if _nodes(gm) != before:
@@ -195,3 +196,8 @@ def fake_like(node: fx.Node, tensor: torch.Tensor) -> object | None:
     """
     mode = getattr(node.meta.get("val"), "fake_mode", None)
     return None if mode is None else mode.from_tensor(tensor, static_shapes=True)
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong, without the whole graph that a lint error carries."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.onnx.ops  # registers the operators below
-from torch.fx import Node
+from torch import Tensor
+from torch.fx import Graph, Node
 
 SINGLE = torch.ops.onnx_symbolic._symbolic.default
 MULTIPLE = torch.ops.onnx_symbolic._symbolic_multi_out.default
+
+CONTRIB = "com.microsoft"
+ONNX_DTYPES = {torch.float32: 1, torch.int32: 6, torch.int64: 7, torch.float16: 10}
+ONNX_DTYPES |= {torch.float64: 11, torch.bfloat16: 16}
+"""Codes of `onnx.TensorProto.DataType`."""
 
 Attributes = dict[str, int | float | str | list[int] | list[float] | list[str]]
 
@@ -64,6 +70,56 @@ def rewrite(node: Node, inputs: list[Node | None], values: Mapping[str, int | fl
         "attr_floats": floats,
         "attr_strs": [],
     }
+
+
+def insert_operator(
+    graph: Graph,
+    op_type: str,
+    inputs: list[Node | None],
+    values: Mapping[str, int | float],
+    outputs: Sequence[Tensor],
+    *,
+    sizes_of: Node,
+    domain: str = "",
+) -> Node:
+    """Inserts an operator with several outputs where the graph inserts.
+
+    Args:
+        graph: The graph.
+        op_type: Name of the operator, version 1.
+        inputs: Its inputs, None for those left out.
+        values: Its attributes, numbers.
+        outputs: A (fake) tensor for each output; all have the leading dynamic sizes of `sizes_of`.
+        sizes_of: A node from whose tensor dynamic sizes are read, axis by axis.
+        domain: Domain of the operator.
+    """
+    known: dict[int, Node] = {}
+    shapes = [
+        [_size(graph, size, axis, sizes_of, known) for axis, size in enumerate(output.shape)]
+        for output in outputs
+    ]
+    node = graph.call_function(
+        MULTIPLE,
+        (inputs, op_type, [ONNX_DTYPES[output.dtype] for output in outputs]),
+        {"shapes": shapes, "domain": domain, "version": 1, **_NO_METADATA},
+    )
+    node.meta["val"] = tuple(outputs)
+    rewrite(node, inputs, values)
+    return node
+
+
+_NO_METADATA: dict[str, list[str]] = {"metadata_props_keys": [], "metadata_props_values": []}
+
+
+def _size(
+    graph: Graph, size: int | torch.SymInt, axis: int, source: Node, known: dict[int, Node]
+) -> int | Node:
+    if isinstance(size, int):
+        return size
+    if axis not in known:
+        known[axis] = graph.call_function(torch.ops.aten.sym_size.int, (source, axis))
+        known[axis].meta["val"] = source.meta["val"].shape[axis]
+    return known[axis]
 
 
 def _sequence(node: Node, name: str) -> list[Any]:

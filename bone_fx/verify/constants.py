@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bone_fx.errors import VerificationError
+from bone_fx.onnx.packed_names import parts_of
 from bone_fx.passes.fold import fold_weight
 from bone_fx.sites import LinearSite
 from bone_fx.verify.reference import Adapters
@@ -52,15 +53,11 @@ def verify_constants(
         weight = model.get_parameter(site.weight_name).detach()
         with torch.no_grad():
             expected = fold_weight(weight, steps, transposed=site.transposed, layer=name)
-        constant = next(
-            (v for n, v in written.items() if n in (site.weight_name, f"{site.weight_name}.T")),
-            None,
-        )
-        if constant is None or constant.const_value is None:
+        found = _written(written, site.weight_name, model)
+        if found is None:
             raise VerificationError(
                 f"{name}: the exported model has no constant {site.weight_name}"
             )
-        found = torch.from_numpy(constant.const_value.numpy().copy())
         expected = expected.to(found.dtype)
         if not (_equal(found, expected) or _equal(found, expected.t())):
             base = weight.to(found.dtype)
@@ -77,6 +74,22 @@ def verify_constants(
             )
         compared += 1
     return compared
+
+
+def _written(constants: Mapping[str, ir.Value], weight: str, model: nn.Module) -> Tensor | None:
+    """A weight as it was written, alone or as a part of a packed constant; None if it is not."""
+    for name, value in constants.items():
+        parts = parts_of(name.removesuffix(".T"))
+        if weight not in parts or value.const_value is None:
+            continue
+        whole = torch.from_numpy(value.const_value.numpy().copy())
+        if len(parts) == 1:
+            return whole
+        rows = [model.get_parameter(part).shape[0] for part in parts]
+        axis = 0 if whole.shape[0] == sum(rows) and whole.shape[1] != sum(rows) else 1
+        place = parts.index(weight)
+        return whole.narrow(axis, sum(rows[:place]), rows[place])
+    return None
 
 
 def _equal(found: Tensor, expected: Tensor) -> bool:

@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save_file
 from bone_fx import build as building
 from bone_fx.cli import main
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
-from bone_fx.weights.recipes import Fold, Recipe, Transpose
+from bone_fx.weights.recipes import Concat, Fold, Recipe, Transpose, cast
 from tests.end_to_end.tiny import tiny_adapter, tiny_base
 
-Q = "model.layers.0.self_attn.q_proj.weight"
-K = "model.layers.0.self_attn.k_proj.weight"
+QKV = "model.layers.0.self_attn.q_proj+k_proj+v_proj.weight"
 
 
 @pytest.fixture
@@ -48,27 +47,30 @@ def seed(monkeypatch: pytest.MonkeyPatch, damage: Callable[[ir.Model], None]) ->
     monkeypatch.setattr(building, "build_checkpoint", damaged)
 
 
-def unfolded(recipe: Recipe) -> Recipe:
-    if isinstance(recipe, Transpose):
-        return Transpose(unfolded(recipe.recipe), recipe.permutation)
-    assert isinstance(recipe, Fold)
-    return recipe.base
+def damage_packed(
+    model: ir.Model, change: Callable[[tuple[Recipe, ...]], tuple[Recipe, ...]]
+) -> None:
+    """Change the parts that a layer's packed q, k and v are made of."""
+    value = model.graph.initializers[QKV]
+    transposed = recipe_of(value)
+    assert isinstance(transposed, Transpose)
+    packed = transposed.recipe
+    assert isinstance(packed, Concat)
+    parts = change(packed.recipes)
+    set_recipe(value, Transpose(Concat(parts, packed.dim), transposed.permutation))
 
 
 def leave_a_site_unfolded(model: ir.Model) -> None:
-    value = model.graph.initializers[Q]
-    recipe = recipe_of(value)
-    assert recipe is not None
-    set_recipe(value, unfolded(recipe))
+    def unfold(parts: tuple[Recipe, ...]) -> tuple[Recipe, ...]:
+        first, *others = parts
+        assert isinstance(first, Fold)
+        return (cast(first.base, first.dtype), *others)
+
+    damage_packed(model, unfold)
 
 
 def swap_q_and_k(model: ir.Model) -> None:
-    q, k = model.graph.initializers[Q], model.graph.initializers[K]
-    first, second = recipe_of(q), recipe_of(k)
-    assert first is not None
-    assert second is not None
-    set_recipe(q, second)
-    set_recipe(k, first)
+    damage_packed(model, lambda parts: (parts[1], parts[0], *parts[2:]))
 
 
 def ignore_the_mask(model: ir.Model) -> None:
