@@ -6,7 +6,7 @@ float graph is; what the rounding itself costs is a figure beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bone_fx.errors import VerificationError
+from bone_fx.onnx.packed_names import parts_of
 from bone_fx.runtime.session import open_session
 from bone_fx.weights.blocks import Blocks, unpack
 
@@ -51,7 +52,8 @@ class Written:
             VerificationError: A written weight is not the model's, rounded to nearest.
         """
         loaded = 0
-        for name, gathered, blocks, bits in _weights(self.folder / "model.onnx"):
+        written = _weights(self.folder / "model.onnx")
+        for name, gathered, blocks, bits in _apart(written, model):
             owner, attribute, weight = _parameter(model, name, gathered)
             stored = weight.detach().float()
             values = blocks.values()
@@ -85,6 +87,22 @@ def written_graph(folder: Path, provider: str) -> Written:
         return Written(folder, open_session(twin, provider))
     finally:
         twin.unlink(missing_ok=True)
+
+
+def _apart(
+    written: Iterable[tuple[str, bool, Blocks, int]], model: nn.Module
+) -> Iterator[tuple[str, bool, Blocks, int]]:
+    """Weights that were packed into one product, each by itself."""
+    for name, gathered, blocks, bits in written:
+        parts = parts_of(name)
+        if len(parts) == 1:
+            yield name, gathered, blocks, bits
+            continue
+        rows = [_parameter(model, part, gathered)[2].shape[0] for part in parts]
+        whole = (blocks.codes, blocks.scales, blocks.zeros)
+        pieces = zip(*(torch.split(tensor, rows) for tensor in whole), strict=True)
+        for part, piece in zip(parts, pieces, strict=True):
+            yield part, gathered, Blocks(*piece), bits
 
 
 def _weights(path: Path) -> Iterator[tuple[str, bool, Blocks, int]]:
