@@ -62,6 +62,7 @@ def manifest_of(
         "dtype": build.dtype,
         "activations": build.activations or build.dtype,
         "quantization": build.quantization,
+        "placement": build.placement,
         "provider": provider,
         "opset": build.opset,
         "operators": operator_counts(folder / "model.onnx"),

@@ -24,6 +24,7 @@ class Build:
         architecture: Class name of what was captured.
         dtype: Dtype of weights, and of activations unless the weights are quantized.
         activations: Dtype of activations; empty if it is `dtype`.
+        placement: For CUDA, operators without a kernel there and how many nodes they have.
         quantization: What was quantized and how; None for a float export.
         base_name: Name of the base, without its path.
         base_files: SHA-256 of the base's weight files by name.
@@ -40,6 +41,7 @@ class Build:
     opset: int = OPSET
     activations: str = ""
     quantization: dict[str, Any] | None = None
+    placement: dict[str, int] | None = None
 
     def write(self, folder: Path, told: Progress) -> None:
         """Write the model, and what stands beside it, into a folder."""

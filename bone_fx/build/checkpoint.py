@@ -13,6 +13,7 @@ from torch import Tensor
 from bone_fx.build.base import Build
 from bone_fx.build.options import DTYPES, BuildOptions
 from bone_fx.build.plan import Adapters, Plan, adapted_sites, heads_and_class
+from bone_fx.onnx.kernels import without_cuda_kernel
 from bone_fx.onnx.quantize import Quantization, QuantizeWeights
 from bone_fx.onnx.translate import translate
 from bone_fx.progress import Progress
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from bone_fx.capture.deployment import DecoderCapture
     from bone_fx.capture.loading import BaseCheckpoint
+
+NO_FP32_KERNEL = "GroupQueryAttention has no fp32 kernel on CUDA: attention is written out"
 
 
 @dataclass
@@ -138,6 +141,12 @@ def build_checkpoint(
     built = build(model, recipes, common, told)
     if options.quantization is not None:
         _quantize(built, options.quantization, told)
+    if options.provider == "cuda":
+        built.placement = without_cuda_kernel(built.model, options.activations)
+        built.notes += [
+            f"{count} {name} without a CUDA kernel: ONNX Runtime runs it on the CPU"
+            for name, count in built.placement.items()
+        ]
     return built
 
 
@@ -175,7 +184,8 @@ def _build_decoder(
 ) -> CheckpointBuild:
     from bone_fx.capture.deployment import capture_decoder
 
-    capture = capture_decoder(model)
+    fused = (common["provider"], common["activations"]) != ("cuda", "fp32")
+    capture = capture_decoder(model, unfused=None if fused else NO_FP32_KERNEL)
     told.stage("translate to ONNX")
     known = {
         **recipes,
@@ -191,8 +201,6 @@ def _build_decoder(
         dim_names=capture.axis_names,
     )
     notes = list(capture.notes)
-    if common["provider"] == "cuda" and common["activations"] == "fp32":
-        notes.append("GroupQueryAttention has no fp32 kernel on CUDA and runs on the CPU: use fp16")
     return CheckpointBuild(translated, "decoder", decoder=capture, notes=notes, **common)
 
 

@@ -85,11 +85,17 @@ class AttentionEmitter:
         cache: The cache that this forward was given.
         mask_BT: The attention mask, 1 for tokens and 0 for padding on the right.
         lengths: Index of the last valid token of each row, and T, both int32 tensors.
+        unfused: Why no layer may be written as the operator; None where it may.
     """
 
     def __init__(
-        self, cache: PassThroughCache, mask_BT: Tensor, lengths: tuple[Tensor, Tensor]
+        self,
+        cache: PassThroughCache,
+        mask_BT: Tensor,
+        lengths: tuple[Tensor, Tensor],
+        unfused: str | None = None,
     ) -> None:
+        self._unfused = unfused
         self.layers: list[AttentionLayer] = []
         self.cache = cache
         self._mask_BT = mask_BT
@@ -124,7 +130,7 @@ class AttentionEmitter:
             window=attention_mask.window,
             softcap=float(softcap or 0.0),
             sinks=s_aux is not None,
-            plain=why_plain(int(key.shape[3]), int(value.shape[3])),
+            plain=self._unfused or why_plain(int(key.shape[3]), int(value.shape[3])),
         )
         self.layers.append(facts)
         attend = self._fused if facts.plain is None else self._plain

@@ -101,7 +101,9 @@ class _OtherCacheShapeError(Exception):
         self.shapes = shapes
 
 
-def capture_decoder(model: nn.Module, *, context_length: int | None = None) -> DecoderCapture:
+def capture_decoder(
+    model: nn.Module, *, context_length: int | None = None, unfused: str | None = None
+) -> DecoderCapture:
     """Captures a transformers causal language model as one graph for prefill and decode.
 
     Args:
@@ -110,6 +112,8 @@ def capture_decoder(model: nn.Module, *, context_length: int | None = None) -> D
             It is as it was when this returns.
         context_length: Number of positions of the rotary tables; default: the configuration's
             max_position_embeddings.
+        unfused: Why attention is written out in plain operators; None for GroupQueryAttention
+            wherever it can be.
 
     Raises:
         CaptureError: The model cannot be captured, or the graph would not be the model.
@@ -124,7 +128,7 @@ def capture_decoder(model: nn.Module, *, context_length: int | None = None) -> D
     shapes = _shapes_from(text_config)
     for _ in range(2):
         try:
-            return _Capture(model, text_config, horizon, shapes).run()
+            return _Capture(model, text_config, horizon, shapes, unfused).run()
         except _OtherCacheShapeError as other:
             shapes = other.shapes
     raise CaptureError(
@@ -151,14 +155,20 @@ class _Capture:
     """One attempt, for one guess of the cache's shapes."""
 
     def __init__(
-        self, model: nn.Module, config: Any, horizon: int | None, shapes: list[KeyValueShape]
+        self,
+        model: nn.Module,
+        config: Any,
+        horizon: int | None,
+        shapes: list[KeyValueShape],
+        unfused: str | None,
     ) -> None:
         self.model = model
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.shapes = shapes
         self.horizon = horizon or int(getattr(config, "n_positions", 0)) or 1 << 15
         self.limited = horizon is not None
-        self.plain = any(why_plain(key, value) for _, key, value in shapes)
+        self.unfused = unfused
+        self.plain = unfused is not None or any(why_plain(key, value) for _, key, value in shapes)
         self.emitter_of: dict[str, AttentionEmitter] = {}
         self.derived: dict[str, str] = {}
         self.norms = 0
@@ -218,7 +228,7 @@ class _Capture:
             pasts = list(zip(past_key_values[::2], past_key_values[1::2], strict=True))
             total = attention_mask.shape[1]
             cache = PassThroughCache(pasts, query_offset=total - tokens, total=total)
-            emitter = AttentionEmitter(cache, attention_mask, lengths)
+            emitter = AttentionEmitter(cache, attention_mask, lengths, self.unfused)
             self.emitter_of["now"] = emitter
             watcher.positions = positions
             output = model_forward(

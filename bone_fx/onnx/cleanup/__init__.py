@@ -19,6 +19,7 @@ from bone_fx.onnx.cleanup.constant_reshapes import ConstantReshapes
 from bone_fx.onnx.cleanup.forget_traces import ForgetTraces
 from bone_fx.onnx.cleanup.infer_dtypes import InferDtypes
 from bone_fx.onnx.cleanup.lower_cast_like import LowerCastLike
+from bone_fx.onnx.cleanup.lower_split_sequences import LowerSplitSequences
 from bone_fx.onnx.cleanup.merge_reshapes import MergeReshapes
 from bone_fx.onnx.cleanup.merge_transposes import MergeTransposes
 from bone_fx.onnx.cleanup.remove_no_ops import RemoveNoOps
@@ -30,6 +31,7 @@ CLEANUP: tuple[Callable[[], ir.passes.InPlacePass], ...] = (
     common.IdentityEliminationPass,
     InferDtypes,  # before the two that need the dtype of inner values
     LowerCastLike,
+    LowerSplitSequences,
     RemoveNoOps,
     AbsorbCasts,  # before transposes: a weight may be cast and then transposed
     AbsorbConcats,  # between the two: cast, concatenated, transposed
