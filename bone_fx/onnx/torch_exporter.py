@@ -24,8 +24,8 @@ from torch.export.graph_signature import ExportGraphSignature, TensorArgument
 from torch.fx import GraphModule, Node
 
 from bone_fx.errors import ExportError
+from bone_fx.onnx import gelu, scaled_attention
 from bone_fx.onnx.prepare import prepare
-from bone_fx.onnx.scaled_attention import SDPA, translations
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -66,8 +66,13 @@ def _registry() -> Any:
 
 
 def _own_translations(registry: Any) -> dict[Any, Any]:
-    torchlib = [entry for entry in registry.get_decomps(SDPA) if not entry.is_custom]
-    return translations(torchlib[0].onnx_function, _contrib)
+    def torchlib(target: Any) -> Any:
+        return next(e.onnx_function for e in registry.get_decomps(target) if not e.is_custom)
+
+    return {
+        **scaled_attention.translations(torchlib(scaled_attention.SDPA), _contrib),
+        **gelu.translations(torchlib(gelu.GELU), _contrib),
+    }
 
 
 def _contrib(

@@ -17,6 +17,8 @@ from bone_fx.onnx.cleanup.absorb_concats import AbsorbConcats
 from bone_fx.onnx.cleanup.absorb_transposes import AbsorbTransposes
 from bone_fx.onnx.cleanup.constant_reshapes import ConstantReshapes
 from bone_fx.onnx.cleanup.forget_traces import ForgetTraces
+from bone_fx.onnx.cleanup.fuse_bias_gelu import FuseBiasGelu
+from bone_fx.onnx.cleanup.fuse_skip_norms import FuseSkipNorms
 from bone_fx.onnx.cleanup.infer_dtypes import InferDtypes
 from bone_fx.onnx.cleanup.lower_cast_like import LowerCastLike
 from bone_fx.onnx.cleanup.lower_split_sequences import LowerSplitSequences
@@ -43,6 +45,8 @@ CLEANUP: tuple[Callable[[], ir.passes.InPlacePass], ...] = (
     common.RemoveUnusedNodesPass,
     common.CommonSubexpressionEliminationPass,
     common.RemoveUnusedNodesPass,
+    FuseSkipNorms,
+    FuseBiasGelu,
     common.RemoveUnusedFunctionsPass,
     common.RemoveUnusedOpsetsPass,
     ForgetTraces,  # last: the passes above need the shapes that it drops
