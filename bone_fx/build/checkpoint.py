@@ -219,7 +219,7 @@ def _build_forward(
 
     capture = capture_forward(model, default_inputs(model))
     told.stage("translate to ONNX")
-    translated = forward_model(capture, recipes)
+    translated = forward_model(capture, recipes, skip_norms=common["provider"] == "cuda")
     return CheckpointBuild(
         translated, "model", examples=_random_inputs(model), notes=list(capture.notes), **common
     )

@@ -34,7 +34,10 @@ class CapturedForward(Protocol):
 
 
 def forward_model(
-    capture: CapturedForward, recipes: Mapping[str, Recipe] | None = None
+    capture: CapturedForward,
+    recipes: Mapping[str, Recipe] | None = None,
+    *,
+    skip_norms: bool = False,
 ) -> ir.Model:
     """Translates a capture; see `translate` for what it raises.
 
@@ -42,6 +45,7 @@ def forward_model(
         capture: From `bone_fx.capture.forward.capture_forward`.
         recipes: Name of a parameter or buffer -> where its bytes come from; needed for those that
             are fake. Those that are real need none: they are written as they are.
+        skip_norms: Whether to join residual additions and layer norms, which pays on CUDA only.
     """
     return translate(
         capture.program,
@@ -49,4 +53,5 @@ def forward_model(
         input_names=capture.input_names,
         output_names=capture.output_names,
         dim_names=capture.dim_names,
+        skip_norms=skip_norms,
     )

@@ -29,6 +29,7 @@ def translate(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     dim_names: DimNames | None = None,
+    skip_norms: bool = False,
 ) -> ir.Model:
     """Translates a program to opset 18 and the operators of ONNX Runtime's `com.microsoft` domain.
 
@@ -40,6 +41,7 @@ def translate(
         input_names: Names of the tensor inputs, in the program's order.
         output_names: Names of the outputs, in the program's order.
         dim_names: Names of the dynamic dimensions of inputs and outputs.
+        skip_norms: Whether to join residual additions and layer norms, which pays on CUDA only.
 
     Returns:
         A model whose initializers are lazy, without metadata, the same for the same program.
@@ -57,7 +59,7 @@ def translate(
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = PRODUCER, None
     model.graph.opset_imports[""] = OPSET
-    clean(model)
+    clean(model, skip_norms=skip_norms)
     if decomposed is not None:
         model.meta[DECOMPOSED] = decomposed
     return model

@@ -38,7 +38,8 @@ def test_residuals(bias: bool, pre_norm: bool, dtype: torch.dtype, tmp_path: Pat
     torch.manual_seed(0)
     net, x = Residual(bias, pre_norm).eval(), torch.randn(3, 7, 16)
     expected = net(x)
-    model = forward_model(capture_forward(net.to(dtype), (x.to(dtype),)))
+    capture = capture_forward(net.to(dtype), (x.to(dtype),))
+    model = forward_model(capture, skip_norms=True)
     counts = Counter(ops(model))
     assert counts["SkipLayerNormalization"] == 2
     assert counts["BiasGelu" if bias else "Gelu"] == 1
@@ -47,6 +48,11 @@ def test_residuals(bias: bool, pre_norm: bool, dtype: torch.dtype, tmp_path: Pat
         assert not step(model).modified
     (found,) = write_and_run(model, tmp_path, {"x": x.to(dtype)})
     assert_agrees(found, expected, "output", dtype)
+
+
+def test_residuals_stay_unless_asked_for() -> None:
+    model = forward_model(capture_forward(Residual(True, True).eval(), (torch.randn(3, 7, 16),)))
+    assert Counter(ops(model))["SkipLayerNormalization"] == 0
 
 
 def test_the_tanh_form_of_gelu(tmp_path: Path) -> None:
@@ -72,7 +78,7 @@ class Broadcast(nn.Module):
 
 def test_what_broadcasts_or_has_more_dimensions_stays(tmp_path: Path) -> None:
     net, x = Broadcast().eval(), torch.randn(3, 7, 16)
-    model = forward_model(capture_forward(net, (x,)))
+    model = forward_model(capture_forward(net, (x,)), skip_norms=True)
     assert Counter(ops(model))["LayerNormalization"] == 2
     (found,) = write_and_run(model, tmp_path, {"x": x})
     assert_agrees(found, net(x), "output")
@@ -88,6 +94,7 @@ def test_a_sum_that_is_an_output_keeps_its_name() -> None:
             total = x + x.tanh()
             return {"total": total, "normed": self.norm(total)}
 
-    model: ir.Model = forward_model(capture_forward(Both(), (torch.randn(3, 7, 16),)))
+    capture = capture_forward(Both(), (torch.randn(3, 7, 16),))
+    model: ir.Model = forward_model(capture, skip_norms=True)
     assert [value.name for value in model.graph.outputs] == ["total", "normed"]
     assert "LayerNormalization" in ops(model)

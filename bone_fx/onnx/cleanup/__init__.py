@@ -45,7 +45,7 @@ CLEANUP: tuple[Callable[[], ir.passes.InPlacePass], ...] = (
     common.RemoveUnusedNodesPass,
     common.CommonSubexpressionEliminationPass,
     common.RemoveUnusedNodesPass,
-    FuseSkipNorms,
+    FuseSkipNorms,  # only if asked for
     FuseBiasGelu,
     common.RemoveUnusedFunctionsPass,
     common.RemoveUnusedOpsetsPass,
@@ -53,8 +53,14 @@ CLEANUP: tuple[Callable[[], ir.passes.InPlacePass], ...] = (
 )
 
 
-def clean(model: ir.Model) -> bool:
+def clean(model: ir.Model, *, skip_norms: bool = False) -> bool:
     """Runs `CLEANUP` on a model in place; returns whether anything changed.
+
+    Args:
+        model: The model.
+        skip_norms: Whether to join residual additions and layer norms. ONNX Runtime's kernel for
+            the CPU takes twice as long as the operators that it replaces (1.31, MiniLM 8 x 128: 24
+            against 11 ms of 200), so this is for CUDA.
 
     Raises:
         PassError: A pass failed.
@@ -62,6 +68,8 @@ def clean(model: ir.Model) -> bool:
     modified = False
     done: list[str] = []
     for create in CLEANUP:
+        if create is FuseSkipNorms and not skip_norms:
+            continue
         step = create()
         name = type(step).__name__
         try:
