@@ -39,6 +39,7 @@ class Dtype(StrEnum):
 
     fp32 = "fp32"
     fp16 = "fp16"
+    bf16 = "bf16"
     int4 = "int4"
     int8 = "int8"
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from bone_fx.build import Build
 
-DTYPES = ("fp32", "fp16", "int4", "int8")
+DTYPES = ("fp32", "fp16", "bf16", "int4", "int8")
 PARTS = ("keep", "int4", "int8")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 PROVIDERS = ("cpu", "cuda")
@@ -56,7 +56,7 @@ def export(
     *,
     output: str | Path,
     adapters: Sequence[str | Path] = (),
-    dtype: Literal["fp32", "fp16", "int4", "int8"] = "fp32",
+    dtype: Literal["fp32", "fp16", "bf16", "int4", "int8"] = "fp32",
     provider: Literal["cpu", "cuda"] = "cpu",
     verify: Literal["full", "fast", "off"] = "full",
     verify_on: Literal["cpu", "cuda"] | None = None,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +17,14 @@ from bone_fx.build.plan import Adapters, Plan, adapted_sites, heads_and_class
 from bone_fx.onnx.kernels import without_cuda_kernel
 from bone_fx.onnx.quantize import Quantization, QuantizeWeights
 from bone_fx.onnx.translate import translate
+from bone_fx.onnx.writer import write_model
 from bone_fx.progress import Progress
 from bone_fx.verify.parity import Parity
 from bone_fx.weights.blocks import Scheme
-from bone_fx.weights.recipes import Converted, Recipe, Value
+from bone_fx.weights.recipes import Converted, Recipe, Value, rounded
 
 if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
     from transformers import PreTrainedModel
 
     from bone_fx.capture.deployment import DecoderCapture
@@ -39,6 +42,7 @@ class CheckpointBuild(Build):
     plan: Plan | None = None
     decoder: DecoderCapture | None = None
     examples: Mapping[str, Tensor] = field(default_factory=dict)
+    twin: CheckpointBuild | None = None
 
     def write(self, folder: Path, told: Progress) -> None:
         """Write the model; for a decoder also what onnxruntime-genai needs to run the folder."""
@@ -68,15 +72,21 @@ class CheckpointBuild(Build):
         from bone_fx.verify.constants import verify_constants
         from bone_fx.verify.decoder import verify_decoder
         from bone_fx.verify.forward import verify_model
-        from bone_fx.verify.quantized import written_graph
+        from bone_fx.verify.quantized import RoundedWeights, Written, written_graph
 
         assert self.checkpoint is not None
         assert self.plan is not None
         plan = self.plan
         model = load_model(self.checkpoint, plan.architecture, plan.overrides, plan.heads)
         verify_constants(folder, model, plan.sites, plan.adapters)
-        session = open_session(folder / "model.onnx", provider)
-        written = written_graph(folder, provider) if self.quantization is not None else None
+        written: Written | None = None
+        if self.twin is not None:
+            session = self._twin_session(folder, provider)
+            written = RoundedWeights(folder, None)
+        else:
+            session = open_session(folder / "model.onnx", provider)
+        if self.quantization is not None:
+            written = written_graph(folder, provider)
         if self.decoder is not None:
             vocab = int(self.checkpoint.config.get_text_config().vocab_size)
             return verify_decoder(
@@ -84,7 +94,7 @@ class CheckpointBuild(Build):
                 model,
                 plan.sites,
                 plan.adapters,
-                dtype=self.activations,
+                dtype="fp32" if self.twin else self.activations,
                 vocab_size=vocab,
                 context_length=self.decoder.context_length,
                 short=mode == "fast",
@@ -96,9 +106,18 @@ class CheckpointBuild(Build):
             plan.sites,
             plan.adapters,
             dict(self.examples),
-            dtype=self.activations,
+            dtype="fp32" if self.twin else self.activations,
             written=written,
         )
+
+    def _twin_session(self, folder: Path, provider: str) -> InferenceSession:
+        """A session of the fp32 twin, whose files are gone when this returns."""
+        from bone_fx.runtime.session import open_session
+
+        assert self.twin is not None
+        with TemporaryDirectory(dir=folder.parent) as beside:
+            write_model(self.twin.model, Path(beside))
+            return open_session(Path(beside) / "model.onnx", provider)
 
 
 def build_checkpoint(
@@ -127,6 +146,8 @@ def build_checkpoint(
     plan = Plan(architecture, overrides, heads, adapters, sites)
     recipes = recipes_for(model, checkpoint, extra=heads)
     recipes = fold_recipes(recipes, sites, adapters)
+    if options.rounded is not None:
+        recipes = rounded(recipes, options.rounded)
     common = {
         "architecture": architecture.__name__,
         "dtype": options.dtype,
@@ -139,6 +160,13 @@ def build_checkpoint(
     }
     build = _build_decoder if _generates(model) else _build_forward
     built = build(model, recipes, common, told)
+    if options.activations == "bf16":
+        told.stage("capture the fp32 twin")
+        twin = replace(options, dtype="fp32", rounded=torch.bfloat16)
+        built.twin = build_checkpoint(base, adapters, twin, told)
+        built.notes.append(
+            "bf16 has no CPU kernels: verification runs an fp32 twin with the rounded weights"
+        )
     if options.quantization is not None:
         _quantize(built, options.quantization, told)
     if options.provider == "cuda":

@@ -9,7 +9,7 @@ import torch
 from bone_fx.onnx.quantize import Quantization
 from bone_fx.weights.blocks import Scheme
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BITS = {"int4": 4, "int8": 8}
 
 
@@ -28,6 +28,7 @@ class BuildOptions:
         head: `keep`, `int4` or `int8` for the head of a quantized decoder.
         embeddings: `keep`, `int4` or `int8`; None keeps them unless they are tied to a quantized
             head, which then serves both.
+        rounded: Round every weight to this dtype on its way to `dtype`.
     """
 
     dtype: str = "fp32"
@@ -38,6 +39,7 @@ class BuildOptions:
     symmetric: bool = False
     head: str = "int8"
     embeddings: str | None = None
+    rounded: torch.dtype | None = None
 
     @property
     def activations(self) -> str:

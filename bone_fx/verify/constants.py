@@ -84,7 +84,7 @@ def _written(constants: Mapping[str, ir.Value], weight: str, model: nn.Module) -
         parts = parts_of(name.removesuffix(".T"))
         if weight not in parts or value.const_value is None:
             continue
-        whole = torch.from_numpy(value.const_value.numpy().copy())
+        whole = _tensor(value.const_value)
         if len(parts) == 1:
             return whole
         rows = [model.get_parameter(part).shape[0] for part in parts]
@@ -92,6 +92,13 @@ def _written(constants: Mapping[str, ir.Value], weight: str, model: nn.Module) -
         place = parts.index(weight)
         return whole.narrow(axis, sum(rows[:place]), rows[place])
     return None
+
+
+def _tensor(value: ir.TensorProtocol) -> Tensor:
+    content = value.numpy().copy()
+    if value.dtype == ir.DataType.BFLOAT16:  # NumPy has no such dtype
+        return torch.from_numpy(content.view("int16")).view(torch.bfloat16)
+    return torch.from_numpy(content)
 
 
 def _equal(found: Tensor, expected: Tensor) -> bool:

@@ -74,6 +74,18 @@ class Written:
         return loaded
 
 
+class RoundedWeights(Written):
+    """A written graph whose weights are in bf16."""
+
+    def load_into(self, model: nn.Module) -> int:
+        """Round a folded model's weights as the written ones are; returns how many."""
+        parameters = list(model.parameters())
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.copy_(parameter.bfloat16())
+        return len(parameters)
+
+
 def written_graph(folder: Path, provider: str) -> Written:
     """The graph in a folder, and a session for it without rounded activations."""
     model = ir.load(folder / "model.onnx")

@@ -8,7 +8,7 @@ share one recipe object.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -341,6 +341,17 @@ class Fold(Recipe):
 def cast(recipe: Recipe, dtype: torch.dtype) -> Recipe:
     """The recipe in a dtype, or itself if it has it; a cast of a cast keeps both roundings."""
     return recipe if recipe.dtype == dtype else Cast(recipe, dtype)
+
+
+def rounded(recipes: Mapping[str, Recipe], dtype: torch.dtype) -> dict[str, Recipe]:
+    """Recipes of the same dtypes with floats rounded to another on the way; shared ones shared."""
+    made = {
+        id(recipe): cast(cast(recipe, dtype), recipe.dtype)
+        if recipe.dtype.is_floating_point
+        else recipe
+        for recipe in recipes.values()
+    }
+    return {name: made[id(recipe)] for name, recipe in recipes.items()}
 
 
 def without_cast(recipe: Recipe) -> Recipe:

@@ -45,7 +45,7 @@ OPTIONS = {
     "help": ["-h", "--help"],
 }
 CHOICES = {
-    "dtype": ("fp32", ["fp32", "fp16", "int4", "int8"]),
+    "dtype": ("fp32", ["fp32", "fp16", "bf16", "int4", "int8"]),
     "provider": ("cpu", ["cpu", "cuda"]),
     "head": ("int8", ["keep", "int4", "int8"]),
     "embeddings": (None, ["keep", "int4", "int8"]),

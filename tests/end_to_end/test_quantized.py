@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -110,3 +111,23 @@ def test_defects_are_caught(
             embeddings="keep",
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_bf16_is_verified_on_a_twin(
+    provider: Any, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = bone_fx.export(
+        folders[0],
+        output=out,
+        adapters=[folders[1]],
+        dtype="bf16",
+        provider=provider,
+        verify_on="cpu",
+    )
+    model = ir.load(out / "model.onnx")
+    assert model.graph.outputs[0].dtype == ir.DataType.BFLOAT16
+    assert result.manifest["verification"]["figures"]["onnx_vs_written"] <= 1e-4
+    assert any("fp32 twin" in note for note in result.manifest["notes"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
