@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bone_fx.config import BoneConfig
     from bone_fx.errors import BoneFxError
     from bone_fx.exporting import ExportResult, export
+    from bone_fx.folding import FoldResult, fold_checkpoint
     from bone_fx.passes import PassResult, fold_adapters, insert_adapters
 
 __version__ = "0.1.0"
@@ -25,10 +26,12 @@ _HOMES = {
     "BoneConfig": "bone_fx.config",
     "BoneFxError": "bone_fx.errors",
     "ExportResult": "bone_fx.exporting",
+    "FoldResult": "bone_fx.folding",
     "PassResult": "bone_fx.passes",
     "adapt": "bone_fx.adapting",
     "export": "bone_fx.exporting",
     "fold_adapters": "bone_fx.passes",
+    "fold_checkpoint": "bone_fx.folding",
     "insert_adapters": "bone_fx.passes",
 }
 
@@ -37,10 +40,12 @@ __all__ = [
     "BoneConfig",
     "BoneFxError",
     "ExportResult",
+    "FoldResult",
     "PassResult",
     "adapt",
     "export",
     "fold_adapters",
+    "fold_checkpoint",
     "insert_adapters",
 ]
 

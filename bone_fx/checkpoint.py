@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bone_fx.adapters import METHODS
 from bone_fx.config import CONFIG_NAME, BoneConfig
-from bone_fx.errors import AdapterError
+from bone_fx.errors import AdapterError, UsageError
 from bone_fx.sites import LinearSite, Refusal, check_fit, select_sites
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -197,3 +197,20 @@ def _sort_keys(
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (", ".join(names[:3]) or "none") + more
+
+
+def read_adapters(paths: Sequence[str | Path]) -> list[tuple[str, AdapterFolder]]:
+    """Several adapter folders with the names they go by: `default`, or their folders' names.
+
+    Raises:
+        UsageError: Two folders have the same name.
+        AdapterError: A folder holds no adapter that can be used.
+    """
+    names = ["default"] if len(paths) == 1 else [Path(path).resolve().name for path in paths]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(
+            f"two adapter folders are called {twice!r}",
+            next_step="rename one: adapters apply by name",
+        )
+    return [(name, read_adapter(path)) for name, path in zip(names, paths, strict=True)]

@@ -27,10 +27,20 @@ Examples:
   bone-export ./SmolLM2-135M-Instruct --adapter ./my-adapter -o ./out
   bone-export ./base --adapter ./style --adapter ./facts -o ./out --dtype fp16
   bone-export model.gguf -o ./out --json
+  bone-export fold ./base --adapter ./my-adapter -o ./folded   (a checkpoint, no ONNX)
 
 \b
 Exit codes: 0 ok, 2 usage, 3 input refused, 4 fold failed, 5 export failed, 6 verification failed,
 7 provider not to be had, 130 interrupted. Nothing is published unless the code is 0.
+"""
+
+
+FOLD_EPILOG = """\b
+Examples:
+  bone-export fold ./base --adapter ./my-adapter -o ./folded
+  bone-export fold ./base --adapter ./style --adapter ./facts -o ./folded --json
+
+Exit codes as for bone-export.
 """
 
 
@@ -161,6 +171,64 @@ def bone_export(
     typer.echo(f"{result.output}: {figures}")
 
 
+fold_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@fold_app.command(epilog=FOLD_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+def bone_export_fold(
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="Hugging Face folder, GGUF file or hub id.")
+    ],
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            "--adapter",
+            metavar="DIR",
+            help="Bone, BAT or MiSS adapter in PEFT's layout; repeat to apply several, in order.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to publish.")
+    ],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier output.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python files that come with the base.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result, or the error, as JSON on stdout.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Fold block adapters into a checkpoint: a Hugging Face folder of the same layout."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from bone_fx.folding import fold_checkpoint
+    from bone_fx.progress import Lines, Silent
+
+    result = fold_checkpoint(
+        base,
+        adapters=adapter,
+        output=output,
+        overwrite=overwrite,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        progress=Silent() if quiet else Lines(),
+    )
+    if as_json:
+        typer.echo(json.dumps({"output": str(result.output), **result.manifest}))
+        return
+    typer.echo(f"{result.output}: {len(result.folded)} weights folded and read back")
+
+
+def _is_fold(arguments: list[str]) -> bool:
+    """Whether the arguments are `fold BASE …`; `fold` with options only is a base of that name."""
+    if arguments[:1] != ["fold"] or len(arguments) < 2:
+        return False
+    return not arguments[1].startswith("-") or arguments[1] in ("-h", "--help")
+
+
 def main() -> None:
     """Entry point of `bone-export`."""
     as_json = "--json" in sys.argv
@@ -169,7 +237,10 @@ def main() -> None:
     try:
         # typer answers Ctrl-C with this status as its return value; the command itself returns
         # None.
-        code = app(standalone_mode=False) or 0
+        if _is_fold(sys.argv[1:]):
+            code = fold_app(sys.argv[2:], standalone_mode=False, prog_name="bone-export fold") or 0
+        else:
+            code = app(standalone_mode=False) or 0
         if code == INTERRUPTED:
             code = _fail(_INTERRUPTION, INTERRUPTED, "Interrupted", as_json=as_json)
     except BoneFxError as error:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import fx, nn
 
-from bone_fx.checkpoint import AdapterFolder, read_adapter
+from bone_fx.checkpoint import AdapterFolder, read_adapters
 from bone_fx.errors import UsageError
 from bone_fx.progress import Progress, Silent
 from bone_fx.staging import MANIFEST, Staging, refuse_inputs_as_output, staged
@@ -127,7 +127,7 @@ def export(
     refuse_inputs_as_output(output, [*adapters, *([] if own else [str(base)])])
     with staged(output, overwrite=overwrite) as staging:
         told.stage("read the inputs")
-        folders = [(_adapter_name(path, adapters), read_adapter(path)) for path in adapters]
+        folders = read_adapters(adapters)
         if verify != "off":
             from bone_fx.runtime.session import require_provider
 
@@ -180,19 +180,6 @@ def _finish(
         *(parity.warnings if parity else ["not verified: published with verify='off'"]),
     ]
     return ExportResult(staging.output, parity is not None, content, tuple(warnings))
-
-
-def _adapter_name(path: str | Path, adapters: Sequence[str | Path]) -> str:
-    if len(adapters) == 1:
-        return "default"
-    names = [Path(p).resolve().name for p in adapters]
-    name = Path(path).resolve().name
-    if names.count(name) > 1:
-        raise UsageError(
-            f"two adapter folders are called {name!r}",
-            next_step="rename one: adapters apply by name",
-        )
-    return name
 
 
 def _is_program(base: object) -> bool:

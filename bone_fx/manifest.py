@@ -47,18 +47,7 @@ def manifest_of(
         "kind": build.kind,
         "architecture": build.architecture,
         "base": {"name": build.base_name, "files": build.base_files},
-        "adapters": [
-            {
-                "name": name,
-                "peft_type": adapter.config.peft_type,
-                "method": adapter.config.method,
-                "r": adapter.config.r,
-                "sites": list(adapter.blocks),
-                "modules_to_save": list(adapter.modules_to_save),
-                "files": {n: sha256(adapter.path / n) for n in (CONFIG_NAME, WEIGHTS_NAME)},
-            }
-            for name, adapter in adapters
-        ],
+        "adapters": adapter_entries(adapters),
         "dtype": build.dtype,
         "activations": build.activations or build.dtype,
         "quantization": build.quantization,
@@ -88,6 +77,22 @@ def manifest_of(
         "notes": build.notes,
         "versions": versions(),
     }
+
+
+def adapter_entries(adapters: Sequence[tuple[str, AdapterFolder]]) -> list[dict[str, Any]]:
+    """What a manifest says about the adapters, in the order in which they apply."""
+    return [
+        {
+            "name": name,
+            "peft_type": adapter.config.peft_type,
+            "method": adapter.config.method,
+            "r": adapter.config.r,
+            "sites": list(adapter.blocks),
+            "modules_to_save": list(adapter.modules_to_save),
+            "files": {n: sha256(adapter.path / n) for n in (CONFIG_NAME, WEIGHTS_NAME)},
+        }
+        for name, adapter in adapters
+    ]
 
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:

@@ -86,3 +86,19 @@ def copy_config_and_tokenizer(
         for name in ("tokenizer.json", "vocab.txt", "preprocessor_config.json")
     )
     return [] if has_tokenizer else ["the base folder has no tokenizer; the output has none either"]
+
+
+def write_config(
+    base: BaseCheckpoint,
+    architecture: type[PreTrainedModel],
+    overrides: Mapping[str, Any],
+    folder: Path,
+) -> None:
+    """Write config.json for a checkpoint that got another class or a head of another size."""
+    config = with_overrides(base.config, overrides)
+    before = config.architectures
+    config.architectures = [architecture.__name__]
+    try:
+        config.to_json_file(folder / _BESIDE_THE_MODEL[0])
+    finally:
+        config.architectures = before

@@ -23,7 +23,7 @@ from bone_fx.errors import BaseModelError
 
 TILE_BYTES = 64 * 2**20
 _MAX_HEADER_BYTES = 100_000_000
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -143,10 +143,10 @@ def file_sha256(path: Path) -> str:
 def _entry(path: Path, key: str, raw: object, start: int, size: int) -> TensorEntry:
     if not isinstance(raw, Mapping):
         raise _broken(path, f"the entry of {key!r} is not an object")
-    dtype = _DTYPES.get(str(raw.get("dtype")))
+    dtype = DTYPES.get(str(raw.get("dtype")))
     if dtype is None:
         raise _broken(
-            path, f"{key!r} has dtype {raw.get('dtype')!r}", expected=f"one of {', '.join(_DTYPES)}"
+            path, f"{key!r} has dtype {raw.get('dtype')!r}", expected=f"one of {', '.join(DTYPES)}"
         )
     shape, offsets = raw.get("shape"), raw.get("data_offsets")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:

@@ -86,9 +86,20 @@ MAY_KNOW: dict[str, set[str]] = {
         "staging",
         "verify",
     },
-    "cli": {"errors", "exporting", "progress"},
+    "folding": {
+        "build",
+        "capture",
+        "checkpoint",
+        "errors",
+        "manifest",
+        "passes",
+        "progress",
+        "staging",
+        "weights",
+    },
+    "cli": {"errors", "exporting", "folding", "progress"},
     "__main__": {"cli"},
-    "__init__": {"adapted", "adapting", "config", "errors", "exporting", "passes"},
+    "__init__": {"adapted", "adapting", "config", "errors", "exporting", "folding", "passes"},
 }
 
 # Third-party packages and the only rooms that may import them; what is free stands below.

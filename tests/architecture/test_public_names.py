@@ -19,10 +19,12 @@ PUBLIC = {
     "BoneConfig",
     "BoneFxError",
     "ExportResult",
+    "FoldResult",
     "PassResult",
     "adapt",
     "export",
     "fold_adapters",
+    "fold_checkpoint",
     "insert_adapters",
 }
 OPTIONS = {
@@ -44,6 +46,20 @@ OPTIONS = {
     "quiet": ["--quiet", "-q"],
     "help": ["-h", "--help"],
 }
+FOLD_OPTIONS = {
+    name: OPTIONS[name]
+    for name in (
+        "base",
+        "adapter",
+        "output",
+        "overwrite",
+        "revision",
+        "trust_remote_code",
+        "as_json",
+        "quiet",
+        "help",
+    )
+}
 CHOICES = {
     "dtype": ("fp32", ["fp32", "fp16", "bf16", "int4", "int8"]),
     "provider": ("cpu", ["cpu", "cuda"]),
@@ -62,9 +78,9 @@ EXIT_CODES = {
 }
 
 
-def _options() -> dict[str, list[str]]:
+def _options(app: typer.Typer) -> dict[str, list[str]]:
     """The options of the command by parameter name, arguments with none."""
-    command = typer.main.get_command(cli.app)
+    command = typer.main.get_command(app)
     with command.make_context("bone-export", [], resilient_parsing=True) as context:
         listed = command.get_params(context)
     return {
@@ -107,7 +123,8 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_command_line_options() -> None:
-    assert _options() == {name: sorted(options) for name, options in OPTIONS.items()}
+    for app, expected in ((cli.app, OPTIONS), (cli.fold_app, FOLD_OPTIONS)):
+        assert _options(app) == {name: sorted(options) for name, options in expected.items()}
 
 
 def test_command_line_choices_and_defaults() -> None:

@@ -1,0 +1,171 @@
+"""A checkpoint with adapters folded in is what PEFT merges, and a checkpoint like its base."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+)
+
+import bone_fx
+from bone_fx.cli import main
+from bone_fx.errors import AdapterError, UsageError
+from bone_fx.weights import safetensors_writer
+from tests.end_to_end.test_peft import METHODS, TARGETS, in_peft, llama
+
+
+def checkpoint(folder: Path, dtype: torch.dtype, *, shard: str = "12KB") -> LlamaForCausalLM:
+    model = llama().to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard)
+    (folder / "tokenizer.json").write_text("{}")
+    return model
+
+
+def adapter_of(folder: Path, model: Any, method: str, **more: Any) -> Any:
+    wrapped: Any = in_peft(model, METHODS[method], target_modules=TARGETS, **more)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "bone_" in name or "miss_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    wrapped.save_pretrained(folder, save_embedding_layers=False)
+    return wrapped
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_peft(method: str, tmp_path: Path) -> None:
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    wrapped = adapter_of(adapter, checkpoint(base, torch.float32), method, task_type="CAUSAL_LM")
+    result = bone_fx.fold_checkpoint(base, adapters=[adapter], output=out)
+    merged = wrapped.merge_and_unload()
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    for name, expected in merged.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], expected, rtol=0, atol=2e-7)
+    assert len(result.folded) == len(TARGETS) * 2
+
+
+def test_keeps_the_layout_of_its_base(tmp_path: Path) -> None:
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    model = checkpoint(base, torch.bfloat16)
+    adapter_of(adapter, model, "bone", task_type="CAUSAL_LM")
+    bone_fx.fold_checkpoint(base, adapters=[adapter], output=out)
+    names = sorted(path.name for path in base.iterdir())
+    assert len([name for name in names if name.endswith(".safetensors")]) > 2
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "bone_export.json"])
+    for path in base.glob("*.safetensors"):
+        before, after = load_file(path), load_file(out / path.name)
+        assert list(before) == list(after)
+        assert all(after[name].dtype == torch.bfloat16 for name in after)
+        for name in before:
+            changed = any(f"{target}.weight" in name for target in TARGETS)
+            assert torch.equal(before[name], after[name]) != changed
+    index = "model.safetensors.index.json"
+    assert json.loads((base / index).read_text()) == json.loads((out / index).read_text())
+
+
+def test_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    adapter_of(adapter, checkpoint(base, torch.float16), "bat", task_type="CAUSAL_LM")
+    manifests = [
+        bone_fx.fold_checkpoint(base, adapters=[adapter], output=tmp_path / name).manifest
+        for name in ("one", "two")
+    ]
+    assert manifests[0] == manifests[1]
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_a_trained_head_comes_along(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = BertConfig(vocab_size=50, num_hidden_layers=2, num_labels=3, **sizes)
+    model = BertForSequenceClassification(config)
+    model.bert.save_pretrained(tmp_path / "base")
+    wrapped: Any = in_peft(
+        model,
+        METHODS["bone"],
+        target_modules=["query", "value"],
+        modules_to_save=["classifier"],
+        task_type="SEQ_CLS",
+    )
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    bone_fx.fold_checkpoint(
+        tmp_path / "base", adapters=[tmp_path / "adapter"], output=tmp_path / "out"
+    )
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    ids = torch.randint(0, 50, (2, 7))
+    with torch.no_grad():
+        expected = wrapped.merge_and_unload().eval()(ids).logits
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_refusals_leave_nothing(tmp_path: Path) -> None:
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    model = checkpoint(base, torch.float32)
+    adapter_of(adapter, model, "bone", task_type="CAUSAL_LM")
+    with pytest.raises(UsageError, match="nothing to fold"):
+        bone_fx.fold_checkpoint(base, adapters=[], output=out)
+    with pytest.raises(UsageError, match="overlaps"):
+        bone_fx.fold_checkpoint(base, adapters=[adapter], output=base)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": 7}))
+    with pytest.raises(AdapterError):
+        bone_fx.fold_checkpoint(base, adapters=[adapter], output=out)
+    assert not out.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_wrong_byte_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bone_fx import folding
+    from bone_fx.errors import VerificationError
+
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    adapter_of(adapter, checkpoint(base, torch.float32), "bone", task_type="CAUSAL_LM")
+
+    def damaged(path: Path, *arguments: Any) -> str:
+        digest = safetensors_writer.write_safetensors(path, *arguments)
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        return digest
+
+    monkeypatch.setattr(folding, "write_safetensors", damaged)
+    with pytest.raises(VerificationError, match="not the folded one"):
+        bone_fx.fold_checkpoint(base, adapters=[adapter], output=out)
+    assert not out.exists()
+    assert (tmp_path / "out.rejected").exists()
+
+
+def run(arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["bone-export", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    adapter_of(adapter, checkpoint(base, torch.float32), "mini", task_type="CAUSAL_LM")
+    assert run(["fold", base, "--adapter", adapter, "-o", out, "--json", "-q"], monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "checkpoint"
+    assert run(["fold", base, "--adapter", adapter, "-o", out], monkeypatch) == 2
+    assert "exists" in capsys.readouterr().err
+    assert run(["fold", "--help"], monkeypatch) == 0
+    assert "--adapter" in capsys.readouterr().out
+    # `fold` with options only is a base of that name.
+    monkeypatch.chdir(tmp_path)
+    assert run(["fold", "-o", tmp_path / "other"], monkeypatch) == 3
+    assert "fold" in capsys.readouterr().err
