@@ -32,8 +32,9 @@ from bone_fx.capture.attention import (
     why_plain,
 )
 from bone_fx.capture.kv_cache import PassThroughCache
+from bone_fx.capture.layers import equal_layers_once
 from bone_fx.capture.lowering import columns, constant_names, lower, name_constants
-from bone_fx.capture.norms import norms_as_operators
+from bone_fx.capture.norms import PLUS_ONE, norms_as_operators
 from bone_fx.capture.ort_ops import total_length
 from bone_fx.capture.rotary import RotaryWatcher
 from bone_fx.errors import BoneFxError, CaptureError
@@ -102,7 +103,11 @@ class _OtherCacheShapeError(Exception):
 
 
 def capture_decoder(
-    model: nn.Module, *, context_length: int | None = None, unfused: str | None = None
+    model: nn.Module,
+    *,
+    context_length: int | None = None,
+    unfused: str | None = None,
+    stamp: bool = True,
 ) -> DecoderCapture:
     """Captures a transformers causal language model as one graph for prefill and decode.
 
@@ -114,6 +119,7 @@ def capture_decoder(
             max_position_embeddings.
         unfused: Why attention is written out in plain operators; None for GroupQueryAttention
             wherever it can be.
+        stamp: Trace equal layers once. The graph is the same without, and takes longer.
 
     Raises:
         CaptureError: The model cannot be captured, or the graph would not be the model.
@@ -128,7 +134,7 @@ def capture_decoder(
     shapes = _shapes_from(text_config)
     for _ in range(2):
         try:
-            return _Capture(model, text_config, horizon, shapes, unfused).run()
+            return _Capture(model, text_config, horizon, shapes, unfused, stamp).run()
         except _OtherCacheShapeError as other:
             shapes = other.shapes
     raise CaptureError(
@@ -161,8 +167,10 @@ class _Capture:
         horizon: int | None,
         shapes: list[KeyValueShape],
         unfused: str | None,
+        stamp: bool,
     ) -> None:
         self.model = model
+        self.stamp = stamp
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.shapes = shapes
         self.horizon = horizon or int(getattr(config, "n_positions", 0)) or 1 << 15
@@ -182,6 +190,11 @@ class _Capture:
             self.norms = stack.enter_context(norms_as_operators(self.model, self.derived))
             stack.enter_context(watcher.watching())
             stack.enter_context(attention_through(self.emitter_of, self.model, self.horizon))
+            if self.stamp:
+                layers_once = equal_layers_once(
+                    self.model, len(self.shapes), self.emitter_of, {PLUS_ONE}
+                )
+                stack.enter_context(layers_once)
             stack.enter_context(_forward_replaced(self.model, call))
             program = self._export()
         constants = name_constants(program, watcher.tables)
@@ -221,6 +234,11 @@ class _Capture:
                 torch._check(  # type: ignore[no-untyped-call]  # PyTorch has no types for it
                     past_key_values[0].shape[2] + tokens == attention_mask.shape[1]
                 )
+            for past in past_key_values:  # layers that are not traced do not say so
+                for axis in (0, 2):
+                    torch._check(  # type: ignore[no-untyped-call]  # PyTorch has no types for it
+                        past.shape[axis] == past_key_values[0].shape[axis]
+                    )
             valid_B = attention_mask.sum(1)
             lengths = ((valid_B - 1).to(torch.int32), total_length(attention_mask))
             before_B = (valid_B - tokens).clamp(min=0)

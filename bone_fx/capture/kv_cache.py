@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import SymInt, Tensor
 
+from bone_fx.capture.layer_keys import LayerNumber
 from bone_fx.errors import CaptureError
 
 
@@ -41,9 +42,15 @@ class PassThroughCache:
         self._waiting: tuple[int, Tensor, Tensor] | None = None
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int | LayerNumber,
+        *_: Any,
+        **__: Any,
     ) -> tuple[Tensor, Tensor]:
         """Remembers the layer's new keys and values, [B, K, S, D], and gives them back."""
+        layer_idx = layer_idx.value if isinstance(layer_idx, LayerNumber) else layer_idx
         self.refuse_waiting()
         if layer_idx in self.presents or not 0 <= layer_idx < len(self.pasts):
             raise CaptureError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx import GraphModule
 
 from bone_fx.passes.absorb_rotary import absorb_rotary
@@ -16,12 +16,21 @@ from bone_fx.passes.cancel_reshapes import cancel_reshapes
 from bone_fx.passes.frame import PassResult
 from bone_fx.passes.fuse_norms import fuse_norms
 from bone_fx.passes.pack_projections import pack_projections
+from bone_fx.passes.stamp import stamp
 
-PASSES: tuple[Callable[[GraphModule], PassResult], ...] = (
+PassFunction = Callable[[GraphModule], PassResult]
+
+# What tightens a layer: it sees one of each kind of layer.
+LAYER_PASSES: tuple[PassFunction, ...] = (
     absorb_rotary,  # first: it looks for the transpositions that the next one cancels
     cancel_reshapes,
     pack_projections,  # sees projections and attention without the reshapes between them
-    fuse_norms,  # last: it works across the borders of layers
+)
+
+# What works across layers: it sees every layer.
+PASSES: tuple[PassFunction, ...] = (
+    cancel_reshapes,
+    fuse_norms,  # a residual addition at the end of a layer, a norm at the start of the next
 )
 
 
@@ -33,12 +42,25 @@ def lower(program: ExportedProgram) -> None:
         program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
     module = program.graph_module
+    for run in LAYER_PASSES:
+        module = run(module).graph_module
+    module = stamp(module, _names(program)).graph_module
     for run in PASSES:
         module = run(module).graph_module
     program._graph_module = module
     _drop_unused_constants(program)
     program.graph.lint()
     module.recompile()
+
+
+def _names(program: ExportedProgram) -> dict[str, str]:
+    """The names of parameters and buffers by the placeholders that stand for them."""
+    kinds = (InputKind.BUFFER, InputKind.PARAMETER)
+    return {
+        s.arg.name: s.target
+        for s in program.graph_signature.input_specs
+        if s.kind in kinds and s.target is not None and isinstance(s.arg, TensorArgument)
+    }
 
 
 def _drop_unused_constants(program: ExportedProgram) -> None:
