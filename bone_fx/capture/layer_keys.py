@@ -25,6 +25,18 @@ Place = tuple[str, str]
 PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
 
 
+def _reading(name: str) -> Callable[..., Any]:
+    """An operator of int that notes that the number was read."""
+    function = getattr(int, name)
+
+    def read(self: LayerNumber, *others: Any) -> Any:
+        self.read = True
+        plain = [o.value if isinstance(o, LayerNumber) else o for o in others]
+        return function(self.value, *plain)
+
+    return read
+
+
 class LayerNumber:
     """The number of a layer in the place of the integer, which notes whether anybody reads it."""
 
@@ -32,19 +44,14 @@ class LayerNumber:
         self.value = value
         self.read = False
 
-    def _reading(name: str) -> Callable[..., Any]:  # type: ignore[misc]  # used by the class body
-        function = getattr(int, name)
 
-        def read(self: LayerNumber, *others: Any) -> Any:
-            self.read = True
-            plain = [o.value if isinstance(o, LayerNumber) else o for o in others]
-            return function(self.value, *plain)
-
-        return read
-
-    for _name in ["__index__", "__int__", "__float__", "__bool__", "__hash__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__mod__", "__rmod__", "__floordiv__", "__rfloordiv__", "__truediv__", "__rtruediv__", "__pow__", "__rpow__", "__neg__", "__abs__", "__and__", "__rand__", "__or__", "__ror__", "__xor__", "__lshift__", "__rshift__", "__str__", "__repr__", "__format__", "__divmod__"]:
-        locals()[_name] = _reading(_name)
-    del _name
+_OPERATORS = (
+    "index int float bool hash eq ne lt le gt ge add radd sub rsub mul rmul mod rmod "
+    "floordiv rfloordiv truediv rtruediv pow rpow neg abs and rand or ror xor lshift "
+    "rshift str repr format divmod"
+)
+for _operator in _OPERATORS.split():
+    setattr(LayerNumber, f"__{_operator}__", _reading(f"__{_operator}__"))
 
 
 def numbers_of(layers: Sequence[nn.Module]) -> list[Place]:

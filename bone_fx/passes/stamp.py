@@ -46,6 +46,8 @@ def stamp(gm: GraphModule, constants: Mapping[str, str]) -> PassResult:
     layers = [node for node in graph.nodes if is_operator(node, DOMAIN, LAYER)]
     if not entries and not exits and not layers:
         return PassResult(gm, modified=False)
+    for path in entries.keys() - exits.keys():  # a layer that cannot be repeated
+        _remove(graph, entries.pop(path))
     placeholders = {
         constants[n.name]: n for n in graph.nodes if n.op == "placeholder" and n.name in constants
     }
@@ -66,11 +68,15 @@ def stamp(gm: GraphModule, constants: Mapping[str, str]) -> PassResult:
             twins[placeholders[name]] = twin
         _expand(graph, node, entries[former], exits[former], regions[former], twins)
     for mark in (*entries.values(), *exits.values()):
-        hidden = operands(mark)[0]
-        assert hidden is not None
-        mark.replace_all_uses_with(hidden)
-        graph.erase_node(mark)
+        _remove(graph, mark)
     return PassResult(copied, modified=True)
+
+
+def _remove(graph: Graph, mark: Node) -> None:
+    hidden = operands(mark)[0]
+    assert hidden is not None
+    mark.replace_all_uses_with(hidden)
+    graph.erase_node(mark)
 
 
 def _by_path(graph: Graph, kind: str) -> dict[str, Node]:
