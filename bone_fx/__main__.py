@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bone_fx.cli import main
+from bone_fx.cli import program
 
 if __name__ == "__main__":
-    main()
+    program()

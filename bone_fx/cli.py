@@ -230,7 +230,7 @@ def _is_fold(arguments: list[str]) -> bool:
 
 
 def main() -> None:
-    """Entry point of `bone-export`."""
+    """Run `bone-export` with the arguments of the process, and raise SystemExit."""
     as_json = "--json" in sys.argv
     # The process lives for one command: collecting garbage among the graphs takes an eighth of it.
     gc.disable()
@@ -261,6 +261,15 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     raise SystemExit(code)
+
+
+def program() -> None:
+    """The process of `bone-export`: `main`, and an exit that does not take graphs apart first."""
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0
+    os._exit(code)
 
 
 def _fail(message: str, code: int, kind: str, *, as_json: bool) -> int:

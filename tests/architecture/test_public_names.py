@@ -134,7 +134,7 @@ def test_command_line_choices_and_defaults() -> None:
 def test_console_script() -> None:
     (script,) = metadata.entry_points(group="console_scripts", name="bone-export")
     module, _, function = script.value.partition(":")
-    assert getattr(importlib.import_module(module), function) is cli.main
+    assert getattr(importlib.import_module(module), function) is cli.program
 
 
 def test_exit_codes() -> None:
