@@ -25,7 +25,8 @@ from bone_fx.progress import Progress, Silent
 from bone_fx.staging import MANIFEST, refuse_inputs_as_output, staged
 from bone_fx.weights.checkpoint import recipes_for
 from bone_fx.weights.fold import fold_recipes
-from bone_fx.weights.recipes import Fold, Read, Recipe, Value, cast
+from bone_fx.weights.fold_recipe import Fold
+from bone_fx.weights.recipes import Read, Recipe, Value, cast
 from bone_fx.weights.safetensors_file import read_header, read_tensor
 from bone_fx.weights.safetensors_writer import write_safetensors
 
@@ -88,6 +89,7 @@ def fold_checkpoint(
         told.stage("read the inputs")
         read = read_adapters(adapters)
         checkpoint = open_base(base, trust_remote_code=trust_remote_code, revision=revision)
+        checkpoint.start_hashing()
         architecture, overrides, heads = heads_and_class(checkpoint, read)
         model = skeleton(
             checkpoint, torch.float32, architecture=architecture, config_overrides=overrides
@@ -110,7 +112,7 @@ def fold_checkpoint(
             "architecture": architecture.__name__,
             "base": {
                 "name": Path(checkpoint.origin).name,
-                "files": {file.name: checkpoint.sha256(file) for file in checkpoint.files},
+                "files": checkpoint.sha256(),
             },
             "adapters": adapter_entries(read),
             "files": {path.name: digest for path, digest in files.items()},

@@ -46,7 +46,7 @@ def manifest_of(
         "format": 1,
         "kind": build.kind,
         "architecture": build.architecture,
-        "base": {"name": build.base_name, "files": build.base_files},
+        "base": {"name": build.base_name, "files": build.base_files()},
         "adapters": adapter_entries(adapters),
         "dtype": build.dtype,
         "activations": build.activations or build.dtype,
@@ -58,7 +58,7 @@ def manifest_of(
         "files": {
             path.relative_to(folder).as_posix(): {
                 "bytes": path.stat().st_size,
-                "sha256": sha256(path),
+                "sha256": build.written.get(path.relative_to(folder).as_posix()) or sha256(path),
             }
             for path in sorted(folder.rglob("*"))
             if path.is_file()

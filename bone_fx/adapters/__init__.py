@@ -18,6 +18,7 @@ METHODS: dict[str, Method] = {
         fold=bone.fold,
         term=bone.term,
         delta=bone.delta,
+        part=bone.part,
     ),
     "mini": Method(
         "mini",
@@ -27,6 +28,7 @@ METHODS: dict[str, Method] = {
         fold=mini.fold,
         term=mini.term,
         delta=mini.delta,
+        part=mini.part,
     ),
     "bat": Method(
         "bat",
@@ -36,6 +38,7 @@ METHODS: dict[str, Method] = {
         fold=bat.fold,
         term=None,
         delta=bat.delta,
+        part=bat.part,
     ),
 }
 

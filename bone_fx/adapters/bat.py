@@ -49,6 +49,12 @@ def fold(w_OI: Tensor, b_ARR: Tensor) -> Tensor:
     return w_OI + delta(w_OI, b_ARR)
 
 
+def part(b_ARR: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+    """The blocks of some rows of the weight, a multiple of R of them, with all columns."""
+    r = b_ARR.shape[-1]
+    return b_ARR[rows[0] // r : rows[1] // r]
+
+
 def gradient(w_OI: Tensor, dw_OI: Tensor, r: int) -> Tensor:
     """The block's gradient `[O/R, R, R]` from the folded weight's.
 

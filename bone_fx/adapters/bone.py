@@ -46,6 +46,11 @@ def delta(w_OI: Tensor, d_RO: Tensor) -> Tensor:
     return fold(torch.zeros_like(w_OI), d_RO)
 
 
+def part(d_RO: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+    """The block `[R, rows]` that does to a part of the weight what `d_RO` does to the whole."""
+    return d_RO[:, slice(*rows)].roll(-columns[0], 0)
+
+
 def shard_sums(x_TI: Tensor, r: int) -> Tensor:
     """S(x) `[..., R]`.
 

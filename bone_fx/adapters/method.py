@@ -14,6 +14,7 @@ BlockShape = Callable[[int, int, int, int], tuple[int, ...]]
 Refusal = Callable[[int, int, int, int], str | None]
 Fold = Callable[[Tensor, Tensor], Tensor]
 Term = Callable[[Tensor, Tensor, int], Tensor]
+Part = Callable[[Tensor, tuple[int, int], tuple[int, int]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Method:
         term: `(x_TI, block, O) -> y_TO`, what an additive method adds to the base product without
             folding; None for methods that act on the weight.
         delta: `(w_OI, block) -> W' - W`, without the cancellation of subtracting.
+        part: `(block, rows, columns) -> block` that does to those rows and columns of the weight
+            what the whole block does to all of it; first index and the one behind the last. A
+            method that is not additive takes multiples of R and all columns.
     """
 
     name: str
@@ -40,3 +44,4 @@ class Method:
     fold: Fold
     term: Term | None
     delta: Fold
+    part: Part

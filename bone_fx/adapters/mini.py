@@ -8,6 +8,7 @@ Shapes: T tokens, I in_features, O out_features, R block size, M mini_r.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bone_fx.adapters import bone
@@ -44,6 +45,12 @@ def fold(w_OI: Tensor, d_RM: Tensor) -> Tensor:
 def delta(w_OI: Tensor, d_RM: Tensor) -> Tensor:
     """`W' - W`, `[O, I]`; it does not depend on the weight's values."""
     return bone.delta(w_OI, widen(d_RM, w_OI.shape[0]))
+
+
+def part(d_RM: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+    """The block `[R, rows]` that does to a part of the weight what `d_RM` does to the whole."""
+    outputs = torch.arange(*rows, device=d_RM.device) % d_RM.shape[1]
+    return d_RM[:, outputs].roll(-columns[0], 0)
 
 
 def term(x_TI: Tensor, d_RM: Tensor, out_features: int) -> Tensor:

@@ -27,8 +27,8 @@ class Build:
         placement: For CUDA, operators without a kernel there and how many nodes they have.
         quantization: What was quantized and how; None for a float export.
         base_name: Name of the base, without its path.
-        base_files: SHA-256 of the base's weight files by name.
         notes: What a person should know.
+        written: SHA-256 of the model's files by name, once it is written.
     """
 
     model: ir.Model
@@ -36,16 +36,21 @@ class Build:
     architecture: str
     dtype: str
     base_name: str = ""
-    base_files: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     opset: int = OPSET
     activations: str = ""
     quantization: dict[str, Any] | None = None
     placement: dict[str, int] | None = None
+    written: dict[str, str] = field(default_factory=dict)
+
+    def base_files(self) -> dict[str, str]:
+        """SHA-256 of the base's weight files by name."""
+        return {}
 
     def write(self, folder: Path, told: Progress) -> None:
         """Write the model, and what stands beside it, into a folder."""
-        write_model(self.model, folder, told.advance)
+        model = write_model(self.model, folder, told.advance)
+        self.written = {file.name: file.sha256 for file in model.files}
 
     def verify(self, folder: Path, provider: str, mode: str) -> Parity:
         """Compare the written model with torch.

@@ -44,6 +44,11 @@ class CheckpointBuild(Build):
     examples: Mapping[str, Tensor] = field(default_factory=dict)
     twin: CheckpointBuild | None = None
 
+    def base_files(self) -> dict[str, str]:
+        """SHA-256 of the base's weight files by name."""
+        assert self.checkpoint is not None
+        return self.checkpoint.sha256()
+
     def write(self, folder: Path, told: Progress) -> None:
         """Write the model; for a decoder also what onnxruntime-genai needs to run the folder."""
         super().write(folder, told)
@@ -134,6 +139,7 @@ def build_checkpoint(
     checkpoint = open_base(
         base, trust_remote_code=options.trust_remote_code, revision=options.revision
     )
+    checkpoint.start_hashing()
     architecture, overrides, heads = heads_and_class(checkpoint, adapters)
     told.stage("capture without weights")
     model = skeleton(
@@ -154,7 +160,6 @@ def build_checkpoint(
         "activations": options.activations,
         "provider": options.provider,
         "base_name": Path(checkpoint.origin).name,
-        "base_files": {file.name: checkpoint.sha256(file) for file in checkpoint.files},
         "checkpoint": checkpoint,
         "plan": plan,
     }

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -55,7 +57,7 @@ class BaseCheckpoint:
     files: tuple[Path, ...]
     tensors: Mapping[str, Read]
     trust_remote_code: bool = False
-    _hashes: dict[Path, str] = field(default_factory=dict, repr=False)
+    _hashes: list[Future[str]] = field(default_factory=list, repr=False)
 
     @property
     def architecture(self) -> type[PreTrainedModel]:
@@ -68,11 +70,30 @@ class BaseCheckpoint:
 
         return architecture_of(self.config, self.folder, trust_remote_code=self.trust_remote_code)
 
-    def sha256(self, file: Path) -> str:
-        """SHA-256 of one of the folder's files, computed once."""
-        if file not in self._hashes:
-            self._hashes[file] = file_sha256(file)
-        return self._hashes[file]
+    def start_hashing(self) -> None:
+        """Begin to hash the weight files in the background; `sha256` waits for it."""
+        if self._hashes:
+            return
+        self._hashes.extend(Future() for _ in self.files)
+        # A daemon: whoever gives up does not wait for the hashes of a large checkpoint.
+        Thread(target=self._hash, daemon=True).start()
+
+    def _hash(self) -> None:
+        for file, future in zip(self.files, self._hashes, strict=True):
+            try:
+                future.set_result(file_sha256(file))
+            except OSError as error:
+                future.set_exception(error)
+
+    def sha256(self) -> dict[str, str]:
+        """SHA-256 of the weight files by name, computed once.
+
+        Raises:
+            OSError: A file cannot be read.
+        """
+        self.start_hashing()
+        named = zip(self.files, self._hashes, strict=True)
+        return {file.name: future.result() for file, future in named}
 
     def plan(self, model: nn.Module) -> LoadPlan:
         """Which tensors on disk make each of a model's, by transformers' own conversions."""

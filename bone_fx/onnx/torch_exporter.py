@@ -1,4 +1,4 @@
-"""Everything that touches `torch.onnx`'s exporter, private parts included.
+"""Everything that touches `torch.onnx`'s exporter, private parts included, but for its registry.
 
 Tried with torch 2.13.0 and onnxscript 0.7.2. The public entry point decomposes every program before
 it translates it; here a prepared graph (`bone_fx.onnx.prepare`) is handed to the translator as it
@@ -57,9 +57,9 @@ def program_to_ir(program: ExportedProgram) -> tuple[ir.Model, str | None]:
 
 @functools.cache
 def _registry() -> Any:
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
+    from bone_fx.onnx.torchlib import TorchLib
 
-    registry = ONNXRegistry.from_torchlib()
+    registry = TorchLib()
     for target, function in _own_translations(registry).items():
         registry.register_op(target, function)
     return registry

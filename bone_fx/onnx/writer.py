@@ -1,7 +1,7 @@
 """A model on disk: `model.onnx` and one `model.onnx.data`, written constant by constant.
 
-Recipes are evaluated one at a time, in the order of their sources, and go straight to the file:
-peak memory is about the largest constant. The same model and sources give the same bytes.
+Recipes are evaluated band by band, in the order of their sources, and go straight to the file:
+peak memory does not grow with the model. The same model and sources give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from bone_fx.errors import ExportError, VerificationError
 from bone_fx.onnx.data_layout import Placement, external, lay_out
 from bone_fx.onnx.recipe_tensor import RecipeTensor
 from bone_fx.weights.recipes import Cast, Recipe
+from bone_fx.weights.stream import Piece, write_stream
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes there will be."""
-
-_CHUNK = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def write_model(model: ir.Model, folder: Path, progress: Progress | None = None)
     Args:
         model: From `bone_fx.onnx.translate`.
         folder: An existing folder; files of the same names are replaced.
-        progress: Told about every 16 MB.
+        progress: Told about every write.
 
     Raises:
         ExportError: The disk is full, or would be; with bytes needed and available.
@@ -105,7 +104,8 @@ def _external(model: ir.Model, placements: list[Placement]) -> Iterator[None]:
         for value in before:
             tensor = value.const_value
             if isinstance(tensor, RecipeTensor):
-                evaluated = _evaluate(tensor.recipe, value.name or "")
+                evaluated = tensor.recipe.evaluate()
+                _refuse_if_overflown(Piece(value.name or "", tensor.recipe, 0), evaluated)
                 value.const_value = ir.tensor_adapters.TorchTensor(evaluated, name=value.name)
         yield
     finally:
@@ -114,39 +114,22 @@ def _external(model: ir.Model, placements: list[Placement]) -> Iterator[None]:
 
 
 def _write_data(path: Path, placements: list[Placement], progress: Progress | None) -> str:
-    digest = hashlib.sha256()
     total, done = placements[-1].end, 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    pieces = [Piece(p.values[0].name or "", p.recipe, p.offset) for p in placements]
     with path.open("wb", buffering=0) as file:
-        for placement in placements:
-            for part in _content(placement, done):
-                file.write(part)
-                digest.update(part)
-                done += len(part)
-                if progress is not None:
-                    progress(done, total)
-    return digest.hexdigest()
+        return write_stream(file, pieces, check=_refuse_if_overflown, advance=advance)
 
 
-def _content(placement: Placement, position: int) -> Iterator[memoryview]:
-    if placement.offset > position:
-        yield memoryview(bytes(placement.offset - position))
-    tensor = _evaluate(placement.recipe, placement.values[0].name or "")
-    content = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    for start in range(0, placement.length, _CHUNK):
-        yield content[start : start + _CHUNK]
-
-
-def _evaluate(recipe: Recipe, name: str) -> Tensor:
-    tensor = recipe.evaluate().detach().contiguous()
-    if tuple(tensor.shape) != tuple(recipe.shape) or tensor.dtype != recipe.dtype:
-        raise ExportError(
-            f"constant {name!r} is not what was planned: {recipe.describe()}",
-            expected=f"{recipe.dtype} {list(recipe.shape)}",
-            found=f"{tensor.dtype} {list(tensor.shape)}",
-        )
-    if tensor.dtype in (torch.float16, torch.bfloat16) and not _is_finite(tensor):
-        _refuse_overflow(recipe, name)
-    return tensor
+def _refuse_if_overflown(piece: Piece, part: Tensor) -> None:
+    if part.dtype in (torch.float16, torch.bfloat16) and not _is_finite(part):
+        _refuse_overflow(piece.recipe, piece.name)
 
 
 def _is_finite(tensor: Tensor) -> bool:

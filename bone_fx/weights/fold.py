@@ -12,7 +12,8 @@ from bone_fx.adapters import METHODS
 from bone_fx.config import BoneConfig
 from bone_fx.errors import AdapterError
 from bone_fx.sites import LinearSite
-from bone_fx.weights.recipes import Fold, FoldStep, Recipe, without_cast
+from bone_fx.weights.fold_recipe import Fold, FoldStep
+from bone_fx.weights.recipes import Recipe, without_cast
 
 
 class Adapter(Protocol):

@@ -8,15 +8,19 @@ weight is folded and quantized once while a model is written.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bone_fx.weights.blocks import Scheme, pack, quantize
-from bone_fx.weights.recipes import Concat, Fold, Recipe, Transpose, cast, without_cast
+from bone_fx.weights.boxes import Box, bands, whole, within
+from bone_fx.weights.fold_recipe import Fold
+from bone_fx.weights.recipes import Concat, Recipe, Transpose, cast, without_cast
 
 PartName = Literal["codes", "scales", "zero_points"]
+_BAND_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +35,7 @@ class QuantizedWeight:
     source: Recipe
     scheme: Scheme
     _waiting: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _lock: Lock = field(default_factory=Lock, repr=False)
 
     def part(self, name: PartName) -> Part:
         """The recipe of one part."""
@@ -38,13 +43,23 @@ class QuantizedWeight:
 
     def take(self, name: PartName) -> Tensor:
         """One part, computed with the other two or left over from them."""
-        if name not in self._waiting:
-            blocks = quantize(self.source.evaluate(), self.scheme)
-            self._waiting["codes"] = pack(blocks.codes, self.scheme.bits)
-            self._waiting["scales"] = blocks.scales
-            if not self.scheme.symmetric:
-                self._waiting["zero_points"] = pack(blocks.zeros, self.scheme.bits)
-        return self._waiting.pop(name)
+        with self._lock:
+            if name not in self._waiting:
+                self._waiting.update(self._quantized())
+            return self._waiting.pop(name)
+
+    def _quantized(self) -> dict[str, Tensor]:
+        """The parts, computed a band of rows at a time."""
+        bits = self.scheme.bits
+        parts: dict[str, list[Tensor]] = {"codes": [], "scales": [], "zero_points": []}
+        for band in bands(whole(self.source.shape), _BAND_BYTES, self.source.dtype.itemsize):
+            blocks = quantize(self.source.part(band), self.scheme)
+            parts["codes"].append(pack(blocks.codes, bits))
+            parts["scales"].append(blocks.scales)
+            parts["zero_points"].append(pack(blocks.zeros, bits))
+        if self.scheme.symmetric:
+            del parts["zero_points"]
+        return {name: torch.cat(found) for name, found in parts.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +81,9 @@ class Part(Recipe):
     @property
     def dtype(self) -> torch.dtype:  # noqa: D102 - documented on Recipe
         return self.weight.scheme.scale_dtype if self.name == "scales" else torch.uint8
+
+    def fill(self, out: Tensor, at: Box) -> None:  # noqa: D102 - documented on Recipe
+        out.copy_(self.evaluate()[within(at, whole(self.shape))])
 
     def evaluate(self) -> Tensor:  # noqa: D102 - documented on Recipe
         return self.weight.take(self.name).contiguous()

@@ -1,8 +1,8 @@
 """Recipes: where a constant's bytes come from and what is done to them.
 
-A recipe knows its shape and dtype at once and gives its tensor when asked. `fold` is constant
-propagation over recipes: it wraps the base's recipe in a `Fold`. Two names that share one weight
-share one recipe object.
+A recipe knows its shape and dtype at once and gives its tensor, or any part of it, when asked.
+`fold` is constant propagation over recipes: it wraps the base's recipe in a `Fold`. Two names that
+share one weight share one recipe object.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bone_fx.adapters import METHODS
-from bone_fx.errors import BaseModelError, FoldError
-from bone_fx.weights.safetensors_file import TensorEntry, read_tensor
+from bone_fx.errors import BaseModelError
+from bone_fx.weights.boxes import Box, bands, sizes, whole, within
+from bone_fx.weights.safetensors_file import TensorEntry, read_part
 
 Order = tuple[int, str, int]
 _WITHOUT_FILE: Order = (1, "", 0)
+
+BAND_BYTES = 1 << 20
+"""What a step works on at a time: so much stays in a core's cache."""
 
 
 class Recipe(ABC):
@@ -37,8 +40,28 @@ class Recipe(ABC):
         """Dtype of the result."""
 
     @abstractmethod
+    def fill(self, out: Tensor, at: Box) -> None:
+        """Compute a part of the constant.
+
+        Args:
+            out: Where it goes: of the part's shape and the constant's dtype, with any strides.
+            at: The part.
+        """
+
+    def cuts(self, dim: int) -> bool:
+        """Whether a part of some indices of a dimension costs no more than its share."""
+        del dim
+        return False
+
+    def part(self, at: Box) -> Tensor:
+        """A part of the constant, contiguous."""
+        out = torch.empty(sizes(at), dtype=self.dtype)
+        self.fill(out, at)
+        return out
+
     def evaluate(self) -> Tensor:
         """The constant: on the CPU, contiguous, of `shape` and `dtype`; computed at every call."""
+        return self.part(whole(self.shape))
 
     @abstractmethod
     def describe(self) -> str:
@@ -74,8 +97,15 @@ class Read(Recipe):
     def dtype(self) -> torch.dtype:  # noqa: D102 - documented on Recipe
         return self.entry.dtype
 
-    def evaluate(self) -> Tensor:  # noqa: D102 - documented on Recipe
-        return read_tensor(self.path, self.entry)
+    def fill(self, out: Tensor, at: Box) -> None:  # noqa: D102 - documented on Recipe
+        if out.is_contiguous():
+            read_part(self.path, self.entry, at, out)
+            return
+        for band in bands(at, BAND_BYTES, self.dtype.itemsize):
+            out[within(band, at)].copy_(self.part(band))
+
+    def cuts(self, dim: int) -> bool:  # noqa: D102 - documented on Recipe
+        return True
 
     def describe(self) -> str:  # noqa: D102 - documented on Recipe
         return f"read {self.path.name}:{self.key}"
@@ -102,11 +132,14 @@ class Value(Recipe):
     def dtype(self) -> torch.dtype:  # noqa: D102 - documented on Recipe
         return self.tensor.dtype
 
-    def evaluate(self) -> Tensor:  # noqa: D102 - documented on Recipe
-        return self.tensor.detach().cpu().contiguous()
+    def fill(self, out: Tensor, at: Box) -> None:  # noqa: D102 - documented on Recipe
+        out.copy_(self.tensor.detach()[within(at, whole(self.shape))])
+
+    def cuts(self, dim: int) -> bool:  # noqa: D102 - documented on Recipe
+        return True
 
     def describe(self) -> str:  # noqa: D102 - documented on Recipe
-        return f"{self.origin} {_name(self.dtype)}{list(self.shape)}"
+        return f"{self.origin} {dtype_name(self.dtype)}{list(self.shape)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,8 +163,12 @@ class Transpose(Recipe):
     def dtype(self) -> torch.dtype:  # noqa: D102 - documented on Recipe
         return self.recipe.dtype
 
-    def evaluate(self) -> Tensor:  # noqa: D102 - documented on Recipe
-        return self.recipe.evaluate().permute(self.permutation).contiguous()
+    def fill(self, out: Tensor, at: Box) -> None:  # noqa: D102 - documented on Recipe
+        back = [self.permutation.index(dim) for dim in range(len(at))]
+        self.recipe.fill(out.permute(back), tuple(at[dim] for dim in back))
+
+    def cuts(self, dim: int) -> bool:  # noqa: D102 - documented on Recipe
+        return self.recipe.cuts(self.permutation[dim])
 
     def describe(self) -> str:  # noqa: D102 - documented on Recipe
         step = "transpose" if self.permutation == (1, 0) else f"permute {list(self.permutation)}"
@@ -156,11 +193,18 @@ class Cast(Recipe):
     def dtype(self) -> torch.dtype:  # noqa: D102 - documented on Recipe
         return self.to
 
-    def evaluate(self) -> Tensor:  # noqa: D102 - documented on Recipe
-        return self.recipe.evaluate().to(self.to)
+    def fill(self, out: Tensor, at: Box) -> None:  # noqa: D102 - documented on Recipe
+        if not self.recipe.cuts(0):
+            out.copy_(self.recipe.part(at))
+            return
+        for band in bands(at, BAND_BYTES, self.recipe.dtype.itemsize):
+            out[within(band, at)].copy_(self.recipe.part(band).to(self.to))
+
+    def cuts(self, dim: int) -> bool:  # noqa: D102 - documented on Recipe
+        return self.recipe.cuts(dim)
 
     def describe(self) -> str:  # noqa: D102 - documented on Recipe
-        return f"{self.recipe.describe()} -> cast {_name(self.to)}"
+        return f"{self.recipe.describe()} -> cast {dtype_name(self.to)}"
 
     def inputs(self) -> tuple[Recipe, ...]:  # noqa: D102 - documented on Recipe
         return (self.recipe,)
@@ -192,14 +236,19 @@ class Concat(Recipe):
     def dtype(self) -> torch.dtype:  # noqa: D102 - documented on Recipe
         return self.recipes[0].dtype
 
-    def evaluate(self) -> Tensor:  # noqa: D102 - documented on Recipe
-        result = torch.empty(self.shape, dtype=self.dtype)
-        start = 0
+    def fill(self, out: Tensor, at: Box) -> None:  # noqa: D102 - documented on Recipe
+        wanted_start, wanted_stop = at[self.dim]
+        first = 0
         for recipe in self.recipes:
             length = recipe.shape[self.dim]
-            result.narrow(self.dim, start, length).copy_(recipe.evaluate())
-            start += length
-        return result
+            start, stop = max(wanted_start, first), min(wanted_stop, first + length)
+            if start < stop:
+                inner = (*at[: self.dim], (start - first, stop - first), *at[self.dim + 1 :])
+                recipe.fill(out.narrow(self.dim, start - wanted_start, stop - start), inner)
+            first += length
+
+    def cuts(self, dim: int) -> bool:  # noqa: D102 - documented on Recipe
+        return all(recipe.cuts(dim) for recipe in self.recipes)
 
     def describe(self) -> str:  # noqa: D102 - documented on Recipe
         return f"concat dim {self.dim} of ({'; '.join(r.describe() for r in self.recipes)})"
@@ -232,13 +281,16 @@ class Converted(Recipe):
     def dtype(self) -> torch.dtype:  # noqa: D102 - documented on Recipe
         return self.sources[0].dtype
 
+    def fill(self, out: Tensor, at: Box) -> None:  # noqa: D102 - documented on Recipe
+        out.copy_(self.evaluate()[within(at, whole(self.shape))])
+
     def evaluate(self) -> Tensor:  # noqa: D102 - documented on Recipe
         result = self.convert([source.evaluate() for source in self.sources])
         if tuple(result.shape) != self.shape or result.dtype != self.dtype:
             raise BaseModelError(
                 f"{self.describe()} gave another tensor than planned",
-                expected=f"{_name(self.dtype)}{list(self.shape)}",
-                found=f"{_name(result.dtype)}{list(result.shape)}",
+                expected=f"{dtype_name(self.dtype)}{list(self.shape)}",
+                found=f"{dtype_name(result.dtype)}{list(result.shape)}",
             )
         return result.contiguous()
 
@@ -249,93 +301,6 @@ class Converted(Recipe):
 
     def inputs(self) -> tuple[Recipe, ...]:  # noqa: D102 - documented on Recipe
         return self.sources
-
-
-@dataclass(frozen=True, eq=False)
-class FoldStep:
-    """One trained block to fold into a weight.
-
-    Attributes:
-        method: Row of `bone_fx.adapters.METHODS`.
-        block: The block.
-        adapter: Name of the adapter it came from.
-    """
-
-    method: str
-    block: Tensor
-    adapter: str
-
-
-@dataclass(frozen=True, eq=False)
-class Fold(Recipe):
-    """A weight with blocks folded into it, in float32, rounded once.
-
-    Attributes:
-        base: The weight's recipe, as close to the stored bytes as can be (no cast before the fold).
-        steps: Blocks in the order in which they act.
-        transposed: Whether the weight is stored `[I, O]`, as in HF `Conv1D`.
-        to: Dtype of the result.
-        site: Name of the layer, for errors.
-    """
-
-    base: Recipe
-    steps: tuple[FoldStep, ...]
-    transposed: bool
-    to: torch.dtype
-    site: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # noqa: D102 - documented on Recipe
-        return self.base.shape
-
-    @property
-    def dtype(self) -> torch.dtype:  # noqa: D102 - documented on Recipe
-        return self.to
-
-    def evaluate(self) -> Tensor:
-        """The folded weight.
-
-        Raises:
-            FoldError: The result is not finite.
-        """
-        weight = self.base.evaluate().float()
-        w_OI = weight.t() if self.transposed else weight
-        for step in self.steps:
-            w_OI = METHODS[step.method].fold(w_OI, step.block.float())
-        result = (w_OI.t() if self.transposed else w_OI).to(self.to).contiguous()
-        if not torch.isfinite(result).all():
-            raise FoldError(
-                f"folding {self._blocks()} into {self.site} gives values that are not finite",
-                expected=f"finite weights in {_name(self.to)}",
-                found=self._blame(weight, w_OI),
-                next_step="check the adapter's training, or export in fp32",
-            )
-        return result
-
-    def describe(self) -> str:  # noqa: D102 - documented on Recipe
-        folds = " -> ".join(f"fold {step.method}({step.adapter})" for step in self.steps)
-        rounded = f" -> cast {_name(self.to)}" if self.to != torch.float32 else ""
-        return f"{self.base.describe()} -> {folds}{rounded}"
-
-    def inputs(self) -> tuple[Recipe, ...]:  # noqa: D102 - documented on Recipe
-        return (self.base,)
-
-    def _blocks(self) -> str:
-        return " and ".join(
-            f"{step.method} block of adapter {step.adapter!r}" for step in self.steps
-        )
-
-    def _blame(self, weight: Tensor, folded: Tensor) -> str:
-        if not torch.isfinite(weight).all():
-            return "NaN or Inf in the base weight"
-        for step in self.steps:
-            if not torch.isfinite(step.block).all():
-                return f"NaN or Inf in the block of adapter {step.adapter!r}"
-        if not torch.isfinite(folded).all():
-            return "an overflow in float32"
-        return (
-            f"values up to {folded.abs().max().item():.3g}, beyond {torch.finfo(self.to).max:.3g}"
-        )
 
 
 def cast(recipe: Recipe, dtype: torch.dtype) -> Recipe:
@@ -361,5 +326,6 @@ def without_cast(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as messages write it: `float16`."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Reading safetensors files by position: a checked header, and tensors in tiles of at most 64 MB.
+"""Reading safetensors files by position: a checked header, and tensors or parts of them.
 
 The file is not mapped: mapped pages count as the process's memory, and a fold of a large checkpoint
 would seem to hold all of it. Layout: 8 bytes little-endian header size, that many bytes of JSON,
@@ -8,10 +8,11 @@ then the data.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bone_fx.errors import BaseModelError
+from bone_fx.weights.boxes import Box, whole
 
 TILE_BYTES = 64 * 2**20
 _MAX_HEADER_BYTES = 100_000_000
@@ -94,28 +96,66 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def read_tensor(path: Path, entry: TensorEntry) -> Tensor:
-    """Read one tensor in tiles.
+    """Read one tensor.
 
     Raises:
         BaseModelError: The file cannot be read or is shorter than its header says.
     """
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
-    if entry.nbytes == 0:
-        return tensor
+    read_part(path, entry, whole(entry.shape), tensor)
+    return tensor
+
+
+def read_part(path: Path, entry: TensorEntry, at: Box, into: Tensor) -> None:
+    """Read a part of a tensor.
+
+    Args:
+        path: The file.
+        entry: The tensor.
+        at: The part.
+        into: Contiguous, of the part's shape and the tensor's dtype.
+
+    Raises:
+        BaseModelError: The file cannot be read or is shorter than its header says.
+    """
+    if into.numel() == 0:
+        return
     # An array is a buffer, which its annotation does not say before Python 3.12.
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    view = memoryview(into.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     try:
         with path.open("rb", buffering=0) as file:
-            done = 0
-            while done < entry.nbytes:
-                tile = view[done : done + TILE_BYTES]
-                count = os.preadv(file.fileno(), [tile], entry.offset + done)
-                if count == 0:
-                    raise _broken(path, f"it ends {entry.nbytes - done} bytes before a tensor does")
-                done += count
+            place = 0
+            for offset, count in _runs(entry, at):
+                _read(file.fileno(), view[place : place + count], offset, path)
+                place += count
     except OSError as error:
         raise _broken(path, error.strerror or str(error)) from error
-    return tensor
+
+
+def _runs(entry: TensorEntry, at: Box) -> Iterator[tuple[int, int]]:
+    """Offset in the file and number of bytes of each stretch that a part is made of."""
+    itemsize = entry.dtype.itemsize
+    inner = len(at)  # dimensions from here on are read whole
+    while inner and at[inner - 1] == (0, entry.shape[inner - 1]):
+        inner -= 1
+    if inner == 0:
+        yield entry.offset, entry.nbytes
+        return
+    strides = [math.prod(entry.shape[axis + 1 :]) * itemsize for axis in range(inner)]
+    start, stop = at[inner - 1]
+    begin, count = start * strides[-1], (stop - start) * strides[-1]
+    for index in itertools.product(*(range(*span) for span in at[: inner - 1])):
+        above = sum(i * stride for i, stride in zip(index, strides, strict=False))
+        yield entry.offset + above + begin, count
+
+
+def _read(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done : done + TILE_BYTES]], offset + done)
+        if count == 0:
+            raise _broken(path, f"it ends {len(view) - done} bytes before a tensor does")
+        done += count
 
 
 def same_bytes(path: Path, entry: TensorEntry, other_path: Path, other: TensorEntry) -> bool:
@@ -132,12 +172,9 @@ def same_bytes(path: Path, entry: TensorEntry, other_path: Path, other: TensorEn
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal, read in tiles."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb", buffering=0) as file:
-        while tile := file.read(TILE_BYTES):
-            digest.update(tile)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _entry(path: Path, key: str, raw: object, start: int, size: int) -> TensorEntry:

@@ -1,18 +1,15 @@
-"""Writing a safetensors file from recipes, one tensor at a time."""
+"""Writing a safetensors file from recipes, band by band."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
-
-from bone_fx.errors import FoldError
 from bone_fx.weights.recipes import Recipe
 from bone_fx.weights.safetensors_file import DTYPES
+from bone_fx.weights.stream import Piece, write_stream
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
@@ -26,18 +23,17 @@ def write_safetensors(
     Args:
         path: The file.
         recipes: Recipe by name.
-        advance: Told the number of bytes of each tensor that was written.
+        advance: Told the number of bytes of each write.
 
     Returns:
         SHA-256 of the file.
-
-    Raises:
-        FoldError: A recipe gave another tensor than it had promised.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    pieces: list[Piece] = []
     end = 0
     for name, recipe in recipes.items():
         start, end = end, end + math.prod(recipe.shape) * recipe.dtype.itemsize
+        pieces.append(Piece(name, recipe, start))
         header[name] = {
             "dtype": _NAMES[recipe.dtype],
             "shape": list(recipe.shape),
@@ -45,25 +41,6 @@ def write_safetensors(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    digest = hashlib.sha256()
+    head = len(text).to_bytes(8, "little") + text
     with path.open("wb", buffering=0) as file:
-
-        def put(content: bytes | memoryview) -> None:
-            digest.update(content)
-            while content:
-                content = content[file.write(content) :]
-
-        put(len(text).to_bytes(8, "little") + text)
-        for name, recipe in recipes.items():
-            tensor = recipe.evaluate().contiguous()
-            if tuple(tensor.shape) != tuple(recipe.shape) or tensor.dtype != recipe.dtype:
-                raise FoldError(
-                    f"{name} is not what was planned: {recipe.describe()}",
-                    expected=f"{recipe.dtype} {list(recipe.shape)}",
-                    found=f"{tensor.dtype} {list(tensor.shape)}",
-                )
-            content = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            put(content)
-            if advance is not None:
-                advance(len(content))
-    return digest.hexdigest()
+        return write_stream(file, pieces, advance=advance, head=head)

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from bone_fx.errors import CaptureError, ExportError
 from bone_fx.onnx.recipe_tensor import recipe_of
+from bone_fx.onnx.torchlib import TorchLib
 from bone_fx.onnx.translate import DECOMPOSED, translate
+from bone_fx.weights.boxes import Box
 from bone_fx.weights.recipes import Recipe, Value
 from tests.onnx.models import Net, Tied, ops, write_and_run
 from tests.tolerances import assert_agrees
@@ -32,7 +35,7 @@ class Untouchable(Recipe):
     def dtype(self) -> torch.dtype:
         return self._dtype
 
-    def evaluate(self) -> Tensor:
+    def fill(self, out: Tensor, at: Box) -> None:
         raise AssertionError("a weight was read")
 
     def describe(self) -> str:
@@ -61,6 +64,17 @@ def test_translation_reads_no_weight() -> None:
     model = translate(fake_program(net, x), recipes)
     bound = {name for name, v in model.graph.initializers.items() if recipe_of(v) is not None}
     assert bound == set(recipes)
+
+
+def test_the_translations_are_torchlibs() -> None:
+    def functions(registry: ONNXRegistry, target: object) -> list[tuple[object, bool]]:
+        return [(m.onnx_function, m.is_complex) for m in registry.get_decomps(target)]  # type: ignore[arg-type]
+
+    whole, lazy = ONNXRegistry.from_torchlib(), TorchLib()
+    targets = [metas[0].fx_target for metas in whole.functions.values()]
+    assert len(targets) > 300
+    for target in (*targets, torch.ops.aten.lstm.input, torch.ops.aten.miopen_rnn.default):
+        assert functions(lazy, target) == functions(whole, target), target
 
 
 def test_a_fake_program_with_recipes_is_the_real_one(tmp_path: Path) -> None:

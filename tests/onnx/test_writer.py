@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import threading
 import weakref
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,8 @@ from bone_fx.onnx.data_layout import lay_out
 from bone_fx.onnx.recipe_tensor import RecipeTensor
 from bone_fx.onnx.translate import translate
 from bone_fx.onnx.writer import DATA_FILE, write_model
+from bone_fx.weights import stream
+from bone_fx.weights.boxes import Box
 from bone_fx.weights.recipes import Cast, Transpose, Value
 from tests.onnx.models import Net, Tied, content, run, sizes
 
@@ -129,22 +132,33 @@ def test_infinities_of_the_base_are_kept(tmp_path: Path) -> None:
     assert torch.allclose(found, Bias()(x), atol=1e-3)
 
 
-def test_one_constant_is_in_memory_at_a_time(tmp_path: Path) -> None:
+def test_a_few_parts_are_in_memory_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
+    lock = threading.Lock()
     most = 0
 
     class Counted(Value):
-        def evaluate(self) -> torch.Tensor:
+        def part(self, at: Box) -> torch.Tensor:
             nonlocal most
-            tensor = super().evaluate().clone()
-            alive.append(weakref.ref(tensor))
-            most = max(most, sum(reference() is not None for reference in alive))
+            tensor = super().part(at)
+            with lock:
+                alive.append(weakref.ref(tensor))
+                most = max(most, sum(reference() is not None for reference in alive))
             return tensor
 
-    net = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+    monkeypatch.setattr(stream, "BAND_BYTES", 4 * 64 * 16)
+    net = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(8)))
     model = translate(export(net, (torch.randn(2, 64),)), {})
     for name, value in model.graph.initializers.items():
         value.const_value = RecipeTensor(Counted(net.get_parameter(name).detach()), name)
-    assert write_model(model, tmp_path).constants == 4  # biases of 256 bytes are embedded
-    assert len(alive) == 8
-    assert most <= 2  # the one before is let go when the next one has come
+    written = write_model(model, tmp_path)
+    assert written.constants == 8  # biases of 256 bytes are embedded
+    assert len(alive) == 8 + 8 * 4  # weights in four parts
+    # Computed ahead, being computed, written and hashed.
+    assert most <= stream.WORKERS + 1 + 1 + 2 + 8
+    expected = b"".join(
+        net.get_parameter(f"{i}.weight").detach().numpy().tobytes() for i in range(8)
+    )
+    assert (tmp_path / DATA_FILE).read_bytes() == expected

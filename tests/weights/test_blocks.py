@@ -11,8 +11,9 @@ from onnxruntime.capi import _pybind_state as ort
 from torch import Tensor
 
 from bone_fx.weights.blocks import Scheme, pack, quantize, unpack
+from bone_fx.weights.fold_recipe import Fold, FoldStep
 from bone_fx.weights.quantize import QuantizedWeight, rows_in_float32
-from bone_fx.weights.recipes import Cast, Fold, FoldStep, Transpose, Value
+from bone_fx.weights.recipes import Cast, Transpose, Value
 
 N, K = 24, 128
 ORT_QUANTIZERS = {4: ort.quantize_matmul_4bits, 8: ort.quantize_matmul_8bits}

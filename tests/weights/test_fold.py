@@ -20,7 +20,8 @@ from bone_fx.errors import AdapterError
 from bone_fx.sites import LinearSite
 from bone_fx.weights.checkpoint import recipes_for
 from bone_fx.weights.fold import fold_recipes
-from bone_fx.weights.recipes import Fold, Recipe, Value
+from bone_fx.weights.fold_recipe import Fold
+from bone_fx.weights.recipes import Recipe, Value
 from tests.capture.architectures import BY_NAME
 from tests.weights.checkpoints import save
 

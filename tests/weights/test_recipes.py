@@ -11,12 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bone_fx.errors import BaseModelError, FoldError
+from bone_fx.weights.fold_recipe import Fold, FoldStep
 from bone_fx.weights.recipes import (
     Cast,
     Concat,
     Converted,
-    Fold,
-    FoldStep,
     Read,
     Recipe,
     Transpose,
