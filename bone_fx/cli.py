@@ -216,8 +216,11 @@ def bone_export_fold(
         trust_remote_code=trust_remote_code,
         progress=Silent() if quiet else Lines(),
     )
+    for warning in result.warnings:
+        typer.echo(f"note: {warning}", err=True)
     if as_json:
-        typer.echo(json.dumps({"output": str(result.output), **result.manifest}))
+        content = {"output": str(result.output), "warnings": result.warnings, **result.manifest}
+        typer.echo(json.dumps(content))
         return
     typer.echo(f"{result.output}: {len(result.folded)} weights folded and read back")
 

@@ -25,9 +25,10 @@ from bone_fx.progress import Progress, Silent
 from bone_fx.staging import MANIFEST, refuse_inputs_as_output, staged
 from bone_fx.weights.checkpoint import recipes_for
 from bone_fx.weights.fold import fold_recipes
-from bone_fx.weights.fold_recipe import Fold
+from bone_fx.weights.fold_recipe import Fold, FoldPart
 from bone_fx.weights.recipes import Read, Recipe, Value, cast
-from bone_fx.weights.safetensors_file import read_header, read_tensor
+from bone_fx.weights.rounding import Rounding
+from bone_fx.weights.safetensors_file import read_header
 from bone_fx.weights.safetensors_writer import write_safetensors
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _BESIDE_WEIGHTS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+
+_VERIFIED_BYTES = 64 << 20
+"""A larger weight is verified in parts that take as much in float32."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,13 @@ class FoldResult:
         output: The folder.
         folded: Names on disk of the weights that were folded.
         manifest: The content of `bone_export.json`.
+        warnings: What a person should know.
     """
 
     output: Path
     folded: tuple[str, ...]
     manifest: dict[str, Any] = field(repr=False)
+    warnings: tuple[str, ...] = ()
 
 
 def fold_checkpoint(
@@ -95,7 +101,10 @@ def fold_checkpoint(
             checkpoint, torch.float32, architecture=architecture, config_overrides=overrides
         )
         plan = Plan(architecture, overrides, heads, read, adapted_sites(model, read))
-        recipes = fold_recipes(recipes_for(model, checkpoint, extra=heads), plan.sites, read)
+        stored = next(iter(checkpoint.tensors.values())).dtype
+        rounding = Rounding(stored) if stored.itemsize == 2 else None
+        recipes = recipes_for(model, checkpoint, extra=heads)
+        recipes = fold_recipes(recipes, plan.sites, read, rounding=rounding)
         changed = {
             **_folded(recipes, plan),
             **_heads(checkpoint, checkpoint.plan(model).source_name, plan),
@@ -115,13 +124,15 @@ def fold_checkpoint(
                 "files": checkpoint.sha256(),
             },
             "adapters": adapter_entries(read),
+            "rounding": rounding.report() if rounding is not None else None,
             "files": {path.name: digest for path, digest in files.items()},
             "versions": versions(),
         }
         write_manifest(staging.folder / MANIFEST, manifest)
         staging.publish()
     folded = tuple(key for key, recipe in changed.items() if isinstance(recipe, Fold))
-    return FoldResult(staging.output, folded, manifest)
+    warnings = rounding.warnings() if rounding is not None else []
+    return FoldResult(staging.output, folded, manifest, tuple(warnings))
 
 
 def _folded(recipes: Mapping[str, Recipe], plan: Plan) -> dict[str, Recipe]:
@@ -204,24 +215,28 @@ def _copy_the_rest(checkpoint: BaseCheckpoint, plan: Plan, folder: Path) -> None
 
 def _verify(files: Iterable[Path], changed: Mapping[str, Recipe], adapters: Adapters) -> None:
     """Read every folded weight back and compare it with torch's own fold, bit for bit."""
-    by_key = {key: (path, entry) for path in files for key, entry in read_header(path).items()}
+    by_key = {
+        key: Read(path, key, entry) for path in files for key, entry in read_header(path).items()
+    }
     for key, recipe in changed.items():
         if not isinstance(recipe, Fold):
             continue
-        expected = _eagerly(recipe, adapters)
-        if not torch.equal(read_tensor(*by_key[key]), expected):
-            raise VerificationError(
-                f"verification failed: {recipe.site}: the written weight is not the folded one",
-                expected="torch's fold, bit for bit",
-                next_step="nothing was published; the build is kept as <output>.rejected",
-            )
+        for part in recipe.parts(_VERIFIED_BYTES):
+            if not torch.equal(by_key[key].part(part.stored), _eagerly(recipe, part, adapters)):
+                raise VerificationError(
+                    f"verification failed: {recipe.site}: the written weight is not the folded one",
+                    expected="torch's fold, bit for bit",
+                    next_step="nothing was published; the build is kept as <output>.rejected",
+                )
 
 
-def _eagerly(recipe: Fold, adapters: Adapters) -> Tensor:
+def _eagerly(recipe: Fold, part: FoldPart, adapters: Adapters) -> Tensor:
     steps = [
-        (a.config.method, a.blocks[recipe.site]) for _, a in adapters if recipe.site in a.blocks
+        (a.config.method, part.of_block(a.config.method, a.blocks[recipe.site]))
+        for _, a in adapters
+        if recipe.site in a.blocks
     ]
     with torch.no_grad():
         return fold_weight(
-            recipe.base.evaluate(), steps, transposed=recipe.transposed, layer=recipe.site
+            recipe.base.part(part.stored), steps, transposed=recipe.transposed, layer=recipe.site
         )

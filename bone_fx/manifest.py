@@ -51,6 +51,7 @@ def manifest_of(
         "dtype": build.dtype,
         "activations": build.activations or build.dtype,
         "quantization": build.quantization,
+        "rounding": build.rounding.report() if build.rounding is not None else None,
         "placement": build.placement,
         "provider": provider,
         "opset": build.opset,

@@ -12,6 +12,7 @@ from bone_fx.onnx.torch_exporter import OPSET
 from bone_fx.onnx.writer import write_model
 from bone_fx.progress import Progress
 from bone_fx.verify.parity import Parity
+from bone_fx.weights.rounding import Rounding
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Build:
         quantization: What was quantized and how; None for a float export.
         base_name: Name of the base, without its path.
         notes: What a person should know.
+        rounding: What the cast to a half dtype costs the adapters; None for other exports.
         written: SHA-256 of the model's files by name, once it is written.
     """
 
@@ -41,6 +43,7 @@ class Build:
     activations: str = ""
     quantization: dict[str, Any] | None = None
     placement: dict[str, int] | None = None
+    rounding: Rounding | None = None
     written: dict[str, str] = field(default_factory=dict)
 
     def base_files(self) -> dict[str, str]:

@@ -22,6 +22,7 @@ from bone_fx.progress import Progress
 from bone_fx.verify.parity import Parity
 from bone_fx.weights.blocks import Scheme
 from bone_fx.weights.recipes import Converted, Recipe, Value, rounded
+from bone_fx.weights.rounding import Rounding
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -52,6 +53,7 @@ class CheckpointBuild(Build):
     def write(self, folder: Path, told: Progress) -> None:
         """Write the model; for a decoder also what onnxruntime-genai needs to run the folder."""
         super().write(folder, told)
+        self.notes += self.rounding.warnings() if self.rounding is not None else []
         assert self.checkpoint is not None
         if self.decoder is not None:
             from bone_fx.onnx.genai_config import write_genai_folder
@@ -151,7 +153,9 @@ def build_checkpoint(
     sites = adapted_sites(model, adapters)
     plan = Plan(architecture, overrides, heads, adapters, sites)
     recipes = recipes_for(model, checkpoint, extra=heads)
-    recipes = fold_recipes(recipes, sites, adapters)
+    narrow = options.quantization is None and options.activations in ("fp16", "bf16")
+    rounding = Rounding(DTYPES[options.activations]) if narrow and adapters else None
+    recipes = fold_recipes(recipes, sites, adapters, rounding=rounding)
     if options.rounded is not None:
         recipes = rounded(recipes, options.rounded)
     common = {
@@ -162,6 +166,7 @@ def build_checkpoint(
         "base_name": Path(checkpoint.origin).name,
         "checkpoint": checkpoint,
         "plan": plan,
+        "rounding": rounding,
     }
     build = _build_decoder if _generates(model) else _build_forward
     built = build(model, recipes, common, told)

@@ -20,7 +20,7 @@ from torch import Tensor
 from bone_fx.errors import ExportError, VerificationError
 from bone_fx.onnx.data_layout import Placement, external, lay_out
 from bone_fx.onnx.recipe_tensor import RecipeTensor
-from bone_fx.weights.recipes import Cast, Recipe
+from bone_fx.weights.recipes import Cast, CastOverflowError
 from bone_fx.weights.stream import Piece, write_stream
 
 MODEL_FILE = "model.onnx"
@@ -104,8 +104,7 @@ def _external(model: ir.Model, placements: list[Placement]) -> Iterator[None]:
         for value in before:
             tensor = value.const_value
             if isinstance(tensor, RecipeTensor):
-                evaluated = tensor.recipe.evaluate()
-                _refuse_if_overflown(Piece(value.name or "", tensor.recipe, 0), evaluated)
+                evaluated = _evaluate(Piece(value.name or "", tensor.recipe, 0))
                 value.const_value = ir.tensor_adapters.TorchTensor(evaluated, name=value.name)
         yield
     finally:
@@ -124,35 +123,35 @@ def _write_data(path: Path, placements: list[Placement], progress: Progress | No
 
     pieces = [Piece(p.values[0].name or "", p.recipe, p.offset) for p in placements]
     with path.open("wb", buffering=0) as file:
-        return write_stream(file, pieces, check=_refuse_if_overflown, advance=advance)
+        return write_stream(file, pieces, refuse=_refuse_overflow, advance=advance)
 
 
-def _refuse_if_overflown(piece: Piece, part: Tensor) -> None:
-    if part.dtype in (torch.float16, torch.bfloat16) and not _is_finite(part):
-        _refuse_overflow(piece.recipe, piece.name)
+def _evaluate(piece: Piece) -> Tensor:
+    try:
+        return piece.recipe.evaluate()
+    except CastOverflowError:
+        _refuse_overflow(piece)
+        raise
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether every value is finite; their float32 sum tells, and takes no copy."""
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32)))
-
-
-def _refuse_overflow(recipe: Recipe, name: str) -> None:
-    """Follows a recipe to the cast, if any, that made its values infinite."""
-    if isinstance(recipe, Cast):
+def _refuse_overflow(piece: Piece) -> None:
+    """Says which cast of a constant made values infinite."""
+    waiting = [piece.recipe]
+    while waiting:
+        recipe = waiting.pop()
+        waiting += recipe.inputs()
+        if not isinstance(recipe, Cast):
+            continue
         before = recipe.recipe.evaluate()
-        after = before.to(recipe.to)
-        overflown = torch.isfinite(before) & ~torch.isfinite(after)
+        overflown = torch.isfinite(before) & ~torch.isfinite(before.to(recipe.to))
         if overflown.any():
             largest = before[overflown].abs().max().item()
             raise VerificationError(
-                f"{int(overflown.sum())} values of {name!r} overflow {recipe.to}",
+                f"{int(overflown.sum())} values of {piece.name!r} overflow {recipe.to}",
                 expected=f"values up to {torch.finfo(recipe.to).max:.6g}",
                 found=f"{largest:.6g} in {recipe.recipe.describe()}",
                 next_step="export in fp32",
             )
-    for source in recipe.inputs():
-        _refuse_overflow(source, name)
 
 
 def _require_space(folder: Path, needed: int) -> None:

@@ -14,6 +14,7 @@ from bone_fx.errors import AdapterError
 from bone_fx.sites import LinearSite
 from bone_fx.weights.fold_recipe import Fold, FoldStep
 from bone_fx.weights.recipes import Recipe, without_cast
+from bone_fx.weights.rounding import Rounding
 
 
 class Adapter(Protocol):
@@ -33,6 +34,7 @@ def fold_recipes(
     sites: Mapping[str, LinearSite],
     adapters: Sequence[tuple[str, Adapter]],
     dtype: torch.dtype | None = None,
+    rounding: Rounding | None = None,
 ) -> dict[str, Recipe]:
     """Recipes with adapters folded in; the given ones stay as they are.
 
@@ -45,6 +47,7 @@ def fold_recipes(
         adapters: Name and content of each adapter, in the order in which they act (bat depends on
             it).
         dtype: Dtype of the folded weights; each weight's own if None.
+        rounding: Told what the cast of each folded weight costs.
 
     Raises:
         AdapterError: A block has no site, a site no block, a shape differs, or the weight belongs
@@ -66,7 +69,7 @@ def fold_recipes(
             if name in adapter.blocks
         )
         folded[site.weight_name] = Fold(
-            without_cast(base), steps, site.transposed, dtype or base.dtype, name
+            without_cast(base), steps, site.transposed, dtype or base.dtype, name, rounding
         )
     return folded
 

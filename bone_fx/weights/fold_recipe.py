@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,11 @@ from torch import Tensor
 from bone_fx.adapters import METHODS
 from bone_fx.errors import FoldError
 from bone_fx.weights.boxes import Box, bands
-from bone_fx.weights.recipes import BAND_BYTES, Recipe, dtype_name
+from bone_fx.weights.recipes import BAND_BYTES, Recipe, dtype_name, is_finite
+from bone_fx.weights.rounding import Rounding
+
+_SAMPLED = 8
+"""What a cast costs is measured on one of so many parts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +34,31 @@ class FoldStep:
     adapter: str
 
 
+@dataclass(frozen=True)
+class FoldPart:
+    """Some outputs and inputs of a weight that can be folded by themselves.
+
+    Attributes:
+        outputs: First output and the one behind the last.
+        inputs: First input and the one behind the last.
+        transposed: Whether the weight is stored `[I, O]`.
+    """
+
+    outputs: tuple[int, int]
+    inputs: tuple[int, int]
+    transposed: bool
+
+    @property
+    def stored(self) -> Box:
+        """The part as the weight is stored."""
+        box = (self.outputs, self.inputs)
+        return box[::-1] if self.transposed else box
+
+    def of_block(self, method: str, block: Tensor) -> Tensor:
+        """The block that does to the part what `block` does to the whole weight."""
+        return METHODS[method].part(block, self.outputs, self.inputs)
+
+
 @dataclass(frozen=True, eq=False)
 class Fold(Recipe):
     """A weight with blocks folded into it, in float32, rounded once.
@@ -39,6 +69,7 @@ class Fold(Recipe):
         transposed: Whether the weight is stored `[I, O]`, as in HF `Conv1D`.
         to: Dtype of the result.
         site: Name of the layer, for errors.
+        rounding: Told what the cast costs, if it is to the dtype that it is for.
     """
 
     base: Recipe
@@ -46,6 +77,7 @@ class Fold(Recipe):
     transposed: bool
     to: torch.dtype
     site: str
+    rounding: Rounding | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102 - documented on Recipe
@@ -62,48 +94,54 @@ class Fold(Recipe):
             FoldError: A value is not finite.
         """
         outputs, inputs = reversed(at) if self.transposed else at
-        wide = inputs if self._additive() else (0, self.shape[0 if self.transposed else 1])
         target = out.t() if self.transposed else out
-        grain = self._grain()
-        first = outputs[0] // grain * grain
-        last = -(-outputs[1] // grain) * grain
-        kept = slice(inputs[0] - wide[0], inputs[1] - wide[0])
-        for rows, columns in bands(((first, last), wide), BAND_BYTES, 4, grain=grain):
-            folded = self._folded(rows, columns)[:, kept]
-            start, stop = max(rows[0], outputs[0]), min(rows[1], outputs[1])
-            target[start - outputs[0] : stop - outputs[0]].copy_(
-                folded[start - rows[0] : stop - rows[0]]
-            )
+        for number, part in enumerate(self.parts(BAND_BYTES, outputs, inputs)):
+            start, stop = max(part.outputs[0], outputs[0]), min(part.outputs[1], outputs[1])
+            kept = self._folded(part, sample=number % _SAMPLED == 0)[
+                start - part.outputs[0] : stop - part.outputs[0],
+                inputs[0] - part.inputs[0] : inputs[1] - part.inputs[0],
+            ]
+            target[start - outputs[0] : stop - outputs[0]].copy_(kept)
+
+    def parts(
+        self,
+        nbytes: int,
+        outputs: tuple[int, int] | None = None,
+        inputs: tuple[int, int] | None = None,
+    ) -> Iterator[FoldPart]:
+        """Parts of about `nbytes` bytes in float32 that cover some outputs and inputs, or all."""
+        features = self.shape[::-1] if self.transposed else self.shape
+        outputs, inputs = outputs or (0, features[0]), inputs or (0, features[1])
+        acting = [step for step in self.steps if not METHODS[step.method].additive]
+        grain = math.lcm(*(step.block.shape[-1] for step in acting))
+        first, last = outputs[0] // grain * grain, -(-outputs[1] // grain) * grain
+        wide = (0, features[1]) if acting else inputs
+        for rows, columns in bands(((first, last), wide), nbytes, 4, grain=grain):
+            yield FoldPart(rows, columns, self.transposed)
 
     def cuts(self, dim: int) -> bool:  # noqa: D102 - documented on Recipe
         along_outputs = (dim == 1) == self.transposed
-        return self.base.cuts(dim) and (along_outputs or self._additive())
+        additive = all(METHODS[step.method].additive for step in self.steps)
+        return self.base.cuts(dim) and (along_outputs or additive)
 
-    def _folded(self, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-        """Rows of the folded weight in the dtype of the result; rows are outputs."""
-        box = (columns, rows) if self.transposed else (rows, columns)
-        stored = self.base.part(box).float()
+    def _folded(self, part: FoldPart, *, sample: bool) -> Tensor:
+        """A part `[outputs, inputs]` of the folded weight in the dtype of the result."""
+        stored = self.base.part(part.stored).float()
         weight = w_OI = stored.t() if self.transposed else stored
         for step in self.steps:
-            method = METHODS[step.method]
-            w_OI = method.fold(w_OI, method.part(step.block.float(), rows, columns))
+            w_OI = METHODS[step.method].fold(w_OI, part.of_block(step.method, step.block).float())
         result = w_OI.to(self.to)
-        if not torch.isfinite(result).all():
+        if not is_finite(result):
             raise FoldError(
                 f"folding {self._blocks()} into {self.site} gives values that are not finite",
                 expected=f"finite weights in {dtype_name(self.to)}",
                 found=self._blame(weight, w_OI),
                 next_step="check the adapter's training, or export in fp32",
             )
+        if sample and self.rounding is not None and self.rounding.to == self.to:
+            corner = (part.outputs[0], part.inputs[0])
+            self.rounding.measure(self.site, corner, weight, w_OI, result)
         return result
-
-    def _additive(self) -> bool:
-        return all(METHODS[step.method].additive for step in self.steps)
-
-    def _grain(self) -> int:
-        """What the number of rows of a part is a multiple of."""
-        steps = (step for step in self.steps if not METHODS[step.method].additive)
-        return math.lcm(*(step.block.shape[-1] for step in steps))
 
     def describe(self) -> str:  # noqa: D102 - documented on Recipe
         folds = " -> ".join(f"fold {step.method}({step.adapter})" for step in self.steps)

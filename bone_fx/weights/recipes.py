@@ -26,6 +26,10 @@ BAND_BYTES = 1 << 20
 """What a step works on at a time: so much stays in a core's cache."""
 
 
+class CastOverflowError(Exception):
+    """A finite value is beyond the largest of a dtype; who knows the constant's name says which."""
+
+
 class Recipe(ABC):
     """A constant that is not there yet."""
 
@@ -193,12 +197,22 @@ class Cast(Recipe):
     def dtype(self) -> torch.dtype:  # noqa: D102 - documented on Recipe
         return self.to
 
-    def fill(self, out: Tensor, at: Box) -> None:  # noqa: D102 - documented on Recipe
-        if not self.recipe.cuts(0):
-            out.copy_(self.recipe.part(at))
+    def fill(self, out: Tensor, at: Box) -> None:
+        """A part of the rounded constant.
+
+        Raises:
+            CastOverflowError: A finite value is not finite any more.
+        """
+        if isinstance(self.recipe, Transpose):  # the order of the source is the quicker one
+            turned = self.recipe
+            Transpose(Cast(turned.recipe, self.to), turned.permutation).fill(out, at)
             return
-        for band in bands(at, BAND_BYTES, self.recipe.dtype.itemsize):
-            out[within(band, at)].copy_(self.recipe.part(band).to(self.to))
+        for band in bands(at, BAND_BYTES, self.recipe.dtype.itemsize) if self.cuts(0) else [at]:
+            before = self.recipe.part(band)
+            after = before.to(self.to)
+            if self.to.itemsize < 4 and not is_finite(after) and is_narrowed(before, after):
+                raise CastOverflowError
+            out[within(band, at)].copy_(after)
 
     def cuts(self, dim: int) -> bool:  # noqa: D102 - documented on Recipe
         return self.recipe.cuts(dim)
@@ -301,6 +315,20 @@ class Converted(Recipe):
 
     def inputs(self) -> tuple[Recipe, ...]:  # noqa: D102 - documented on Recipe
         return self.sources
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every value is finite."""
+    if not tensor.is_floating_point():
+        return True
+    # A sum takes a tenth of the time; only if it is not finite, which huge values can do too, ask.
+    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+
+
+def is_narrowed(before: Tensor, after: Tensor) -> bool:
+    """Whether a cast made a finite value infinite."""
+    return bool((torch.isfinite(before) & ~torch.isfinite(after)).any())
 
 
 def cast(recipe: Recipe, dtype: torch.dtype) -> Recipe:

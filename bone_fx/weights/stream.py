@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 
 from bone_fx.weights.boxes import Box, bands, whole
-from bone_fx.weights.recipes import Recipe, Transpose
+from bone_fx.weights.recipes import CastOverflowError, Recipe, Transpose
 
-BAND_BYTES = 32 << 20
+BAND_BYTES = 8 << 20
 """What is computed, written and hashed at a time, where a recipe can be cut."""
 
 WORKERS = 2
@@ -44,14 +45,14 @@ class Piece:
     offset: int
 
 
-Check = Callable[[Piece, Tensor], None]
+Refuse = Callable[[Piece], None]
 
 
 def write_stream(
     file: BinaryIO,
     pieces: Iterable[Piece],
     *,
-    check: Check | None = None,
+    refuse: Refuse | None = None,
     advance: Callable[[int], None] | None = None,
     head: bytes = b"",
 ) -> str:
@@ -60,7 +61,7 @@ def write_stream(
     Args:
         file: Unbuffered, at the start.
         pieces: In the order of their offsets, which count from the end of `head`.
-        check: Sees each band before it is written, in the thread that computed it; may raise.
+        refuse: Told of a constant that a cast makes infinite; raises what a person should read.
         advance: Told the number of bytes of each write.
         head: What comes first.
 
@@ -68,7 +69,7 @@ def write_stream(
         SHA-256 of everything written.
     """
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(WORKERS) as pool, ThreadPoolExecutor(1) as hashing:
+    with _workers() as pool, ThreadPoolExecutor(1) as hashing:
         hashed: Future[None] | None = None
 
         def put(content: bytes | memoryview) -> None:
@@ -99,7 +100,7 @@ def write_stream(
             if head:
                 put(head)
             for offset, piece, at in _cut(pieces):
-                waiting.append((offset, pool.submit(_compute, piece, at, check)))
+                waiting.append((offset, pool.submit(_compute, piece, at, refuse)))
                 if len(waiting) > _AHEAD:
                     write_first()
             while waiting:
@@ -110,6 +111,20 @@ def write_stream(
         if hashed is not None:
             hashed.result()
     return digest.hexdigest()
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that compute on one core each: PyTorch's own threads would stand in each other's way.
+
+    PyTorch keeps the number for each thread, and one for threads to come, which is put back.
+    """
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 def _cut(pieces: Iterable[Piece]) -> Iterator[tuple[int, Piece, Box]]:
@@ -132,11 +147,13 @@ def _is_transposed(recipe: Recipe) -> bool:
     return isinstance(recipe, Transpose) or any(map(_is_transposed, recipe.inputs()))
 
 
-def _compute(piece: Piece, at: Box, check: Check | None) -> Tensor:
-    tensor = piece.recipe.part(at)
-    if check is not None:
-        check(piece, tensor)
-    return tensor
+def _compute(piece: Piece, at: Box, refuse: Refuse | None) -> Tensor:
+    try:
+        return piece.recipe.part(at)
+    except CastOverflowError:
+        if refuse is not None:
+            refuse(piece)
+        raise
 
 
 def _bytes(tensor: Tensor) -> memoryview:
