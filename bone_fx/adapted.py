@@ -21,14 +21,15 @@ from bone_fx.config import BoneConfig
 from bone_fx.dialects import find_sites
 from bone_fx.errors import UsageError
 from bone_fx.folded import FoldedModule
-from bone_fx.model_graph import ModelGraph
 from bone_fx.mounting import (
     MountedAdapter,
     Origin,
     carry_buffers,
     delta_weight,
     insert_mounted,
+    is_first_process,
     mount_parameters,
+    mounted_values,
     new_adapter,
     with_parameters,
 )
@@ -36,12 +37,13 @@ from bone_fx.passes import fold_adapters
 from bone_fx.passes.dropout import set_dropout
 from bone_fx.passes.frame import adopt_state, container, copy_module
 from bone_fx.sites import LinearSite, Refusal
+from bone_fx.training_graph import TrainingGraph
 
 _LOSS_OPTIONS = ("num_items_in_batch",)
 """Arguments of a call that are for the model's loss function."""
 
 
-class AdaptedModule(ModelGraph):
+class AdaptedModule(TrainingGraph):
     """A GraphModule with one block-adaptation node a site, called like its model.
 
     Attributes:
@@ -67,6 +69,7 @@ class AdaptedModule(ModelGraph):
         self.active_adapters = []
         self._disabled = False
         self._merged: list[str] = []
+        self._frozen: set[str] = set()
         self._rebuild()
 
     @property
@@ -114,17 +117,27 @@ class AdaptedModule(ModelGraph):
         with self._change():
             self._adapters[adapter_name] = adapter
 
-    def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
+    def set_adapter(
+        self, adapter_names: str | Sequence[str], *, train: str | Sequence[str] | None = None
+    ) -> None:
         """Make adapters active, in this order; their blocks train, those of the others are frozen.
 
+        Args:
+            adapter_names: The active adapters.
+            train: Those of them that train; None for all.
+
         Raises:
-            UsageError: A name that is not there, or given twice.
+            UsageError: A name that is not there or not active, or given twice.
         """
         names = self._named(adapter_names)
+        trained = names if train is None else self._named(train)
+        if not set(trained) <= set(names):
+            raise UsageError("only an active adapter can train", expected=names, found=trained)
         if len(set(names)) != len(names):
             raise UsageError(f"an adapter is named twice: {names}")
         with self._change():
             self.active_adapters, self._merged = names, []
+            self._frozen = set(names) - set(trained)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its blocks; the others stay as they are."""
@@ -226,28 +239,24 @@ class AdaptedModule(ModelGraph):
 
     # What people ask of a PEFT model.
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers of trainable and of all parameters."""
-        unique = {id(p): p for p in self.parameters()}.values()
-        return sum(p.numel() for p in unique if p.requires_grad), sum(p.numel() for p in unique)
-
-    def print_trainable_parameters(self) -> None:
-        """Print the numbers of trainable and of all parameters, in PEFT's words."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(  # noqa: T201 - this is what the verb is for
-            f"trainable params: {trainable:,d} || all params: {total:,d} || "
-            f"trainable%: {100 * trainable / total:.4f}"
-        )
-
     def save_pretrained(
-        self, save_directory: str | Path, selected_adapters: Sequence[str] | None = None
+        self,
+        save_directory: str | Path,
+        selected_adapters: Sequence[str] | None = None,
+        *,
+        is_main_process: bool | None = None,
     ) -> None:
         """Write adapters in PEFT's layout: `default` at the root, others in folders of their names.
+
+        Under FSDP2 every process must call it: blocks are gathered.
 
         Args:
             save_directory: Folder to write to.
             selected_adapters: Names; None for all.
+            is_main_process: Whether this process writes; None for the first of them only.
         """
+        if is_main_process is None:
+            is_main_process = is_first_process()
         for name in self._adapters if selected_adapters is None else selected_adapters:
             adapter = self._adapter(name)
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
@@ -255,7 +264,9 @@ class AdaptedModule(ModelGraph):
             if config.base_model_name_or_path is None:
                 config.base_model_name_or_path = getattr(self.config, "_name_or_path", None) or None
             config.inference_mode = True
-            write_adapter(folder, config, adapter.blocks, adapter.saved)
+            blocks, saved = mounted_values(self, self._touched([name]), name, adapter)
+            if is_main_process:
+                write_adapter(folder, config, blocks, saved)
 
     # The call, and the graph underneath it.
 
@@ -280,6 +291,8 @@ class AdaptedModule(ModelGraph):
         copied._adapters.update(copy.deepcopy(self._adapters, memo))
         copied.active_adapters = list(self.active_adapters)
         copied._merged, copied._disabled = list(self._merged), self._disabled
+        copied._frozen = set(self._frozen)
+        copied._split, copied._checkpointing = self._split, copy.copy(self._checkpointing)
         copied.training = self.training
         copied._rebuild()
         return copied
@@ -326,18 +339,22 @@ class AdaptedModule(ModelGraph):
     @contextmanager
     def _change(self) -> Iterator[None]:
         """A change of adapters: the graph is written anew, or everything is as it was before."""
+        if self.is_sharded:
+            raise UsageError("a sharded module keeps its adapters", next_step="shard it last")
         before = dict(self._adapters), self.active_adapters, self._merged, self._disabled
+        frozen = self._frozen
         try:
             yield
             self._rebuild()
         except BaseException:
             self.__dict__["_adapters"] = before[0]
             self.active_adapters, self._merged, self._disabled = before[1:]
+            self._frozen = frozen
             raise
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast what is mounted, and what waits to be mounted again."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         mounted = {id(parameter) for parameter in self.parameters()}
         waiting = list(self._base.parameters())
         for adapter in self._adapters.values():
@@ -366,10 +383,12 @@ class AdaptedModule(ModelGraph):
                 s.weight_name: gm.get_parameter(s.weight_name) for s in self._touched(self._merged)
             }
         root = copy_module(gm)
-        mount_parameters(root, find_sites(self._base).sites, self._adapters, self.active_adapters)
+        trained = [name for name in self.active_adapters if name not in self._frozen]
+        mount_parameters(root, find_sites(self._base).sites, self._adapters, trained)
         for name, parameter in own.items():
             owner, leaf = container(root, name)
             owner.register_parameter(leaf, parameter)
+        self._split_if_asked(root)
         adopt_state(self, root)
         self.graph = root.graph
         set_dropout(self, training=self.training)

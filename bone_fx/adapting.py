@@ -26,6 +26,7 @@ def adapt(
     *,
     untie: bool = False,
     freeze_base: bool = True,
+    gradient_checkpointing: bool = False,
     dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
 ) -> AdaptedModule:
     """Capture a model for training and put an adapter on it.
@@ -40,6 +41,8 @@ def adapt(
         untie: Allow a layer whose weight is tied to another as a target; it gets a weight of its
             own.
         freeze_base: Freeze every parameter but the blocks and `modules_to_save`.
+        gradient_checkpointing: Recompute each layer's activations in backward instead of keeping
+            them.
         dynamic_shapes: `torch.export`'s own, instead of a dynamic batch and length.
 
     Returns:
@@ -72,6 +75,8 @@ def adapt(
     else:
         adapted.load_adapter(config, adapter_name)
     adapted.set_adapter(adapter_name)
+    if gradient_checkpointing:
+        adapted.gradient_checkpointing_enable()
     return adapted.train(training)
 
 

@@ -146,6 +146,33 @@ def mount_parameters(
                 owner.register_parameter(leaf, adapter.blocks[site.name])
 
 
+def mounted_values(
+    root: nn.Module, sites: Sequence[LinearSite], name: str, adapter: MountedAdapter
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """An adapter's blocks by site and its saved parameters by name, gathered where sharded."""
+    blocks = {
+        site.name: _whole(root.get_parameter(f"{site.block_owner}.{BLOCK}.{name}"))
+        for site in sites
+    }
+    own = dict(root.named_parameters(remove_duplicate=False))
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in own.values())
+    saved = {n: _whole(own[n] if sharded else p) for n, p in adapter.saved.items()}
+    return blocks, saved
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first of its group, or alone."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or (
+        distributed.get_rank() == 0
+    )
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    gather = getattr(parameter, "full_tensor", None)  # a DTensor, under FSDP2
+    return parameter.detach() if gather is None else gather().detach()
+
+
 def carry_buffers(module: nn.Module, base: nn.Module) -> None:
     """Carry buffers that moved or were written over to the pristine graph."""
     for name, buffer in module.named_buffers():

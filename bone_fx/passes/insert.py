@@ -198,5 +198,6 @@ def _dropout(gm: fx.GraphModule, use: LinearUse, adapter_name: str, probability:
         owner.add_module(leaf, nn.Dropout(probability).train(gm.training))
         return gm.graph.call_module(name, (use.x,))
     node = gm.graph.call_function(torch.ops.aten.dropout.default, (use.x, probability, True))
-    node.meta.update({k: use.x.meta[k] for k in ("val", "nn_module_stack") if k in use.x.meta})
+    sources = (("val", use.x), ("nn_module_stack", use.node))
+    node.meta.update({key: source.meta[key] for key, source in sources if key in source.meta})
     return node

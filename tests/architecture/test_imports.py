@@ -48,16 +48,17 @@ MAY_KNOW: dict[str, set[str]] = {
     },
     "model_graph": {"passes"},
     "folded": {"capture", "model_graph", "passes"},
+    "training_graph": {"errors", "model_graph", "passes"},
     "adapted": {
         "checkpoint",
         "config",
         "dialects",
         "errors",
         "folded",
-        "model_graph",
         "mounting",
         "passes",
         "sites",
+        "training_graph",
     },
     "adapting": {"adapted", "capture", "checkpoint", "config", "mounting"},
     "build": {

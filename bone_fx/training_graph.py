@@ -1,0 +1,163 @@
+"""What training asks of a graph besides its call: layers, recomputed activations, groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, fx, nn
+
+from bone_fx.errors import UsageError
+from bone_fx.model_graph import ModelGraph
+from bone_fx.passes.layer_graph import LayerGraph
+from bone_fx.passes.split_layers import layers_of, split_in_place
+
+
+class TrainingGraph(ModelGraph):
+    """A model's graph that can be split into its layers, one submodule each."""
+
+    accepts_loss_kwargs: ClassVar[bool] = True
+    """What `transformers.Trainer` asks: the call takes `num_items_in_batch`."""
+
+    _rebuild: Callable[[], None]
+    _split = False
+    _checkpointing: dict[str, Any] | None = None
+
+    def layers(self) -> list[LayerGraph]:
+        """The model's layers as submodules, in the order in which they run.
+
+        The first call splits the graph. A layer stands where the model had it (`model.layers.0`)
+        and owns its parameters, under unchanged names; optimizers stay valid. For FSDP2, call
+        `fully_shard` on each of them and then on this module.
+
+        Raises:
+            UsageError: The model has no list of modules that could be cut out.
+        """
+        if not self._split:
+            self._set_split(True)
+        found = list(layers_of(self).values())
+        if not found:
+            self._split = False
+            raise UsageError(
+                "the graph has no layers: no list of modules, or one that is called more than once",
+                next_step="train without gradient checkpointing; shard the whole module",
+            )
+        return found
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether backward recomputes the activations of the layers."""
+        return self._checkpointing is not None
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Recompute each layer's activations in backward instead of keeping them.
+
+        Args:
+            gradient_checkpointing_kwargs: For `torch.utils.checkpoint`; its reentrant form is
+                refused. Dropout draws the same numbers again (`preserve_rng_state`).
+
+        Raises:
+            UsageError: The graph has no layers, or the reentrant form is asked for.
+        """
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.pop("use_reentrant", False):
+            raise UsageError(
+                "reentrant checkpointing loses the gradients of blocks under a frozen base",
+                expected="use_reentrant=False",
+            )
+        layers = self.layers()
+        self._checkpointing = options
+        for layer in layers:
+            layer.checkpointing = options
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again; the graph stays split."""
+        self._checkpointing = None
+        for layer in layers_of(self).values():
+            layer.checkpointing = None
+
+    def parameter_groups(
+        self, *, weight_decay: float = 0.0, lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Trainable parameters for an optimizer: matrices decay, biases and norms do not.
+
+        Args:
+            weight_decay: Of blocks and of weights of two or more dimensions.
+            lr: Learning rate of both groups; None leaves it to the optimizer.
+        """
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        rate = {} if lr is None else {"lr": lr}
+        return [group | rate for group in groups if group["params"]]
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters."""
+        unique = {id(p): p for p in self.parameters()}.values()
+        return sum(p.numel() for p in unique if p.requires_grad), sum(p.numel() for p in unique)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the numbers of trainable and of all parameters, in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(  # noqa: T201 - this is what the verb is for
+            f"trainable params: {trainable:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def _set_split(self, split: bool) -> None:
+        if self.is_sharded:
+            raise UsageError("the module is sharded", next_step="call layers() before fully_shard")
+        self._split = split
+        self._rebuild()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are DTensors: under FSDP2 the set of adapters cannot change."""
+        return any(hasattr(parameter, "full_tensor") for parameter in self.parameters())
+
+    def _split_if_asked(self, root: fx.GraphModule) -> None:
+        """Split a graph that was written anew, if this module is split."""
+        if not self._split:
+            return
+        split_in_place(root)
+        for layer in layers_of(root).values():
+            layer.checkpointing = self._checkpointing
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast parameters.
+
+        Raises:
+            UsageError: A cast of a graph in which the trace wrote the dtype down.
+        """
+        self._refuse_cast(fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _refuse_cast(self, fn: Callable[[Tensor], Tensor]) -> None:
+        parameter = next((p for p in self.parameters() if p.is_floating_point()), None)
+        if parameter is None or parameter.is_meta or not _writes_dtype(self):
+            return
+        with torch.no_grad():
+            now = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device)).dtype
+        if now != parameter.dtype:
+            raise UsageError(
+                "the dtype of a captured graph cannot change: the trace wrote it down",
+                expected=str(parameter.dtype),
+                found=str(now),
+                next_step=f"call model.to({now}) before adapt(), or train under torch.autocast",
+            )
+
+
+def _writes_dtype(module: nn.Module) -> bool:
+    """Whether an operator of a graph has a floating dtype as a literal."""
+    return any(
+        isinstance(value, torch.dtype) and value.is_floating_point
+        for graph in module.modules()
+        if isinstance(graph, fx.GraphModule)
+        for node in graph.graph.nodes
+        for value in (*node.args, *node.kwargs.values())
+    )
