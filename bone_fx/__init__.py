@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from bone_fx.exporting import ExportResult, export
     from bone_fx.folding import FoldResult, fold_checkpoint
     from bone_fx.passes import PassResult, fold_adapters, insert_adapters
+    from bone_fx.trainer import AdapterTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AdaptedModule": "bone_fx.adapted",
+    "AdapterTrainer": "bone_fx.trainer",
     "BoneConfig": "bone_fx.config",
     "BoneFxError": "bone_fx.errors",
     "ExportResult": "bone_fx.exporting",
@@ -37,6 +39,7 @@ _HOMES = {
 
 __all__ = [
     "AdaptedModule",
+    "AdapterTrainer",
     "BoneConfig",
     "BoneFxError",
     "ExportResult",

@@ -25,6 +25,7 @@ from bone_fx.mounting import (
     MountedAdapter,
     Origin,
     carry_buffers,
+    copy_values,
     delta_weight,
     insert_mounted,
     is_first_process,
@@ -37,10 +38,7 @@ from bone_fx.passes import fold_adapters
 from bone_fx.passes.dropout import set_dropout
 from bone_fx.passes.frame import adopt_state, container, copy_module
 from bone_fx.sites import LinearSite, Refusal
-from bone_fx.training_graph import TrainingGraph
-
-_LOSS_OPTIONS = ("num_items_in_batch",)
-"""Arguments of a call that are for the model's loss function."""
+from bone_fx.training_graph import TrainingGraph, sign_as
 
 
 class AdaptedModule(TrainingGraph):
@@ -53,7 +51,6 @@ class AdaptedModule(TrainingGraph):
     """
 
     active_adapters: list[str]
-    _origin: Origin
     _base: fx.GraphModule
     _adapters: dict[str, MountedAdapter]
 
@@ -62,6 +59,7 @@ class AdaptedModule(TrainingGraph):
         if origin.freeze_base:
             for parameter in base.parameters():
                 parameter.requires_grad_(False)
+        sign_as(self, origin.model)
         super().__init__(copy_module(base), base.graph, "AdaptedModule")
         self.__dict__["_origin"] = origin
         self.__dict__["_base"] = base
@@ -71,11 +69,6 @@ class AdaptedModule(TrainingGraph):
         self._merged: list[str] = []
         self._frozen: set[str] = set()
         self._rebuild()
-
-    @property
-    def config(self) -> Any:
-        """The base model's configuration, or None."""
-        return getattr(self._origin.model, "config", None)
 
     @property
     def peft_config(self) -> dict[str, BoneConfig]:
@@ -268,21 +261,22 @@ class AdaptedModule(TrainingGraph):
             if is_main_process:
                 write_adapter(folder, config, blocks, saved)
 
-    # The call, and the graph underneath it.
+    def restore(self, directory: str | Path) -> None:
+        """Read every adapter's values again from what `save_pretrained` wrote, in place.
 
-    def _call_model(self, *args: Any, **kwargs: Any) -> Any:
-        origin = self._origin
-        packed = origin.signature.pack(self._graph_forward(*origin.signature.bind(*args, **kwargs)))
-        labels = origin.signature.labels_of(*args, **kwargs)
-        if not labels:
-            return packed
-        if origin.loss is None:
-            raise UsageError(
-                f"the loss of {type(origin.model).__name__} is not known",
-                next_step="leave the labels out and compute the loss on the output",
-            )
-        options = {name: kwargs[name] for name in _LOSS_OPTIONS if kwargs.get(name) is not None}
-        return origin.loss.attach(packed, labels, **options)
+        Optimizers stay valid.
+
+        Raises:
+            AdapterError: A folder is missing, or of an adapter of another shape.
+        """
+        search = find_sites(self._base)
+        for name, adapter in self._adapters.items():
+            place = Path(directory) if name == "default" else Path(directory) / name
+            folder = read_adapter(place, name)
+            folder.match(search.sites, search.others, self._origin.output_layers)
+            copy_values(self, self._touched([name]), name, adapter, folder)
+
+    # The call, and the graph underneath it.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedModule:
         copied = AdaptedModule(copy.copy(self._origin))
@@ -292,6 +286,7 @@ class AdaptedModule(TrainingGraph):
         copied.active_adapters = list(self.active_adapters)
         copied._merged, copied._disabled = list(self._merged), self._disabled
         copied._frozen = set(self._frozen)
+        copied._every = self._every
         copied._split, copied._checkpointing = self._split, copy.copy(self._checkpointing)
         copied.training = self.training
         copied._rebuild()

@@ -160,6 +160,49 @@ def mounted_values(
     return blocks, saved
 
 
+def copy_values(
+    root: nn.Module,
+    sites: Sequence[LinearSite],
+    name: str,
+    adapter: MountedAdapter,
+    folder: AdapterFolder,
+) -> None:
+    """Write a folder's values into an adapter's parameters.
+
+    Raises:
+        AdapterError: The folder has other blocks or other shapes.
+    """
+    own = dict(root.named_parameters(remove_duplicate=False))
+    places = {site.name: own[f"{site.block_owner}.{BLOCK}.{name}"] for site in sites}
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in own.values())
+    saved = {n: own[n] if sharded else p for n, p in adapter.saved.items()}
+    for kind, kept, given in (
+        ("blocks", places, folder.blocks),
+        ("modules_to_save", saved, folder.modules_to_save),
+    ):
+        shapes = [{n: tuple(p.shape) for n, p in found.items()} for found in (kept, given)]
+        if shapes[0] != shapes[1]:
+            raise AdapterError(
+                f"{folder.path}: its {kind} are not those of adapter {name!r}",
+                expected=f"{len(kept)}, as in this module",
+                found=f"{len(given)}, or other shapes",
+            )
+    with torch.no_grad():
+        for kept, given in ((places, folder.blocks), (saved, folder.modules_to_save)):
+            for key, parameter in kept.items():
+                parameter.copy_(_laid_out_like(parameter, given[key]))
+
+
+def _laid_out_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    placements: Any = getattr(parameter, "placements", None)
+    return distribute_tensor(value.to(parameter.device, parameter.dtype), mesh, placements)
+
+
 def is_first_process() -> bool:
     """Whether this process is the first of its group, or alone."""
     distributed = torch.distributed

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
 
 from bone_fx.errors import UsageError
 from bone_fx.model_graph import ModelGraph
+from bone_fx.mounting import Origin
 from bone_fx.passes.layer_graph import LayerGraph
 from bone_fx.passes.split_layers import layers_of, split_in_place
+
+_LOSS_OPTIONS = ("num_items_in_batch",)
+"""Arguments of a call that are for the model's loss function."""
 
 
 class TrainingGraph(ModelGraph):
     """A model's graph that can be split into its layers, one submodule each."""
 
-    accepts_loss_kwargs: ClassVar[bool] = True
-    """What `transformers.Trainer` asks: the call takes `num_items_in_batch`."""
-
+    _origin: Origin
     _rebuild: Callable[[], None]
     _split = False
     _checkpointing: dict[str, Any] | None = None
+    _every = 1
+
+    @property
+    def config(self) -> Any:
+        """The base model's configuration, or None."""
+        return getattr(self._origin.model, "config", None)
+
+    @property
+    def loss_type(self) -> str | None:
+        """Which of transformers' losses the model has; `Trainer` counts a batch's items by it."""
+        return getattr(self._origin.model, "loss_type", None)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """What `transformers.Trainer` asks: whether the loss counts `num_items_in_batch`."""
+        return self._origin.loss is not None and self._origin.loss.counts_items
 
     def layers(self) -> list[LayerGraph]:
         """The model's layers as submodules, in the order in which they run.
@@ -51,13 +70,19 @@ class TrainingGraph(ModelGraph):
         return self._checkpointing is not None
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        *,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
         """Recompute each layer's activations in backward instead of keeping them.
 
         Args:
             gradient_checkpointing_kwargs: For `torch.utils.checkpoint`; its reentrant form is
                 refused. Dropout draws the same numbers again (`preserve_rng_state`).
+            every_n_layers: Recompute the first of every so many layers, and keep the others'.
+            offload: Not possible here; must be False.
 
         Raises:
             UsageError: The graph has no layers, or the reentrant form is asked for.
@@ -68,16 +93,30 @@ class TrainingGraph(ModelGraph):
                 "reentrant checkpointing loses the gradients of blocks under a frozen base",
                 expected="use_reentrant=False",
             )
-        layers = self.layers()
-        self._checkpointing = options
-        for layer in layers:
-            layer.checkpointing = options
+        if offload or every_n_layers < 1:
+            raise UsageError(
+                "activations cannot be checkpointed so",
+                expected="offload=False and every_n_layers >= 1",
+                found=f"offload={offload}, every_n_layers={every_n_layers}",
+            )
+        self.layers()
+        self._checkpointing, self._every = options, every_n_layers
+        self._set_checkpointing(self)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """`gradient_checkpointing_enable` under the name that transformers gives it now."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+    def activation_checkpointing_disable(self) -> None:
+        """`gradient_checkpointing_disable` under the name that transformers gives it now."""
+        self.gradient_checkpointing_disable()
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again; the graph stays split."""
         self._checkpointing = None
-        for layer in layers_of(self).values():
-            layer.checkpointing = None
+        self._set_checkpointing(self)
 
     def parameter_groups(
         self, *, weight_decay: float = 0.0, lr: float | None = None
@@ -109,6 +148,20 @@ class TrainingGraph(ModelGraph):
             f"trainable%: {100 * trainable / total:.4f}"
         )
 
+    def _call_model(self, *args: Any, **kwargs: Any) -> Any:
+        origin = self._origin
+        packed = origin.signature.pack(self._graph_forward(*origin.signature.bind(*args, **kwargs)))
+        labels = origin.signature.labels_of(*args, **kwargs)
+        if not labels:
+            return packed
+        if origin.loss is None:
+            raise UsageError(
+                f"the loss of {type(origin.model).__name__} is not known",
+                next_step="leave the labels out and compute the loss on the output",
+            )
+        options = {name: kwargs[name] for name in _LOSS_OPTIONS if kwargs.get(name) is not None}
+        return origin.loss.attach(packed, labels, **options)
+
     def _set_split(self, split: bool) -> None:
         if self.is_sharded:
             raise UsageError("the module is sharded", next_step="call layers() before fully_shard")
@@ -125,8 +178,11 @@ class TrainingGraph(ModelGraph):
         if not self._split:
             return
         split_in_place(root)
-        for layer in layers_of(root).values():
-            layer.checkpointing = self._checkpointing
+        self._set_checkpointing(root)
+
+    def _set_checkpointing(self, root: fx.GraphModule) -> None:
+        for number, layer in enumerate(layers_of(root).values()):
+            layer.checkpointing = self._checkpointing if number % self._every == 0 else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast parameters.
@@ -150,6 +206,19 @@ class TrainingGraph(ModelGraph):
                 found=str(now),
                 next_step=f"call model.to({now}) before adapt(), or train under torch.autocast",
             )
+
+
+def sign_as(module: TrainingGraph, model: nn.Module | None) -> None:
+    """Give a module's forward the signature of a model's, for those who look at it."""
+    if model is None:
+        return
+    call: Any = TrainingGraph._call_model
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return call(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    type(module)._call_model = forward  # type: ignore[method-assign]
 
 
 def _writes_dtype(module: nn.Module) -> bool:

@@ -70,6 +70,11 @@ class ModelLoss:
             loss = loss + coefficient * auxiliary.to(loss.device)
         return loss
 
+    @property
+    def counts_items(self) -> bool:
+        """Whether `num_items_in_batch` changes the loss: only then is it summed over batches."""
+        return self.compute is _tokens and self.function is not None
+
     def attach(self, output: Any, labels: Labels, **options: Any) -> Any:
         """`output` with the loss as its first field, as the model gives it back with labels."""
         return type(output)(loss=self(output, labels, **options), **output)

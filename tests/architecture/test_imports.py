@@ -48,7 +48,7 @@ MAY_KNOW: dict[str, set[str]] = {
     },
     "model_graph": {"passes"},
     "folded": {"capture", "model_graph", "passes"},
-    "training_graph": {"errors", "model_graph", "passes"},
+    "training_graph": {"errors", "model_graph", "mounting", "passes"},
     "adapted": {
         "checkpoint",
         "config",
@@ -61,6 +61,7 @@ MAY_KNOW: dict[str, set[str]] = {
         "training_graph",
     },
     "adapting": {"adapted", "capture", "checkpoint", "config", "mounting"},
+    "trainer": {"adapted"},
     "build": {
         "adapted",
         "adapting",
@@ -100,12 +101,21 @@ MAY_KNOW: dict[str, set[str]] = {
     },
     "cli": {"errors", "exporting", "folding", "progress"},
     "__main__": {"cli"},
-    "__init__": {"adapted", "adapting", "config", "errors", "exporting", "folding", "passes"},
+    "__init__": {
+        "adapted",
+        "adapting",
+        "config",
+        "errors",
+        "exporting",
+        "folding",
+        "passes",
+        "trainer",
+    },
 }
 
 # Third-party packages and the only rooms that may import them; what is free stands below.
 HOMES: dict[str, set[str]] = {
-    "transformers": {"capture"},
+    "transformers": {"capture", "trainer"},
     "huggingface_hub": {"capture"},
     "gguf": {"capture"},
     "onnx": {"onnx", "manifest", "runtime", "verify"},

@@ -16,6 +16,7 @@ from bone_fx import cli, errors
 
 PUBLIC = {
     "AdaptedModule",
+    "AdapterTrainer",
     "BoneConfig",
     "BoneFxError",
     "ExportResult",
