@@ -36,6 +36,7 @@ from bone_fx.capture.layers import equal_layers_once
 from bone_fx.capture.lowering import columns, constant_names, lower, name_constants
 from bone_fx.capture.norms import PLUS_ONE, norms_as_operators
 from bone_fx.capture.ort_ops import total_length
+from bone_fx.capture.pasts import Pasts, SharedPasts
 from bone_fx.capture.rotary import RotaryWatcher
 from bone_fx.errors import BoneFxError, CaptureError
 
@@ -175,6 +176,9 @@ class _Capture:
         self.shapes = shapes
         self.horizon = horizon or int(getattr(config, "n_positions", 0)) or 1 << 15
         self.limited = horizon is not None
+        self.inputs = list(dict.fromkeys(shapes)) if stamp else shapes
+        self.of = [self.inputs.index(shape) for shape in shapes] if stamp else [*range(len(shapes))]
+        self.shared = stamp
         self.unfused = unfused
         self.plain = unfused is not None or any(why_plain(key, value) for _, key, value in shapes)
         self.emitter_of: dict[str, AttentionEmitter] = {}
@@ -198,7 +202,8 @@ class _Capture:
             stack.enter_context(_forward_replaced(self.model, call))
             program = self._export()
         constants = name_constants(program, watcher.tables)
-        lower(program)
+        traced = self.emitter_of["now"].cache.traced()
+        lower(program, SharedPasts(self.of, traced) if self.shared else None)
         constants = {k: v for k, v in constants.items() if k in constant_names(program)}
         layers = sorted(self.emitter_of["now"].layers, key=lambda layer: layer.layer)
         return DecoderCapture(
@@ -243,7 +248,8 @@ class _Capture:
             lengths = ((valid_B - 1).to(torch.int32), total_length(attention_mask))
             before_B = (valid_B - tokens).clamp(min=0)
             positions = torch.arange(tokens)[None, :] + before_B[:, None]
-            pasts = list(zip(past_key_values[::2], past_key_values[1::2], strict=True))
+            pairs = list(zip(past_key_values[::2], past_key_values[1::2], strict=True))
+            pasts = Pasts(pairs, self.of, shared=self.shared)
             total = attention_mask.shape[1]
             cache = PassThroughCache(pasts, query_offset=total - tokens, total=total)
             emitter = AttentionEmitter(cache, attention_mask, lengths, self.unfused)
@@ -271,7 +277,7 @@ class _Capture:
 
     def _export(self) -> ExportedProgram:
         mode = detect_fake_mode(list(self.model.parameters()))
-        arguments = _example_inputs(self.shapes, self.dtype, mode)
+        arguments = _example_inputs(self.inputs, self.dtype, mode)
         try:
             with _without_remarks():
                 return torch.export.export(
@@ -301,7 +307,7 @@ class _Capture:
         return {
             "input_ids": {0: batch, 1: new},
             "attention_mask": {0: batch, 1: total},
-            "past_key_values": [{0: batch, 2: past}] * (2 * len(self.shapes)),
+            "past_key_values": [{0: batch, 2: past}] * (2 * len(self.inputs)),
         }
 
     def _input_names(self) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import SymInt, Tensor
 
 from bone_fx.capture.layer_keys import LayerNumber
+from bone_fx.capture.pasts import Pasts
 from bone_fx.errors import CaptureError
 
 
@@ -21,7 +22,7 @@ class PassThroughCache:
     """Follows the interface of `transformers.Cache` as far as decoders use it during a forward.
 
     Args:
-        pasts: Past key and value of each layer, each [B, K, P, D].
+        pasts: Past key and value of each layer.
         query_offset: Number of tokens before the new ones.
         total: Number of tokens, new ones included.
     """
@@ -30,13 +31,14 @@ class PassThroughCache:
 
     def __init__(
         self,
-        pasts: list[tuple[Tensor, Tensor]],
+        pasts: Pasts,
         *,
         query_offset: int | SymInt,
         total: int | SymInt,
     ) -> None:
         self.pasts = pasts
         self.presents: dict[int, tuple[Tensor, Tensor]] = {}
+        self.stamped: set[int] = set()
         self._query_offset = query_offset
         self._total = total
         self._waiting: tuple[int, Tensor, Tensor] | None = None
@@ -79,23 +81,28 @@ class PassThroughCache:
                 f"{where} changes keys or values between the cache and the attention",
                 expected="the tensors that past_key_values.update gave back",
             )
-        return layer, self.pasts[layer]
+        return layer, self.pasts.own(layer)
 
     def finish(self) -> list[tuple[Tensor, Tensor]]:
-        """The present key and value of every layer, in order.
+        """The present key and value of every traced layer, in order.
 
         Raises:
             CaptureError: A layer has none, so its attention went another way than the attention
                 interface.
         """
         self.refuse_waiting()
-        missing = [i for i in range(len(self.pasts)) if i not in self.presents]
+        layers = range(len(self.pasts))
+        missing = [i for i in layers if i not in self.presents and i not in self.stamped]
         if missing:
             raise CaptureError(
                 f"layers {missing} have no attention that a key/value cache belongs to",
                 expected=f"one attention for each of {len(self.pasts)} layers",
             )
-        return [self.presents[i] for i in range(len(self.pasts))]
+        return [self.presents[i] for i in self.traced()]
+
+    def traced(self) -> list[int]:
+        """The layers that were traced, in order; the others are nodes until they are expanded."""
+        return sorted(self.presents)
 
     def refuse_waiting(self) -> None:
         """Raises CaptureError if a layer updated the cache and no attention took its keys."""

@@ -2,9 +2,8 @@
 
 The first layer of a kind runs as it is between two marks, `LayerEntry(hidden, past key, past
 value)` and `LayerExit(hidden, present key, present value)`. A later layer with an equal key
-(`layer_keys`) becomes `Layer(hidden, past key, past value)` with the outputs hidden, present key
-and present value. A layer that does more than turn one tensor into another through one attention
-is always traced.
+(`layer_keys`) becomes `Layer(hidden)`, to which `spread_pasts` gives pasts and presents. A layer
+that does more than turn one tensor into another through one attention is always traced.
 """
 
 from __future__ import annotations
@@ -66,17 +65,17 @@ class _Stamper:
         hidden = _hidden(args, kwargs)
         if hidden is None or index not in self.keys:
             return run(layer, *args, **kwargs)
-        pasts = emitter.cache.pasts[index]
+        alike = emitter.cache.pasts.like(index)
         others = pytree.tree_map(lambda x: None if x is hidden else x, (args, kwargs))
         key = (
             self.keys[index],
             value_key(others),
-            *((sizes(t), t.dtype) for t in (hidden, *pasts)),
+            *((sizes(t), t.dtype) for t in (hidden, *alike)),
         )
         known = self._traced.get(key)
         if known is not None:
-            return self._stamped(known, index, hidden, pasts)
-        entered = _mark(ENTRY, (hidden, *pasts), self.paths[index])
+            return self._stamped(known, index, hidden)
+        entered = _mark(ENTRY, (hidden, *emitter.cache.pasts.own(index)), self.paths[index])
         args, kwargs = pytree.tree_map(lambda x: entered if x is hidden else x, (args, kwargs))
         number = LayerNumber(index)
         before = len(emitter.layers)
@@ -99,22 +98,19 @@ class _Stamper:
         self._traced[key] = _Traced(index, output, (others, hidden))
         return output
 
-    def _stamped(
-        self, known: _Traced, index: int, hidden: Tensor, pasts: tuple[Tensor, Tensor]
-    ) -> Any:
+    def _stamped(self, known: _Traced, index: int, hidden: Tensor) -> Any:
         emitter = self.emitters["now"]
         former = next(t for t in pytree.tree_leaves(known.output) if t is not None)
-        like = (former, *emitter.cache.presents[known.number])
-        output, key, value = torch.onnx.ops.symbolic_multi_out(
+        output = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{LAYER}",
-            (hidden, *pasts),
-            {"of": self.paths[known.number], "path": self.paths[index]},
-            dtypes=tuple(t.dtype for t in like),
-            shapes=tuple(t.shape for t in like),
+            (hidden,),
+            {"of": self.paths[known.number], "path": self.paths[index], "layer": index},
+            dtype=former.dtype,
+            shape=former.shape,
             version=1,
         )
         emitter.cache.refuse_waiting()
-        emitter.cache.presents[index] = (key, value)
+        emitter.cache.stamped.add(index)
         facts = next(f for f in emitter.layers if f.layer == known.number)
         emitter.layers.append(replace(facts, layer=index))
         return pytree.tree_map(lambda x: output if x is former else x, known.output)

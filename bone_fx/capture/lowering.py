@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx import GraphModule
 
+from bone_fx.capture.pasts import SharedPasts, describe_call, spread_pasts
 from bone_fx.passes.absorb_rotary import absorb_rotary
 from bone_fx.passes.cancel_reshapes import cancel_reshapes
 from bone_fx.passes.frame import PassResult
@@ -34,8 +35,13 @@ PASSES: tuple[PassFunction, ...] = (
 )
 
 
-def lower(program: ExportedProgram) -> None:
-    """Tightens the graph of a program in place and drops constants that it no longer uses."""
+def lower(program: ExportedProgram, shared: SharedPasts | None = None) -> None:
+    """Tightens the graph of a program in place and drops constants that it no longer uses.
+
+    Args:
+        program: The trace of a decoder.
+        shared: How layers share the inputs of the trace; None if they do not.
+    """
     for node in program.graph.find_nodes(
         op="call_function", target=torch.ops.aten._assert_tensor_metadata.default
     ):
@@ -44,11 +50,17 @@ def lower(program: ExportedProgram) -> None:
     module = program.graph_module
     for run in LAYER_PASSES:
         module = run(module).graph_module
+    program._graph_module = module
+    if shared is not None:
+        spread_pasts(program, shared)
     module = stamp(module, _names(program)).graph_module
     for run in PASSES:
         module = run(module).graph_module
     program._graph_module = module
     _drop_unused_constants(program)
+    _rename_outputs(program)
+    if shared is not None:
+        describe_call(program, len(shared.of))
     program.graph.lint()
     module.recompile()
 
@@ -61,6 +73,14 @@ def _names(program: ExportedProgram) -> dict[str, str]:
         for s in program.graph_signature.input_specs
         if s.kind in kinds and s.target is not None and isinstance(s.arg, TensorArgument)
     }
+
+
+def _rename_outputs(program: ExportedProgram) -> None:
+    """Puts the names of the nodes that are outputs now into the signature."""
+    outputs = program.graph.output_node().args[0]
+    assert isinstance(outputs, (list, tuple))
+    for spec, node in zip(program.graph_signature.output_specs, outputs, strict=True):
+        spec.arg = TensorArgument(name=node.name)
 
 
 def _drop_unused_constants(program: ExportedProgram) -> None:

@@ -128,7 +128,9 @@ def copy_module(gm: fx.GraphModule, *, class_name: str | None = None) -> fx.Grap
             setattr(owner, leaf, copy.deepcopy(gm.get_submodule(target), memo))
         elif node.op == "get_attr":
             _copy_plain_attribute(gm, root, target)
-    copied = fx.GraphModule(root, graph, class_name or type(gm).__name__)
+    # With an empty graph first: each assignment of a graph compiles it, and the frame does that.
+    copied = fx.GraphModule(root, fx.Graph(), class_name or type(gm).__name__)
+    copied._graph, graph.owning_module = graph, copied
     adopt_state(copied, root)
     copied.meta.update(gm.meta)
     copied.train(gm.training) if type(gm).train is nn.Module.train else None

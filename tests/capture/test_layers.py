@@ -27,15 +27,22 @@ def content(capture: DecoderCapture) -> list[Any]:
         for spec in capture.program.graph_signature.input_specs
     }
     place = {node: i for i, node in enumerate(capture.program.graph.nodes)}
+    user = [n for n in place if n.op == "placeholder" and names[n.name] == "input"]
+    pasts = set(user[2:])  # all of one batch size and length: any may be asked for them
 
     def plain(value: Any) -> Any:
         return torch.fx.node.map_arg(value, lambda n: f"%{place[n]}")
+
+    def arguments(node: torch.fx.Node) -> Any:
+        if node.target == torch.ops.aten.sym_size.int and node.args[0] in pasts:
+            return ("a past", node.args[1])
+        return plain(node.args)
 
     return [
         (
             node.op,
             names.get(node.name) if node.op == "placeholder" else str(node.target),
-            str(plain(node.args)),
+            str(arguments(node)),
             str(plain(node.kwargs)),
             str(getattr(node.meta.get("val"), "dtype", None)),
         )
