@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from bone_fx.capture.pasts import SharedPasts, describe_call, spread_pasts
 from bone_fx.passes.absorb_rotary import absorb_rotary
 from bone_fx.passes.cancel_reshapes import cancel_reshapes
-from bone_fx.passes.frame import PassResult
+from bone_fx.passes.frame import PassResult, compiled_later
 from bone_fx.passes.fuse_norms import fuse_norms
 from bone_fx.passes.pack_projections import pack_projections
 from bone_fx.passes.stamp import stamp
@@ -48,14 +48,15 @@ def lower(program: ExportedProgram, shared: SharedPasts | None = None) -> None:
         program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
     module = program.graph_module
-    for run in LAYER_PASSES:
-        module = run(module).graph_module
-    program._graph_module = module
-    if shared is not None:
-        spread_pasts(program, shared)
-    module = stamp(module, _names(program)).graph_module
-    for run in PASSES:
-        module = run(module).graph_module
+    with compiled_later():
+        for run in LAYER_PASSES:
+            module = run(module).graph_module
+        program._graph_module = module
+        if shared is not None:
+            spread_pasts(program, shared)
+        module = stamp(module, _names(program)).graph_module
+        for run in PASSES:
+            module = run(module).graph_module
     program._graph_module = module
     _drop_unused_constants(program)
     _rename_outputs(program)

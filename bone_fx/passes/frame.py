@@ -11,7 +11,9 @@ import copy
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, cast
 
@@ -24,6 +26,8 @@ from bone_fx.sites import LinearSite, Refusal
 log = logging.getLogger(__name__)
 HISTORY = "bone_fx_passes"
 """Key of `GraphModule.meta` with the names of the passes that ran, in order."""
+
+_DEFERRED = ContextVar("_DEFERRED", default=False)
 
 P = ParamSpec("P")
 
@@ -76,12 +80,23 @@ def graph_pass(
             )
         if result.modified != (after != before):
             raise PassError(f"pass {name} answered modified={result.modified}, which is not so")
-        result.graph_module.recompile()
+        if not _DEFERRED.get():
+            result.graph_module.recompile()
         result.graph_module.meta[HISTORY] = [*history, name]
         log.debug("pass %s: %s", name, op_difference(gm, result.graph_module))
         return result
 
     return framed
+
+
+@contextmanager
+def compiled_later() -> Iterator[None]:
+    """While open, passes leave the Python code of their graphs uncompiled; the caller compiles."""
+    token = _DEFERRED.set(True)
+    try:
+        yield
+    finally:
+        _DEFERRED.reset(token)
 
 
 def op_difference(before: fx.GraphModule, after: fx.GraphModule) -> str:
