@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils import _pytree as pytree
 
 from bone_fx.capture.training import capture_training
 from bone_fx.passes.dropout import set_dropout
+from bone_fx.passes.split_layers import layers_of, split_layers
 from tests.capture.architectures import ARCHITECTURES, SHAPES, UNLISTED, Architecture
 
 
@@ -62,6 +65,16 @@ def test_equals_eager(row: Architecture) -> None:
             torch.testing.assert_close(
                 ours[name], gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max().item(), msg=name
             )
+
+    # The same, in layers whose activations are computed again in backward.
+    split = split_layers(graph).graph_module
+    assert len(layers_of(split)) >= 2
+    for layer in layers_of(split).values():
+        layer.checkpointing = {}
+    again = _gradients(split, _seeded(partial(capture.signature.call, split), inputs))
+    for name, gradient in ours.items():
+        both = again[name], gradient
+        assert both[0] is both[1] is None or torch.equal(*both), name
 
     set_dropout(graph, False)
     model.eval()
