@@ -25,6 +25,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
+from bone_fx.capture.activations import gelus_as_operators
 from bone_fx.capture.attention import (
     AttentionEmitter,
     AttentionLayer,
@@ -192,6 +193,7 @@ class _Capture:
             stack.enter_context(torch.no_grad())
             stack.enter_context(_evaluating(self.model))
             self.norms = stack.enter_context(norms_as_operators(self.model, self.derived))
+            stack.enter_context(gelus_as_operators(self.model))
             stack.enter_context(watcher.watching())
             stack.enter_context(attention_through(self.emitter_of, self.model, self.horizon))
             if self.stamp:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from bone_fx.capture.pasts import SharedPasts, describe_call, spread_pasts
 from bone_fx.passes.absorb_rotary import absorb_rotary
 from bone_fx.passes.cancel_reshapes import cancel_reshapes
+from bone_fx.passes.flat_products import flat_products
 from bone_fx.passes.frame import PassResult, compiled_later
 from bone_fx.passes.fuse_norms import fuse_norms
 from bone_fx.passes.pack_projections import pack_projections
@@ -24,6 +25,7 @@ PassFunction = Callable[[GraphModule], PassResult]
 # What tightens a layer: it sees one of each kind of layer.
 LAYER_PASSES: tuple[PassFunction, ...] = (
     absorb_rotary,  # first: it looks for the transpositions that the next one cancels
+    flat_products,
     cancel_reshapes,
     pack_projections,  # sees projections and attention without the reshapes between them
 )
