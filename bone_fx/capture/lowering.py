@@ -13,10 +13,12 @@ from torch.fx import GraphModule
 
 from bone_fx.capture.pasts import SharedPasts, describe_call, spread_pasts
 from bone_fx.passes.absorb_rotary import absorb_rotary
+from bone_fx.passes.absorb_scale import absorb_scale
 from bone_fx.passes.cancel_reshapes import cancel_reshapes
 from bone_fx.passes.flat_products import flat_products
 from bone_fx.passes.frame import PassResult, compiled_later
 from bone_fx.passes.fuse_norms import fuse_norms
+from bone_fx.passes.keep_tokens import keep_tokens
 from bone_fx.passes.pack_projections import pack_projections
 from bone_fx.passes.stamp import stamp
 
@@ -26,7 +28,9 @@ PassFunction = Callable[[GraphModule], PassResult]
 LAYER_PASSES: tuple[PassFunction, ...] = (
     absorb_rotary,  # first: it looks for the transpositions that the next one cancels
     flat_products,
+    keep_tokens,
     cancel_reshapes,
+    absorb_scale,  # between the two: it looks for a product right before the operator
     pack_projections,  # sees projections and attention without the reshapes between them
 )
 

@@ -120,10 +120,11 @@ def same_shape(a: Node, b: Node) -> bool:
     x, y = a.meta.get("val"), b.meta.get("val")
     if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor) or x.dim() != y.dim():
         return False
-    return all(_same_size(m, n) for m, n in zip(x.shape, y.shape, strict=True))
+    return all(same_size(m, n) for m, n in zip(x.shape, y.shape, strict=True))
 
 
-def _same_size(m: int | torch.SymInt, n: int | torch.SymInt) -> bool:
+def same_size(m: int | torch.SymInt, n: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal for all inputs."""
     if isinstance(m, torch.SymInt) or isinstance(n, torch.SymInt):
         expressions = [s.node.expr if isinstance(s, torch.SymInt) else s for s in (m, n)]
         return bool(expressions[0] == expressions[1])
