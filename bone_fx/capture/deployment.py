@@ -256,7 +256,7 @@ class _Capture:
             cache = PassThroughCache(pasts, query_offset=total - tokens, total=total)
             emitter = AttentionEmitter(cache, attention_mask, lengths, self.unfused)
             self.emitter_of["now"] = emitter
-            watcher.positions = positions
+            watcher.begin(positions, (lengths[1], total))
             output = model_forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

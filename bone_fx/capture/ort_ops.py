@@ -59,6 +59,43 @@ def rotary_embedding(
     )
 
 
+def rows_by_length(
+    tables: tuple[Tensor, Tensor], total_1: Tensor, total: int | torch.SymInt, switch: int
+) -> tuple[Tensor, Tensor]:
+    """Emits Greater, Cast, Mul, Add and two Slices: T rows of each table, by the size of T.
+
+    Args:
+        tables: cos and sin, each [switch + M, R/2]: rows of texts of at most `switch` tokens, then
+            those of longer ones.
+        total_1: T as an int32 tensor of one element.
+        total: T, for the shape.
+        switch: Number of rows of the first kind.
+    """
+    limit, axis = torch.tensor([switch], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+    long = torch.onnx.ops.symbolic(
+        "Greater", (total_1, limit), dtype=torch.bool, shape=(1,), version=13
+    )
+    start = _int32("Mul", _int32("Cast", long, to=ONNX_INT32), limit)
+    end = _int32("Add", start, total_1)
+    cos, sin = (
+        torch.onnx.ops.symbolic(
+            "Slice",
+            (table, start, end, axis),
+            dtype=table.dtype,
+            shape=(total, table.shape[1]),
+            version=13,
+        )
+        for table in tables
+    )
+    return cos, sin
+
+
+def _int32(op_type: str, *inputs: Tensor, **attributes: Attribute) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        op_type, inputs, attributes, dtype=torch.int32, shape=(1,), version=13
+    )
+
+
 def total_length(mask_BT: Tensor) -> Tensor:
     """Emits Shape and Cast: T as an int32 tensor of one element, known on the host."""
     shape = torch.onnx.ops.symbolic(

@@ -6,6 +6,11 @@ A function with parameters `cos` and `sin` applies them: it is run on random dat
 the known conventions. Where both are recognised the graph gets one RotaryEmbedding in place of the
 function; otherwise the model's own code stays in the graph, which is always right.
 
+Where longer texts have other angles the choice is the model's own: the longest text of the batch,
+tokens of the cache included, decides for the whole batch and the new tokens alone; keys that are in
+the cache stay as they were turned. Longrope so has two tables in one, and dynamic NTK the one
+that holds up to max_position_embeddings; `rotary_tables.tables_of` refuses the rest.
+
 Shape letters: B batch, H heads, S new tokens, D head size, R rotary width (R <= D), M positions in
 a table.
 """
@@ -17,16 +22,18 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial, wraps
 from types import FunctionType, ModuleType
 from typing import Any, TypeGuard
 
 import torch
 from torch import SymInt, Tensor, nn
+from torch.nn import functional
 
-from bone_fx.capture.ort_ops import rotary_embedding
+from bone_fx.capture.ort_ops import rotary_embedding, rows_by_length
 from bone_fx.capture.rotary_conventions import Convention, recognise_rotation
-from bone_fx.capture.rotary_tables import RotaryTables, refuse_length_dependence, rows_of
+from bone_fx.capture.rotary_tables import RotaryTables, rows_of, tables_of
 from bone_fx.capture.untraced import untraced
 from bone_fx.errors import CaptureError
 
@@ -45,24 +52,26 @@ class RotaryWatcher:
         self.dtype = dtype
         self.notes: list[str] = []
         self.positions: Tensor | None = None
+        self.total: tuple[Tensor, int | SymInt] | None = None
         self.tables: list[tuple[Tensor, Tensor]] = []
         self._twins = {m: _copy(m) for m in model.modules() if _may_make_tables(m)}
         self._tables: dict[int, tuple[Tensor, RotaryTables]] = {}
         self._made: dict[tuple[nn.Module, str], RotaryTables] = {}
         self._conventions: dict[tuple[object, ...], Convention | None] = {}
-        self._current: RotaryTables | None = None
+        self._cut: dict[int, tuple[Tensor, Tensor]] = {}
         self._probing = False
         self._functions = _functions_with_cos_and_sin(model)
+
+    def begin(self, positions: Tensor, total: tuple[Tensor, int | SymInt]) -> None:
+        """A forward begins: positions of its tokens, and T as an int32 tensor and as a number."""
+        self.positions, self.total = positions, total
+        self._cut.clear()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watches modules and functions for as long as the context is open."""
-        handles = [
-            m.register_forward_pre_hook(self._about_to_make, with_kwargs=True) for m in self._twins
-        ]
-        handles += [
-            m.register_forward_hook(self._made_tables, with_kwargs=True) for m in self._twins
-        ]
+        for module in self._twins:
+            vars(module)["forward"] = _Watched(self, module)
         originals: list[tuple[ModuleType, str, FunctionType]] = []
         for space, name, function in self._functions:
             originals.append((space, name, function))
@@ -72,43 +81,50 @@ class RotaryWatcher:
         finally:
             for space, name, function in originals:
                 setattr(space, name, function)
-            for handle in handles:
-                handle.remove()
+            for module in self._twins:
+                del vars(module)["forward"]
             self._tables.clear()
             self._made.clear()
-            self.positions = None
+            self._cut.clear()
+            self.positions = self.total = None
 
-    def _about_to_make(
+    def make(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the module gives, remembered if it is a pair of rows for the token positions."""
+        tables = self._tables_for(module, args, kwargs)
+        if tables is not None and tables.fixed:
+            assert self.positions is not None
+            chosen = self._chosen(tables.as_made(), tables.switch)
+            output: Any = tuple(functional.embedding(self.positions, table) for table in chosen)
+        else:
+            output = type(module).forward(module, *args, **kwargs)
+        if _is_pair(output):
+            if tables is None:
+                name = type(module).__name__
+                self.notes.append(f"{name}: positions of its own, kept in the graph")
+            else:
+                self._tables[id(output[0])] = (output[0], tables)
+        return output
+
+    def _tables_for(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Makes the tables before the module is traced, which fails for some that are refused."""
+    ) -> RotaryTables | None:
+        """Makes the tables before the module is traced, which fails for some."""
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         integers = [t for t in tensors if not t.is_floating_point()]
-        self._current = None
         if len(integers) != 1 or integers[0] is not self.positions:
-            return
+            return None
         plain = [a for a in args if not isinstance(a, Tensor)]
         plain += [item for item in kwargs.items() if not isinstance(item[1], Tensor)]
         how = (module, repr(plain))
         if how not in self._made:
             rows = rows_of(self._twins[module], args, kwargs)
             try:
-                untraced(lambda: refuse_length_dependence(rows, self.length, module))
+                made = untraced(lambda: tables_of(rows, self.length, self.dtype, module))
             except (TypeError, ValueError, RuntimeError, IndexError):
-                return  # it takes positions and gives something else than cos and sin
-            self._made[how] = RotaryTables(rows, self.length, self.dtype)
-        self._current = self._made[how]
-
-    def _made_tables(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
-    ) -> None:
-        del args, kwargs
-        if not _is_pair(output):
-            return
-        if self._current is None:
-            self.notes.append(f"{type(module).__name__}: positions of its own, kept in the graph")
-            return
-        self._tables[id(output[0])] = (output[0], self._current)
+                return None  # it takes positions and gives something else than cos and sin
+            self._made[how] = made
+            self._note_choice(module, made)
+        return self._made[how]
 
     def _instead_of(self, function: FunctionType) -> Callable[..., Any]:
         signature = inspect.signature(function)
@@ -142,7 +158,7 @@ class RotaryWatcher:
         if not axis or not convention:
             self.notes.append(f"{function.__name__}: convention not recognised, kept in the graph")
             return None
-        cos, sin = self._interned(entry[1].angles(convention.layout))
+        cos, sin = self._chosen(self._interned(entry[1].angles(convention.layout)), entry[1].switch)
         outputs = []
         for x in turned.values():
             heads_first = x if axis == 2 else x.transpose(1, 2)
@@ -151,6 +167,28 @@ class RotaryWatcher:
             )
             outputs.append(y if axis == 2 else y.transpose(1, 2))
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _note_choice(self, module: nn.Module, tables: RotaryTables) -> None:
+        name = type(module).__name__
+        if tables.switch is not None:
+            self.notes.append(
+                f"{name}: one table for batches of at most {tables.switch} tokens a row, one for "
+                "longer ones, as the model has it; keys in the cache stay as they were turned"
+            )
+        elif tables.fixed:
+            self.notes.append(
+                f"{name}: angles are those of texts of at most {tables.length} tokens, which is "
+                "all that the graph holds for"
+            )
+
+    def _chosen(self, tables: tuple[Tensor, Tensor], switch: int | None) -> tuple[Tensor, Tensor]:
+        """The rows for the length of the batch, cut once for all layers."""
+        if switch is None:
+            return tables
+        assert self.total is not None
+        if id(tables) not in self._cut:
+            self._cut[id(tables)] = rows_by_length(tables, *self.total, switch)
+        return self._cut[id(tables)]
 
     def _interned(self, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The first pair of equal tables seen: layers that turn alike share one constant."""
@@ -180,6 +218,17 @@ class RotaryWatcher:
             )
             self._probing = False
         return self._conventions[key]
+
+
+@dataclass
+class _Watched:
+    """Stands before the forward of a module that may make tables."""
+
+    watcher: RotaryWatcher
+    module: nn.Module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.watcher.make(self.module, args, kwargs)
 
 
 def _is_pair(output: object) -> TypeGuard[tuple[Tensor, Tensor]]:

@@ -23,6 +23,7 @@ Rows = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
 """Gives cos and sin, each [n, W], for n positions in a dtype."""
 
 TILE = 4096
+ENDLESS = 1 << 24
 
 
 @dataclass
@@ -33,24 +34,48 @@ class RotaryTables:
         rows: Gives cos and sin, each [n, W], for n positions in a dtype.
         length: M.
         dtype: The dtype of the graph.
+        switch: Longest text, in tokens, with angles of its own (longrope's short factors); None if
+            angles depend on the position alone.
+        fixed: Whether the angles of still longer texts are others, so that the module looks at the
+            length and its code cannot be traced.
     """
 
     rows: Rows
     length: int
     dtype: torch.dtype
-    _halves: dict[Layout, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    switch: int | None = None
+    fixed: bool = False
+    _halves: dict[Layout | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def angles(self, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Tables [M, R/2] of cos and sin."""
+        """Tables [M, R/2] of cos and sin; those of short texts, [switch, R/2], stand before."""
+        return self._whole(layout)
+
+    def as_made(self) -> tuple[Tensor, Tensor]:
+        """The same tables as wide as the module makes them, [M, W]."""
+        return self._whole(None)
+
+    def _whole(self, layout: Layout | None) -> tuple[Tensor, Tensor]:
         if layout not in self._halves:
             self._halves[layout] = untraced(lambda: self._evaluate(layout))
         return self._halves[layout]
 
-    def _evaluate(self, layout: Layout) -> tuple[Tensor, Tensor]:
+    def rows_of_long(self, positions_M: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rows of a text of M tokens."""
+        if self.switch is None:
+            return self.rows(positions_M, dtype)
+        last = torch.tensor([self.length - 1])
+        cos, sin = self.rows(torch.cat((positions_M, last)), dtype)
+        return cos[:-1], sin[:-1]
+
+    def _evaluate(self, layout: Layout | None) -> tuple[Tensor, Tensor]:
+        parts = [(self.rows, self.switch or 0), (self.rows_of_long, self.length)]
         tiles = []
-        for start in range(0, self.length, TILE):
-            positions = torch.arange(start, min(start + TILE, self.length))
-            tiles.append([one_of_each(t, layout) for t in self.rows(positions, self.dtype)])
+        for rows, length in parts:
+            for start in range(0, length, TILE):
+                positions = torch.arange(start, min(start + TILE, length))
+                pair = rows(positions, self.dtype)
+                tiles.append([one_of_each(t, layout) for t in pair] if layout else list(pair))
         return torch.cat([t[0] for t in tiles]), torch.cat([t[1] for t in tiles])
 
 
@@ -101,18 +126,42 @@ def one_of_each(table_MW: Tensor, layout: Layout) -> Tensor:
     return first.contiguous()
 
 
-def refuse_length_dependence(rows: Rows, length: int, module: nn.Module) -> None:
-    """Raises CaptureError if angles depend on the length of the text (dynamic NTK, longrope)."""
-    few = torch.tensor([0, 1, 2, 3, 5])
-    alone = rows(few, torch.float32)
-    for last in (length - 1, 2 * length):
-        together = rows(torch.cat((few, torch.tensor([last]))), torch.float32)
-        if not all(torch.equal(a, b[:-1]) for a, b in zip(alone, together, strict=True)):
-            kind = getattr(module, "rope_type", "unknown")
-            raise CaptureError(
-                f"the rotary embedding {type(module).__name__} (type {kind}) "
-                "depends on the length of the text",
-                expected="angles that depend on the position alone (default, linear, yarn, llama3)",
-                found="dynamic NTK or longrope scaling",
-                next_step="set another rope type in the base's config.json if the model allows it",
-            )
+def tables_of(rows: Rows, length: int, dtype: torch.dtype, module: nn.Module) -> RotaryTables:
+    """The tables of a module, with what they are for texts of other lengths.
+
+    Longrope has short factors up to a length and long ones beyond it. Dynamic NTK has none up to a
+    length and others for every length beyond it, which no table can hold.
+
+    Args:
+        rows: The rows of a text that ends with the last of the positions.
+        length: M.
+        dtype: The dtype of the graph.
+        module: The module that makes them, for the error.
+
+    Raises:
+        CaptureError: Among the texts of at most `length` tokens each length has angles of its own.
+    """
+    first = rows(torch.tensor([1]), torch.float32)
+    fixed = not _alike(rows, ENDLESS, first)
+    if not fixed or length < 3 or _alike(rows, length, first):
+        return RotaryTables(rows, length, dtype, None, fixed)
+    low, high = 2, length
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _alike(rows, middle, first) else (low, middle)
+    last = rows(torch.tensor([1, length - 1]), torch.float32)
+    if _alike(rows, high, last) and _alike(rows, (high + length) // 2, last):
+        return RotaryTables(rows, length, dtype, low, fixed)
+    raise CaptureError(
+        f"the rotary embedding {type(module).__name__} (type "
+        f"{getattr(module, 'rope_type', 'unknown')}) has other angles for every length of the text",
+        expected=f"at most {low} positions, up to which they depend on the position alone",
+        found=f"{length} positions",
+        next_step=f"export it for {low} positions: max_position_embeddings of the configuration",
+    )
+
+
+def _alike(rows: Rows, tokens: int, other: tuple[Tensor, Tensor]) -> bool:
+    """Whether position 1 has the angles of `other` in a text of so many tokens."""
+    found = rows(torch.tensor([1, tokens - 1]), torch.float32)
+    return all(torch.equal(a[:1], b[:1]) for a, b in zip(found, other, strict=True))

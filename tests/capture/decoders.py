@@ -20,6 +20,19 @@ WHOLE = {
 }
 
 
+def _longrope(short_up_to: int) -> dict[str, Any]:
+    return {
+        "original_max_position_embeddings": short_up_to,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0 + i / 8 for i in range(8)],
+            "long_factor": [2.0 + i for i in range(8)],
+            "original_max_position_embeddings": short_up_to,
+        },
+    }
+
+
 @dataclass(frozen=True)
 class Decoder:
     """One row.
@@ -80,6 +93,11 @@ DECODERS: tuple[Decoder, ...] = (
             }
         },
     ),
+    Decoder(
+        "llama_dynamic",
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    ),
     Decoder("llama_head_20", "llama", {"head_dim": 20}, rotary=("outside", "outside"), fused=False),
     Decoder("llama_head_24", "llama", {"head_dim": 24}, rotary=("outside", "outside")),
     Decoder("qwen2", "qwen2"),
@@ -113,6 +131,8 @@ DECODERS: tuple[Decoder, ...] = (
     Decoder("granite", "granite", {"attention_multiplier": 0.3}),
     Decoder("smollm3", "smollm3", {"no_rope_layers": [1, 0]}, rotary=("inside", "none")),
     Decoder("phi3", "phi3", {"sliding_window": 6}, windows=(6, 6)),
+    Decoder("phi3_longrope_short", "phi3", _longrope(20)),
+    Decoder("phi3_longrope_long", "phi3", _longrope(3)),
     Decoder("phi3_partial", "phi3", {"head_dim": 32, "hidden_size": 128, **HALF}),
     Decoder("phi", "phi", {"head_dim": 32, "hidden_size": 128, **HALF}, norms=0),
     Decoder("phi_narrow", "phi", HALF, rotary=("outside", "outside"), norms=0),

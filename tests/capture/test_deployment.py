@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 
 import pytest
@@ -13,7 +14,15 @@ from bone_fx.capture.lowering import lower
 from bone_fx.errors import CaptureError
 from tests.capture.architectures import BY_NAME
 from tests.capture.decoders import DECODERS, Decoder
-from tests.capture.decoding import capture_of, differences, onnx_of, session_of, skeleton_of, texts
+from tests.capture.decoding import (
+    Generation,
+    capture_of,
+    differences,
+    onnx_of,
+    session_of,
+    skeleton_of,
+    texts,
+)
 
 TOLERANCE = 1e-5
 ROW = {row.name: row for row in DECODERS}
@@ -151,31 +160,50 @@ def test_a_norm_between_rotary_and_attention_keeps_both() -> None:
         ("bloom", {}, "attention interface"),
         ("falcon", {}, "attention interface"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "neither causal"),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "length of the text",
-        ),
-        (
-            "phi3",
-            {
-                "max_position_embeddings": 100,
-                "original_max_position_embeddings": 32,
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "short_factor": [1.0] * 8,
-                    "long_factor": [2.0] * 8,
-                    "original_max_position_embeddings": 32,
-                },
-            },
-            "length of the text",
-        ),
     ],
 )
 def test_what_would_be_wrong_is_refused(name: str, changes: dict[str, object], reason: str) -> None:
     with pytest.raises(CaptureError, match=reason):
         capture_decoder(skeleton_of(BY_NAME[name].build(**changes)))
+
+
+def test_dynamic_ntk_is_refused_beyond_the_length_where_angles_are_fixed() -> None:
+    model = skeleton_of(ROW["llama_dynamic"].build())
+    with pytest.raises(CaptureError, match="other angles for every length"):
+        capture_decoder(model, context_length=110)
+    assert capture_decoder(model, context_length=100).context_length == 100
+
+
+def test_a_text_that_outgrows_the_short_factors_goes_on_as_the_model_does() -> None:
+    model = ROW["phi3_longrope_short"].build()
+    capture = capture_of(model)
+    run = Generation(session_of(onnx_of(capture, model)), capture, 1)
+    tokens = texts(99, (21,))[0][None]
+    cache = None
+    for start, end in ((0, 19), (19, 20), (20, 21), (21, 24)):
+        new = tokens[:, start:end]
+        with torch.no_grad():
+            expected = model(input_ids=new, past_key_values=cache, use_cache=True)
+        cache = expected.past_key_values
+        found = run(new, torch.ones_like(new))
+        assert float((found - expected.logits).abs().max()) <= TOLERANCE, (start, end)
+    with torch.no_grad():
+        anew = model(input_ids=tokens).logits[:, -1]
+    assert float((anew - expected.logits[:, -1]).abs().max()) > 1e-2, "the cache is of two kinds"
+
+
+@pytest.mark.parametrize("name", ["llama_dynamic", "phi3_longrope_short", "phi3_longrope_long"])
+def test_fixed_tables_serve_a_rotary_function_that_is_not_recognised(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ROW[name].build()
+    space = sys.modules[type(model).__module__]
+    turn = space.apply_rotary_pos_emb  # type: ignore[attr-defined]  # both modules have it
+    monkeypatch.setattr(space, "apply_rotary_pos_emb", lambda q, k, *tables: turn(q, k, *tables))
+    capture = capture_of(model)
+    assert not any("cos_cache" in name for name in capture.constants)
+    found = differences(model, capture, session_of(onnx_of(capture, model)))
+    assert max(found.values()) <= TOLERANCE, found
 
 
 def test_a_module_without_a_configuration_is_refused() -> None:
