@@ -19,6 +19,7 @@ from bone_fx.passes.flat_products import flat_products
 from bone_fx.passes.frame import PassResult, compiled_later
 from bone_fx.passes.fuse_norms import fuse_norms
 from bone_fx.passes.keep_tokens import keep_tokens
+from bone_fx.passes.order_heads import order_heads
 from bone_fx.passes.pack_projections import pack_projections
 from bone_fx.passes.stamp import stamp
 
@@ -27,6 +28,7 @@ PassFunction = Callable[[GraphModule], PassResult]
 # What tightens a layer: it sees one of each kind of layer.
 LAYER_PASSES: tuple[PassFunction, ...] = (
     absorb_rotary,  # first: it looks for the transpositions that the next one cancels
+    order_heads,  # its pieces are heads, until the reshapes around them are cancelled
     flat_products,
     keep_tokens,
     cancel_reshapes,

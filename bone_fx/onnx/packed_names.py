@@ -1,11 +1,17 @@
-"""Names of constants that hold several weights of the model, one after the other."""
+"""Names of constants that hold several weights of the model, or one with its rows in another order.
+
+One after the other: `a.q+k.weight`. Rows of four groups of 16, 16 and 16 put part by part:
+`a.qkv.weight.by_part_4_16_16_16`.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 JOINT = "+"
 WHOLE = "++"
+BY_PART = re.compile(r"\.by_part_(\d+)((?:_\d+)+)$")
 
 
 def packed_name(names: Sequence[str]) -> str:
@@ -22,6 +28,7 @@ def packed_name(names: Sequence[str]) -> str:
 
 def parts_of(name: str) -> list[str]:
     """The names that `packed_name` was given; a name of one weight is its own only part."""
+    name = BY_PART.sub("", name)
     if WHOLE in name:
         return name.split(WHOLE)
     components = name.split(".")
@@ -33,3 +40,16 @@ def parts_of(name: str) -> list[str]:
         ".".join([*components[:place], part, *components[place + 1 :]])
         for part in components[place].split(JOINT)
     ]
+
+
+def by_part_name(name: str, groups: int, widths: Sequence[int]) -> str:
+    """The name of a weight whose groups of rows were put part by part."""
+    return f"{name}.by_part_{groups}" + "".join(f"_{width}" for width in widths)
+
+
+def groups_of(name: str) -> tuple[int, tuple[int, ...]] | None:
+    """Groups and widths that `by_part_name` was given; None for other names."""
+    found = BY_PART.search(name)
+    if found is None:
+        return None
+    return int(found[1]), tuple(int(width) for width in found[2].split("_")[1:])

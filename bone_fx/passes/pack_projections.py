@@ -89,7 +89,7 @@ def _concatenated(graph: Graph, constants: list[Node]) -> Node:
 
 def _uncut(parts: list[Node]) -> Node | None:
     """The projection of which the three are consecutive columns, all of them."""
-    ranges = [_columns(part) for part in parts]
+    ranges = [columns_of(part) for part in parts]
     source, end = None, 0
     for found in ranges:
         if found is None or found[1] != end or (source is not None and found[0] is not source):
@@ -98,7 +98,7 @@ def _uncut(parts: list[Node]) -> Node | None:
     return source if source is not None and end == source.meta["val"].shape[-1] else None
 
 
-def _columns(node: Node) -> tuple[Node, int, int] | None:
+def columns_of(node: Node) -> tuple[Node, int, int] | None:
     """Source, start and end of a piece cut along the last axis."""
     if node.target is aten.slice.Tensor:
         source, axis, start, end = (*node.args, None, None)[:4]

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from bone_fx.errors import VerificationError
-from bone_fx.onnx.packed_names import parts_of
+from bone_fx.onnx.packed_names import groups_of, parts_of
 from bone_fx.passes.fold import fold_weight
 from bone_fx.sites import LinearSite
 from bone_fx.verify.reference import Adapters
+from bone_fx.weights.ungroup import row_order
 
 _TORCH = {
     ir.DataType.FLOAT: torch.float32,
@@ -81,10 +82,13 @@ def verify_constants(
 def _written(constants: Mapping[str, ir.Value], weight: str, model: nn.Module) -> Tensor | None:
     """A weight as it was written, alone or as a part of a packed constant; None if it is not."""
     for name, value in constants.items():
-        parts = parts_of(name.removesuffix(".T"))
+        plain = name.removesuffix(".T")
+        parts = parts_of(plain)
         if weight not in parts or value.const_value is None:
             continue
         whole = _tensor(value.const_value)
+        if (groups := groups_of(plain)) is not None:
+            return _regrouped(whole, row_order(*groups))
         if len(parts) == 1:
             return whole
         rows = [model.get_parameter(part).shape[0] for part in parts]
@@ -92,6 +96,12 @@ def _written(constants: Mapping[str, ir.Value], weight: str, model: nn.Module) -
         place = parts.index(weight)
         return whole.narrow(axis, sum(rows[:place]), rows[place])
     return None
+
+
+def _regrouped(written: Tensor, order: Tensor) -> Tensor:
+    """A weight in the order of the model's rows."""
+    axis = 0 if written.shape[0] == len(order) and written.shape[-1] != len(order) else 1
+    return torch.empty_like(written).index_copy_(axis, order, written)
 
 
 def _tensor(value: ir.TensorProtocol) -> Tensor:

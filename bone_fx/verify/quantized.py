@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from bone_fx.errors import VerificationError
-from bone_fx.onnx.packed_names import parts_of
+from bone_fx.onnx.packed_names import groups_of, parts_of
 from bone_fx.runtime.session import open_session
 from bone_fx.weights.blocks import Blocks, unpack
+from bone_fx.weights.ungroup import row_order
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -108,12 +109,17 @@ def _apart(
     """Weights that were packed into one product, each by itself."""
     for name, gathered, blocks, bits in written:
         parts = parts_of(name)
+        if (groups := groups_of(name.partition(".codes")[0])) is not None:
+            back = torch.argsort(row_order(*groups))
+            whole = (tensor[back] for tensor in (blocks.codes, blocks.scales, blocks.zeros))
+            yield name, gathered, Blocks(*whole), bits
+            continue
         if len(parts) == 1:
             yield name, gathered, blocks, bits
             continue
         rows = [_parameter(model, part, gathered)[2].shape[0] for part in parts]
-        whole = (blocks.codes, blocks.scales, blocks.zeros)
-        pieces = zip(*(torch.split(tensor, rows) for tensor in whole), strict=True)
+        tensors = (blocks.codes, blocks.scales, blocks.zeros)
+        pieces = zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
         for part, piece in zip(parts, pieces, strict=True):
             yield part, gathered, Blocks(*piece), bits
 

@@ -14,6 +14,7 @@ from onnx_ir.passes import common
 from bone_fx.errors import PassError
 from bone_fx.onnx.cleanup.absorb_casts import AbsorbCasts
 from bone_fx.onnx.cleanup.absorb_concats import AbsorbConcats
+from bone_fx.onnx.cleanup.absorb_groups import AbsorbGroups
 from bone_fx.onnx.cleanup.absorb_transposes import AbsorbTransposes
 from bone_fx.onnx.cleanup.constant_reshapes import ConstantReshapes
 from bone_fx.onnx.cleanup.forget_traces import ForgetTraces
@@ -36,6 +37,7 @@ CLEANUP: tuple[Callable[[], ir.passes.InPlacePass], ...] = (
     LowerSplitSequences,
     RemoveNoOps,
     AbsorbCasts,  # before transposes: a weight may be cast and then transposed
+    AbsorbGroups,
     AbsorbConcats,  # between the two: cast, concatenated, transposed
     AbsorbTransposes,
     MergeTransposes,  # before reshapes: pairs of transposes stand between pairs of reshapes
