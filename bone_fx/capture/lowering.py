@@ -18,7 +18,9 @@ from bone_fx.passes.cancel_reshapes import cancel_reshapes
 from bone_fx.passes.flat_products import flat_products
 from bone_fx.passes.frame import PassResult, compiled_later
 from bone_fx.passes.fuse_norms import fuse_norms
+from bone_fx.passes.join_projections import join_projections
 from bone_fx.passes.keep_tokens import keep_tokens
+from bone_fx.passes.norm_first import norm_first
 from bone_fx.passes.order_heads import order_heads
 from bone_fx.passes.pack_projections import pack_projections
 from bone_fx.passes.stamp import stamp
@@ -29,11 +31,13 @@ PassFunction = Callable[[GraphModule], PassResult]
 LAYER_PASSES: tuple[PassFunction, ...] = (
     absorb_rotary,  # first: it looks for the transpositions that the next one cancels
     order_heads,  # its pieces are heads, until the reshapes around them are cancelled
+    norm_first,
     flat_products,
     keep_tokens,
     cancel_reshapes,
     absorb_scale,  # between the two: it looks for a product right before the operator
     pack_projections,  # sees projections and attention without the reshapes between them
+    join_projections,  # what could not be packed
 )
 
 # What works across layers: it sees every layer.

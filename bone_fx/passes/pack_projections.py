@@ -12,7 +12,7 @@ After:
 
 The concatenations of weights never run: the translation makes them steps of the weights' recipes.
 A projection that the model itself packed, and then cut in this order, is handed over uncut. What
-stands between projection and attention, as a norm does, keeps the three apart.
+stands between projection and attention, as a norm does, keeps the operator's inputs apart.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _pack(graph: Graph, attention: Node) -> bool:
     parts = [part for part in inputs[:3] if part is not None]
     if len(parts) != 3:
         return False
-    packed = _uncut(parts) or _joined(graph, parts)
+    packed = _uncut(parts) or joined(graph, parts)
     if packed is None:
         return False
     values = {k: v for k, v in attributes(attention).items() if isinstance(v, int | float)}
@@ -54,8 +54,8 @@ def _pack(graph: Graph, attention: Node) -> bool:
     return True
 
 
-def _joined(graph: Graph, parts: list[Node]) -> Node | None:
-    """One product for three of the same input."""
+def joined(graph: Graph, parts: list[Node]) -> Node | None:
+    """One product for three of the same input; None where they are no such products."""
     if any(p.target is not aten.linear.default or p.kwargs or len(p.users) != 1 for p in parts):
         return None
     arguments = [(*part.args, None)[:3] for part in parts]
