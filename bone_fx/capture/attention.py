@@ -18,15 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bone_fx.capture.experts import experts_registered
 from bone_fx.capture.kv_cache import PassThroughCache
 from bone_fx.capture.masks import MaskKind, MaskRecogniser, UnknownMask
 from bone_fx.capture.ort_ops import Attribute, group_query_attention
 from bone_fx.errors import CaptureError
 
 IMPLEMENTATION = "bone_fx_decoder"
-EXPERTS = "batched_mm"
-"""The form of transformers' mixtures of experts that is ATen operators without a loop over data."""
-
 HEAD_SIZE_MULTIPLE = 8
 
 # Arguments of the attention interface that change nothing for one text a row without dropout.
@@ -231,7 +229,7 @@ class AttentionEmitter:
 
 @contextmanager
 def attention_through(
-    emitter_of: dict[str, AttentionEmitter], model: nn.Module, horizon: int
+    emitter_of: dict[str, AttentionEmitter], model: nn.Module, horizon: int, experts: str
 ) -> Iterator[None]:
     """While open, attention goes to `emitter_of["now"]` and masks are recognised, not built.
 
@@ -240,6 +238,7 @@ def attention_through(
         model: A transformers model; the configurations of all its parts are switched, and switched
             back.
         horizon: Highest position the model will see.
+        experts: transformers' name for the implementation of mixtures of experts.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -250,7 +249,7 @@ def attention_through(
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     settings = {
         "_attn_implementation_internal": IMPLEMENTATION,
-        "_experts_implementation_internal": EXPERTS,
+        "_experts_implementation_internal": experts,
     }
     previous = [
         (c, name, getattr(c, name)) for c in configs for name in settings if hasattr(c, name)
@@ -260,7 +259,8 @@ def attention_through(
     try:
         for config, name, _ in previous:
             setattr(config, name, settings[name])
-        yield
+        with experts_registered():
+            yield
     finally:
         for config, name, value in previous:
             setattr(config, name, value)

@@ -32,6 +32,7 @@ from bone_fx.capture.attention import (
     attention_through,
     why_plain,
 )
+from bone_fx.capture.experts import BATCHED, FUSED, OtherRoutingError
 from bone_fx.capture.kv_cache import PassThroughCache
 from bone_fx.capture.layers import equal_layers_once
 from bone_fx.capture.lowering import columns, constant_names, lower, name_constants
@@ -134,11 +135,14 @@ def capture_decoder(
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     horizon = context_length or getattr(text_config, "max_position_embeddings", None)
     shapes = _shapes_from(text_config)
-    for _ in range(2):
+    experts = FUSED
+    for _ in range(3):
         try:
-            return _Capture(model, text_config, horizon, shapes, unfused, stamp).run()
+            return _Capture(model, text_config, horizon, shapes, unfused, stamp, experts).run()
         except _OtherCacheShapeError as other:
             shapes = other.shapes
+        except OtherRoutingError:
+            experts = BATCHED
     raise CaptureError(
         "the shapes of the key/value cache depend on the cache",
         found=str(shapes[:4]),
@@ -170,8 +174,10 @@ class _Capture:
         shapes: list[KeyValueShape],
         unfused: str | None,
         stamp: bool,
+        experts: str,
     ) -> None:
         self.model = model
+        self.experts = experts
         self.stamp = stamp
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.shapes = shapes
@@ -195,7 +201,9 @@ class _Capture:
             self.norms = stack.enter_context(norms_as_operators(self.model, self.derived))
             stack.enter_context(gelus_as_operators(self.model))
             stack.enter_context(watcher.watching())
-            stack.enter_context(attention_through(self.emitter_of, self.model, self.horizon))
+            stack.enter_context(
+                attention_through(self.emitter_of, self.model, self.horizon, self.experts)
+            )
             if self.stamp:
                 layers_once = equal_layers_once(
                     self.model, len(self.shapes), self.emitter_of, {PLUS_ONE}

@@ -11,8 +11,10 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx import GraphModule
 
+from bone_fx.capture.experts import OtherRoutingError
 from bone_fx.capture.pasts import SharedPasts, describe_call, spread_pasts
 from bone_fx.passes.absorb_rotary import absorb_rotary
+from bone_fx.passes.absorb_routing import absorb_routing, has_routed_experts
 from bone_fx.passes.absorb_scale import absorb_scale
 from bone_fx.passes.cancel_reshapes import cancel_reshapes
 from bone_fx.passes.flat_products import flat_products
@@ -32,6 +34,7 @@ LAYER_PASSES: tuple[PassFunction, ...] = (
     absorb_rotary,  # first: it looks for the transpositions that the next one cancels
     order_heads,  # its pieces are heads, until the reshapes around them are cancelled
     norm_first,
+    absorb_routing,
     flat_products,
     keep_tokens,
     cancel_reshapes,
@@ -53,6 +56,9 @@ def lower(program: ExportedProgram, shared: SharedPasts | None = None) -> None:
     Args:
         program: The trace of a decoder.
         shared: How layers share the inputs of the trace; None if they do not.
+
+    Raises:
+        OtherRoutingError: The experts have to be written out.
     """
     for node in program.graph.find_nodes(
         op="call_function", target=torch.ops.aten._assert_tensor_metadata.default
@@ -63,6 +69,8 @@ def lower(program: ExportedProgram, shared: SharedPasts | None = None) -> None:
     with compiled_later():
         for run in LAYER_PASSES:
             module = run(module).graph_module
+        if has_routed_experts(module.graph):
+            raise OtherRoutingError
         program._graph_module = module
         if shared is not None:
             spread_pasts(program, shared)

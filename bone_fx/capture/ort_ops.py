@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 CONTRIB = "com.microsoft"
+OWN = "bone_fx"
+"""Domain of nodes that a pass replaces before the translation."""
+
 ONNX_INT32 = 6
 
 Attribute = (
@@ -147,3 +150,32 @@ def group_query_attention(
         version=1,
     )
     return output, present_key, present_value
+
+
+def routed_experts(
+    hidden_NH: Tensor,
+    routing: tuple[Tensor, Tensor],
+    up: tuple[Tensor, Tensor | None],
+    down: tuple[Tensor, Tensor | None],
+    attributes: Mapping[str, Attribute],
+) -> Tensor:
+    """Emits a mixture of experts with its routing, which a pass turns into com.microsoft::MoE 1.
+
+    Args:
+        hidden_NH: [N, H], what the experts read.
+        routing: The experts chosen for each token and their weights, both [N, C].
+        up: Weight [X, 2 * I, H] and bias [X, 2 * I] of the first product, gate and up in turns.
+        down: Weight [X, H, I] and bias [X, H] of the second.
+        attributes: Those of MoE.
+
+    Returns:
+        [N, H].
+    """
+    return torch.onnx.ops.symbolic(
+        f"{OWN}::RoutedExperts",
+        (hidden_NH, *routing, *up, *down),
+        dict(attributes),
+        dtype=hidden_NH.dtype,
+        shape=hidden_NH.shape,
+        version=1,
+    )

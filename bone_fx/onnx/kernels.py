@@ -28,7 +28,7 @@ _STANDARD_NO_BF16 = """
     ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd Round Selu Sign Sin Softplus TopK Trilu
 """
 _CONTRIB_ALL = """
-    FusedMatMul GatherBlockQuantized MatMulNBits MultiHeadAttention RotaryEmbedding
+    FusedMatMul GatherBlockQuantized MatMulNBits MoE MultiHeadAttention RotaryEmbedding
     SkipSimplifiedLayerNormalization
 """
 _CONTRIB_NO_BF16 = "BiasGelu FastGelu Gelu QuickGelu SkipLayerNormalization"

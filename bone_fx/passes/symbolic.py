@@ -49,26 +49,26 @@ def attributes(node: Node) -> Attributes:
     return read
 
 
-def rewrite(node: Node, inputs: list[Node | None], values: Mapping[str, int | float]) -> None:
-    """Gives the operator other inputs and other attributes (numbers only)."""
+def rewrite(node: Node, inputs: list[Node | None], values: Mapping[str, int | float | str]) -> None:
+    """Gives the operator other inputs and other attributes (numbers and strings)."""
     while inputs and inputs[-1] is None:
         inputs = inputs[:-1]
-    integers = [v for v in values.values() if isinstance(v, int)]
-    floats = [v for v in values.values() if isinstance(v, float)]
-    places, i, f = [], 0, 0
+    kept: dict[str, list[int | float | str]] = {"i": [], "f": [], "s": []}
+    kinds, places = [], []
     for value in values.values():
-        start = i if isinstance(value, int) else f
-        places.append([start, start + 1])
-        i, f = (i + 1, f) if isinstance(value, int) else (i, f + 1)
+        kind = "s" if isinstance(value, str) else "i" if isinstance(value, int) else "f"
+        kinds.append(kind)
+        places.append([len(kept[kind]), len(kept[kind]) + 1])
+        kept[kind].append(value)
     node.update_arg(0, inputs)
     node.kwargs = {
         **node.kwargs,
         "attr_keys": list(values),
-        "attr_types": ["i" if isinstance(v, int) else "f" for v in values.values()],
+        "attr_types": kinds,
         "attr_pos": places,
-        "attr_ints": integers,
-        "attr_floats": floats,
-        "attr_strs": [],
+        "attr_ints": kept["i"],
+        "attr_floats": kept["f"],
+        "attr_strs": kept["s"],
     }
 
 
@@ -76,7 +76,7 @@ def insert_operator(
     graph: Graph,
     op_type: str,
     inputs: list[Node | None],
-    values: Mapping[str, int | float],
+    values: Mapping[str, int | float | str],
     outputs: Sequence[Tensor],
     *,
     sizes_of: Node,
@@ -88,7 +88,7 @@ def insert_operator(
         graph: The graph.
         op_type: Name of the operator, version 1.
         inputs: Its inputs, None for those left out.
-        values: Its attributes, numbers.
+        values: Its attributes, numbers and strings.
         outputs: A (fake) tensor for each output; all have the leading dynamic sizes of `sizes_of`.
         sizes_of: A node from whose tensor dynamic sizes are read, axis by axis.
         domain: Domain of the operator.

@@ -15,6 +15,7 @@ from bone_fx.errors import PassError
 from bone_fx.onnx.cleanup.absorb_casts import AbsorbCasts
 from bone_fx.onnx.cleanup.absorb_concats import AbsorbConcats
 from bone_fx.onnx.cleanup.absorb_groups import AbsorbGroups
+from bone_fx.onnx.cleanup.absorb_regroups import AbsorbRegroups
 from bone_fx.onnx.cleanup.absorb_transposes import AbsorbTransposes
 from bone_fx.onnx.cleanup.constant_reshapes import ConstantReshapes
 from bone_fx.onnx.cleanup.forget_traces import ForgetTraces
@@ -38,6 +39,7 @@ CLEANUP: tuple[Callable[[], ir.passes.InPlacePass], ...] = (
     RemoveNoOps,
     AbsorbCasts,  # before transposes: a weight may be cast and then transposed
     AbsorbGroups,
+    AbsorbRegroups,  # before concatenations and transposes: of a weight as the model holds it
     AbsorbConcats,  # between the two: cast, concatenated, transposed
     AbsorbTransposes,
     MergeTransposes,  # before reshapes: pairs of transposes stand between pairs of reshapes
