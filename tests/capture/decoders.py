@@ -148,6 +148,7 @@ DECODERS: tuple[Decoder, ...] = (
     Decoder("cohere_qk_norm", "cohere", {"use_qk_norm": True, "logit_scale": 1.0}, norms=3),
     Decoder("olmo2", "olmo2", norms=9),
     Decoder("gpt_neox", "gpt_neox", WHOLE, norms=0),
+    Decoder("gpt_neox_partial", "gpt_neox", {"hidden_size": 128, **HALF}, norms=0),
     Decoder("gpt_neox_quarter", "gpt_neox", rotary=("outside", "outside"), norms=0),
     Decoder("opt", "opt", rotary=("none", "none"), norms=0),
     Decoder("gpt2", "gpt2", rotary=("none", "none"), norms=0),
