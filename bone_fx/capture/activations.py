@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +69,9 @@ def gelus_as_operators(model: nn.Module) -> Iterator[None]:
             vars(module).pop("forward", None)
 
 
+@dataclass
 class _Gelu:
-    def __init__(self, approximate: str) -> None:
-        self._approximate = approximate
+    approximate: str
 
     def __call__(self, x: Tensor) -> Tensor:
-        return functional.gelu(x, approximate=self._approximate)
+        return functional.gelu(x, approximate=self.approximate)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 
 from bone_fx.capture.experts import experts_registered
 from bone_fx.capture.kv_cache import PassThroughCache
@@ -94,6 +94,7 @@ class AttentionEmitter:
         unfused: str | None = None,
     ) -> None:
         self._unfused = unfused
+        self.called = False
         self.layers: list[AttentionLayer] = []
         self.cache = cache
         self._mask_BT = mask_BT
@@ -115,6 +116,7 @@ class AttentionEmitter:
     ) -> tuple[Tensor, None]:
         """Attends; query [B, H, S, D], key and value [B, K, S, D], output [B, S, H, D]."""
         name = type(module).__name__
+        self.called = True
         self._refuse_unknown(name, attention_mask, is_causal, kwargs)
         assert isinstance(attention_mask, MaskKind)
         layer, past = self.cache.take(key, value, name)
@@ -214,22 +216,43 @@ class AttentionEmitter:
 
     def _bias(self, window: int | None, query: Tensor) -> Tensor:
         if window not in self._biases:
-            position_BT = torch.cumsum(self._mask_BT, dim=1) - 1
-            first = self._mask_BT.shape[1] - query.shape[2]
-            key_position = position_BT[:, None, None, :]
-            query_position = position_BT[:, first:][:, None, :, None]
-            allowed = (self._mask_BT > 0)[:, None, None, :] & (key_position <= query_position)
-            if window is not None:
-                allowed = allowed & (query_position - key_position < window)
-            zero = torch.zeros((), dtype=query.dtype)
-            lowest = torch.full((), torch.finfo(query.dtype).min, dtype=query.dtype)
-            self._biases[window] = torch.where(allowed, zero, lowest)
+            self._biases[window] = causal_bias(
+                self._mask_BT, query.shape[2], window=window, dtype=query.dtype
+            )
         return self._biases[window]
+
+
+def causal_bias(
+    mask_BT: Tensor, tokens: int | SymInt, *, window: int | None, dtype: torch.dtype
+) -> Tensor:
+    """What hides later tokens, padding and what is out of the window, [B, 1, S, T].
+
+    Args:
+        mask_BT: The attention mask, 1 for tokens and 0 for padding.
+        tokens: S.
+        window: Number of keys a token sees, itself included; None for all.
+        dtype: Dtype of the result.
+    """
+    position_BT = torch.cumsum(mask_BT, dim=1) - 1
+    first = mask_BT.shape[1] - tokens
+    key_position = position_BT[:, None, None, :]
+    query_position = position_BT[:, first:][:, None, :, None]
+    allowed = (mask_BT > 0)[:, None, None, :] & (key_position <= query_position)
+    if window is not None:
+        allowed = allowed & (query_position - key_position < window)
+    zero = torch.zeros((), dtype=dtype)
+    lowest = torch.full((), torch.finfo(dtype).min, dtype=dtype)
+    return torch.where(allowed, zero, lowest)
 
 
 @contextmanager
 def attention_through(
-    emitter_of: dict[str, AttentionEmitter], model: nn.Module, horizon: int, experts: str
+    emitter_of: dict[str, AttentionEmitter],
+    model: nn.Module,
+    horizon: int,
+    experts: str,
+    *,
+    own: bool = False,
 ) -> Iterator[None]:
     """While open, attention goes to `emitter_of["now"]` and masks are recognised, not built.
 
@@ -239,6 +262,7 @@ def attention_through(
             back.
         horizon: Highest position the model will see.
         experts: transformers' name for the implementation of mixtures of experts.
+        own: Leave attention and masks to the model's own code.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -247,10 +271,9 @@ def attention_through(
         return emitter_of["now"](*args, **kwargs)
 
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-    settings = {
-        "_attn_implementation_internal": IMPLEMENTATION,
-        "_experts_implementation_internal": experts,
-    }
+    settings = {"_experts_implementation_internal": experts}
+    if not own:
+        settings["_attn_implementation_internal"] = IMPLEMENTATION
     previous = [
         (c, name, getattr(c, name)) for c in configs for name in settings if hasattr(c, name)
     ]

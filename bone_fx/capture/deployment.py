@@ -13,17 +13,15 @@ heads, D head size.
 from __future__ import annotations
 
 import inspect
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from bone_fx.capture.activations import gelus_as_operators
 from bone_fx.capture.attention import (
@@ -32,18 +30,27 @@ from bone_fx.capture.attention import (
     attention_through,
     why_plain,
 )
+from bone_fx.capture.attention_regions import attention_regions, recognise
+from bone_fx.capture.decoder_io import (
+    KeyValueShape,
+    axis_names,
+    dynamic_shapes,
+    example_inputs,
+    input_names,
+    output_names,
+)
 from bone_fx.capture.experts import BATCHED, FUSED, OtherRoutingError
 from bone_fx.capture.kv_cache import PassThroughCache
 from bone_fx.capture.layers import equal_layers_once
 from bone_fx.capture.lowering import columns, constant_names, lower, name_constants
 from bone_fx.capture.norms import PLUS_ONE, norms_as_operators
 from bone_fx.capture.ort_ops import total_length
+from bone_fx.capture.own_attention import JoiningCache, OwnAttention, facts_of, same_tables
 from bone_fx.capture.pasts import Pasts, SharedPasts
 from bone_fx.capture.rotary import RotaryWatcher
+from bone_fx.capture.while_traced import evaluating, forward_replaced, without_remarks
+from bone_fx.capture.write_attention import write_attention, write_out_attention
 from bone_fx.errors import BoneFxError, CaptureError
-
-BATCH, NEW, PAST = 2, 3, 7
-KeyValueShape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,14 @@ class _OtherCacheShapeError(Exception):
         self.shapes = shapes
 
 
+class _OwnAttentionError(Exception):
+    """The model computes its own attention: another trace is needed, with what is known now."""
+
+    def __init__(self, own: OwnAttention) -> None:
+        super().__init__("attention without transformers' interface")
+        self.own = own
+
+
 def capture_decoder(
     model: nn.Module,
     *,
@@ -136,13 +151,16 @@ def capture_decoder(
     horizon = context_length or getattr(text_config, "max_position_embeddings", None)
     shapes = _shapes_from(text_config)
     experts = FUSED
-    for _ in range(3):
+    own: OwnAttention | None = None
+    for _ in range(6):
         try:
-            return _Capture(model, text_config, horizon, shapes, unfused, stamp, experts).run()
+            return _Capture(model, text_config, horizon, shapes, unfused, stamp, experts, own).run()
         except _OtherCacheShapeError as other:
             shapes = other.shapes
         except OtherRoutingError:
             experts = BATCHED
+        except _OwnAttentionError as found:
+            own = found.own
     raise CaptureError(
         "the shapes of the key/value cache depend on the cache",
         found=str(shapes[:4]),
@@ -175,6 +193,7 @@ class _Capture:
         unfused: str | None,
         stamp: bool,
         experts: str,
+        own: OwnAttention | None,
     ) -> None:
         self.model = model
         self.experts = experts
@@ -187,6 +206,7 @@ class _Capture:
         self.of = [self.inputs.index(shape) for shape in shapes] if stamp else [*range(len(shapes))]
         self.shared = stamp
         self.unfused = unfused
+        self.own = own
         self.plain = unfused is not None or any(why_plain(key, value) for _, key, value in shapes)
         self.emitter_of: dict[str, AttentionEmitter] = {}
         self.derived: dict[str, str] = {}
@@ -197,20 +217,27 @@ class _Capture:
         call = self._forward(watcher)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_evaluating(self.model))
+            stack.enter_context(evaluating(self.model))
             self.norms = stack.enter_context(norms_as_operators(self.model, self.derived))
             stack.enter_context(gelus_as_operators(self.model))
             stack.enter_context(watcher.watching())
             stack.enter_context(
-                attention_through(self.emitter_of, self.model, self.horizon, self.experts)
+                attention_through(
+                    self.emitter_of,
+                    self.model,
+                    self.horizon,
+                    self.experts,
+                    own=self.own is not None,
+                )
             )
             if self.stamp:
                 layers_once = equal_layers_once(
                     self.model, len(self.shapes), self.emitter_of, {PLUS_ONE}
                 )
                 stack.enter_context(layers_once)
-            stack.enter_context(_forward_replaced(self.model, call))
+            stack.enter_context(forward_replaced(self.model, call))
             program = self._export()
+        self._write_own(program)
         constants = name_constants(program, watcher.tables)
         traced = self.emitter_of["now"].cache.traced()
         lower(program, SharedPasts(self.of, traced) if self.shared else None)
@@ -218,9 +245,9 @@ class _Capture:
         layers = sorted(self.emitter_of["now"].layers, key=lambda layer: layer.layer)
         return DecoderCapture(
             program=program,
-            input_names=self._input_names(),
-            output_names=self._output_names(),
-            axis_names=self._axis_names(),
+            input_names=input_names(len(self.shapes)),
+            output_names=output_names(len(self.shapes)),
+            axis_names=axis_names(len(self.shapes)),
             constants=constants,
             derived={
                 name: Derived(source, "add_one")
@@ -233,7 +260,9 @@ class _Capture:
             vocab_size=columns(program),
             share_buffer=not self.plain,
             norms=self.norms,
-            notes=sorted({*watcher.notes, *(layer.plain for layer in layers if layer.plain)}),
+            notes=sorted(
+                {*watcher.notes, *self._limits(), *(layer.plain for layer in layers if layer.plain)}
+            ),
         )
 
     def _forward(self, watcher: RotaryWatcher) -> Callable[..., tuple[Tensor, ...]]:
@@ -263,6 +292,9 @@ class _Capture:
             total = attention_mask.shape[1]
             cache = PassThroughCache(pasts, query_offset=total - tokens, total=total)
             emitter = AttentionEmitter(cache, attention_mask, lengths, self.unfused)
+            if self.own is not None:
+                cache = self._joining(emitter, pasts, attention_mask, lengths, tokens)
+                emitter.cache = cache
             self.emitter_of["now"] = emitter
             watcher.begin(positions, (lengths[1], total))
             output = model_forward(
@@ -278,6 +310,40 @@ class _Capture:
 
         return forward
 
+    def _joining(
+        self,
+        emitter: AttentionEmitter,
+        pasts: Pasts,
+        mask: Tensor,
+        lengths: tuple[Tensor, Tensor],
+        tokens: int,
+    ) -> PassThroughCache:
+        own = self.own
+        assert own is not None
+
+        def updated(layer: int, key: Tensor, value: Tensor) -> None:
+            emitter.layers.append(facts_of(layer, key, value, own, self.unfused))
+
+        return JoiningCache(pasts, own, mask, lengths, tokens=tokens, on_update=updated)
+
+    def _write_own(self, program: ExportedProgram) -> None:
+        """Writes the attention that the model computes itself, once it is known what it is."""
+        if self.own is None:
+            return
+        regions = attention_regions(program)
+        if self.own.computed:
+            write = write_attention if self.own.plain is None else write_out_attention
+            write(program, regions, self.own.computed)
+            return
+        found = {r.layer: recognise(program, r, self.horizon) for r in regions}
+        why = {layer.plain for layer in self.emitter_of["now"].layers if layer.plain}
+        raise _OwnAttentionError(OwnAttention(same_tables(found), min(why, default=None)))
+
+    def _limits(self) -> list[str]:
+        found = self.own.computed.values() if self.own is not None else ()
+        some = any(computed.bias is not None for computed in found)
+        return [f"ALiBi is a table of {self.horizon} positions"] if some else []
+
     def _check_shapes(self, layers: list[AttentionLayer]) -> None:
         found = [
             (a.kv_heads, a.key_size, a.value_size) for a in sorted(layers, key=lambda a: a.layer)
@@ -287,15 +353,21 @@ class _Capture:
 
     def _export(self) -> ExportedProgram:
         mode = detect_fake_mode(list(self.model.parameters()))
-        arguments = _example_inputs(self.inputs, self.dtype, mode)
+        arguments = example_inputs(self.inputs, self.dtype, mode)
+        shapes = dynamic_shapes(len(self.inputs), self.horizon, related=self.plain)
         try:
-            with _without_remarks():
+            with without_remarks():
                 return torch.export.export(
-                    self.model, (), arguments, dynamic_shapes=self._dynamic_shapes(), strict=False
+                    self.model, (), arguments, dynamic_shapes=shapes, strict=False
                 )
-        except (BoneFxError, _OtherCacheShapeError):
+        except _OtherCacheShapeError:
             raise
         except Exception as error:  # whatever a model's own code may raise
+            emitter = self.emitter_of.get("now")
+            if self.own is None and emitter is not None and not emitter.called:
+                raise _OwnAttentionError(OwnAttention()) from error
+            if isinstance(error, BoneFxError):
+                raise
             if "now" in self.emitter_of:
                 self.emitter_of["now"].cache.refuse_waiting()
             name = type(self.model).__name__
@@ -303,95 +375,6 @@ class _Capture:
                 f"{name} cannot be captured as a decoder: {_first_line(error)}",
                 expected="a forward without decisions that depend on the data",
             ) from error
-
-    def _dynamic_shapes(self) -> dict[str, Any]:
-        if self.plain:
-            batch: Any = Dim.AUTO
-            new: Any = Dim.AUTO
-            past: Any = Dim.AUTO
-            total: Any = Dim.AUTO
-        else:
-            batch, new = Dim("batch_size", max=1 << 20), Dim("sequence_length", max=self.horizon)
-            past = Dim("past_sequence_length", max=1 << 30)
-            total = Dim("total_sequence_length", max=1 << 30)
-        return {
-            "input_ids": {0: batch, 1: new},
-            "attention_mask": {0: batch, 1: total},
-            "past_key_values": [{0: batch, 2: past}] * (2 * len(self.inputs)),
-        }
-
-    def _input_names(self) -> list[str]:
-        pasts = [f"past_key_values.{i}.{kind}" for i in range(len(self.shapes)) for kind in KINDS]
-        return ["input_ids", "attention_mask", *pasts]
-
-    def _output_names(self) -> list[str]:
-        return ["logits", *(f"present.{i}.{k}" for i in range(len(self.shapes)) for k in KINDS)]
-
-    def _axis_names(self) -> dict[str, dict[int, str]]:
-        names = {
-            "input_ids": {0: "batch_size", 1: "sequence_length"},
-            "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
-            "logits": {0: "batch_size", 1: "sequence_length"},
-        }
-        for name in self._input_names()[2:]:
-            names[name] = {0: "batch_size", 2: "past_sequence_length"}
-        for name in self._output_names()[1:]:
-            names[name] = {0: "batch_size", 2: "total_sequence_length"}
-        return names
-
-
-KINDS = ("key", "value")
-
-
-def _example_inputs(
-    shapes: list[KeyValueShape], dtype: torch.dtype, mode: FakeTensorMode | None
-) -> dict[str, Any]:
-    with mode or ExitStack():
-        pasts = []
-        for heads, key, value in shapes:
-            pasts.append(torch.zeros(BATCH, heads, PAST, key, dtype=dtype))
-            pasts.append(torch.zeros(BATCH, heads, PAST, value, dtype=dtype))
-        return {
-            "input_ids": torch.zeros(BATCH, NEW, dtype=torch.long),
-            "attention_mask": torch.ones(BATCH, PAST + NEW, dtype=torch.long),
-            "past_key_values": pasts,
-        }
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _forward_replaced(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    previous = vars(model).get("forward")
-    vars(model)["forward"] = forward
-    try:
-        yield
-    finally:
-        if previous is None:
-            del vars(model)["forward"]
-        else:
-            vars(model)["forward"] = previous
-
-
-@contextmanager
-def _without_remarks() -> Iterator[None]:
-    """Keeps what PyTorch logs about a failing trace from the user, who gets a CaptureError."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _first_line(error: BaseException) -> str:

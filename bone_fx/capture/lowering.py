@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx import GraphModule
 
+from bone_fx.capture.constant_indices import slice_by_constants
 from bone_fx.capture.experts import OtherRoutingError
 from bone_fx.capture.pasts import SharedPasts, describe_call, spread_pasts
 from bone_fx.passes.absorb_rotary import absorb_rotary
@@ -24,6 +25,7 @@ from bone_fx.passes.join_projections import join_projections
 from bone_fx.passes.keep_tokens import keep_tokens
 from bone_fx.passes.norm_first import norm_first
 from bone_fx.passes.order_heads import order_heads
+from bone_fx.passes.out_of_place import out_of_place
 from bone_fx.passes.pack_projections import pack_projections
 from bone_fx.passes.stamp import stamp
 
@@ -31,7 +33,8 @@ PassFunction = Callable[[GraphModule], PassResult]
 
 # What tightens a layer: it sees one of each kind of layer.
 LAYER_PASSES: tuple[PassFunction, ...] = (
-    absorb_rotary,  # first: it looks for the transpositions that the next one cancels
+    out_of_place,  # first: several others leave a graph alone that changes tensors
+    absorb_rotary,  # early: it looks for the transpositions that the next one cancels
     order_heads,  # its pieces are heads, until the reshapes around them are cancelled
     norm_first,
     absorb_routing,
@@ -65,6 +68,7 @@ def lower(program: ExportedProgram, shared: SharedPasts | None = None) -> None:
     ):
         program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
+    slice_by_constants(program)
     module = program.graph_module
     with compiled_later():
         for run in LAYER_PASSES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -67,7 +68,17 @@ def test_gemma3_has_a_table_for_each_kind_of_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gemma2", "gpt_neox_quarter", "gpt2", "llama_head_20", "phi3"]
+    "name",
+    [
+        "llama",
+        "gemma2",
+        "gpt_neox_quarter",
+        "gpt2",
+        "llama_head_20",
+        "phi3",
+        "bloom",
+        "falcon_alibi",
+    ],
 )
 def test_half_precision_is_captured_in_half_precision(name: str) -> None:
     model = ROW[name].build()
@@ -103,9 +114,10 @@ def test_nothing_global_is_left_behind() -> None:
         dict(vars(modeling_llama)),
     )
     capture_of(ROW["llama"].build())
-    bloom = BY_NAME["bloom"].build()
+    capture_of(ROW["bloom"].build())
+    other = BY_NAME["gemma3_text"].build(use_bidirectional_attention=True)
     with pytest.raises(CaptureError):
-        capture_decoder(skeleton_of(bloom))
+        capture_decoder(skeleton_of(other))
     assert before == (
         list(ALL_ATTENTION_FUNCTIONS),
         list(ALL_MASK_ATTENTION_FUNCTIONS),
@@ -157,8 +169,6 @@ def test_a_norm_between_rotary_and_attention_keeps_both() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("bloom", {}, "attention interface"),
-        ("falcon", {}, "attention interface"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "neither causal"),
     ],
 )
@@ -204,6 +214,59 @@ def test_fixed_tables_serve_a_rotary_function_that_is_not_recognised(
     assert not any("cos_cache" in name for name in capture.constants)
     found = differences(model, capture, session_of(onnx_of(capture, model)))
     assert max(found.values()) <= TOLERANCE, found
+
+
+@pytest.mark.parametrize("name", ["bloom", "falcon", "falcon_alibi", "falcon_new"])
+@pytest.mark.parametrize("unfused", [None, "written out for the test"])
+def test_attention_of_its_own_in_other_forms(name: str, unfused: str | None) -> None:
+    size = {"hidden_size": 80} if unfused is None else {}
+    model = ROW[name].build(**size)
+    capture = capture_decoder(skeleton_of(model), unfused=unfused)
+    assert all(layer.plain for layer in capture.layers)
+    assert not capture.share_buffer
+    found = differences(model, capture, session_of(onnx_of(capture, model)))
+    assert max(found.values()) <= TOLERANCE, found
+
+
+def test_alibi_of_another_slope_is_seen() -> None:
+    model = ROW["bloom"].build()
+    capture = capture_of(model)
+    space = sys.modules[type(model).__module__]
+    slopes = space._get_alibi_slopes  # type: ignore[attr-defined]  # bloom has it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(space, "_get_alibi_slopes", lambda *given: slopes(*given) * 1.1)
+        steeper = capture_of(model)
+    session = session_of(onnx_of(steeper, model))
+    assert min(differences(model, capture, session).values()) > 1e-3
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(space, "_get_alibi_slopes", lambda *given: slopes(*given) * 1.1)
+        assert max(differences(model, steeper, session).values()) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("place", "spoil", "reason"),
+    [
+        ("softmax", lambda x: torch.where(x < -1e9, x, x.tanh()), "an output that differs"),
+        ("softmax", lambda x: x * x.shape[2], "position of the key alone"),
+        ("mask", lambda x: x.clamp(min=-5.0), "lets later tokens"),
+    ],
+)
+def test_attention_that_is_something_else_is_refused(
+    place: str, spoil: Callable[[torch.Tensor], torch.Tensor], reason: str
+) -> None:
+    from torch.nn import functional
+
+    model = skeleton_of(ROW["bloom"].build())
+    space = sys.modules[type(model).__module__]
+    softmax, mask = functional.softmax, space.create_causal_mask  # type: ignore[attr-defined]  # bloom has it
+    with pytest.MonkeyPatch.context() as patch:
+        if place == "softmax":
+            patch.setattr(functional, "softmax", lambda x, **given: softmax(spoil(x), **given))
+        else:
+            patch.setattr(space, "create_causal_mask", lambda **given: spoil(mask(**given)))
+        with pytest.raises(CaptureError, match=reason):
+            capture_decoder(model)
 
 
 def test_a_module_without_a_configuration_is_refused() -> None:

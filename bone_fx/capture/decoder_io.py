@@ -1,0 +1,84 @@
+"""Inputs and outputs of a decoder graph: names, axes and examples for its trace.
+
+The names are those of onnxruntime-genai.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+
+BATCH, NEW, PAST = 2, 3, 7
+KINDS = ("key", "value")
+KeyValueShape = tuple[int, int, int]
+"""Heads, key columns and value columns of a layer's cache."""
+
+
+def input_names(layers: int) -> list[str]:
+    """The inputs in order."""
+    pasts = [f"past_key_values.{i}.{kind}" for i in range(layers) for kind in KINDS]
+    return ["input_ids", "attention_mask", *pasts]
+
+
+def output_names(layers: int) -> list[str]:
+    """The outputs in order."""
+    return ["logits", *(f"present.{i}.{kind}" for i in range(layers) for kind in KINDS)]
+
+
+def axis_names(layers: int) -> dict[str, dict[int, str]]:
+    """For each input and output, the names of its dynamic axes by position."""
+    names = {
+        "input_ids": {0: "batch_size", 1: "sequence_length"},
+        "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+        "logits": {0: "batch_size", 1: "sequence_length"},
+    }
+    for name in input_names(layers)[2:]:
+        names[name] = {0: "batch_size", 2: "past_sequence_length"}
+    for name in output_names(layers)[1:]:
+        names[name] = {0: "batch_size", 2: "total_sequence_length"}
+    return names
+
+
+def dynamic_shapes(pairs: int, horizon: int, *, related: bool) -> dict[str, Any]:
+    """The dynamic axes of a trace with so many pairs of pasts.
+
+    Args:
+        pairs: Number of pairs of a past key and a past value.
+        horizon: Most new tokens.
+        related: Whether the graph itself joins past and new tokens, so that the sizes depend on
+            each other.
+    """
+    if related:
+        batch: Any = Dim.AUTO
+        new: Any = Dim.AUTO
+        past: Any = Dim.AUTO
+        total: Any = Dim.AUTO
+    else:
+        batch, new = Dim("batch_size", max=1 << 20), Dim("sequence_length", max=horizon)
+        past = Dim("past_sequence_length", max=1 << 30)
+        total = Dim("total_sequence_length", max=1 << 30)
+    return {
+        "input_ids": {0: batch, 1: new},
+        "attention_mask": {0: batch, 1: total},
+        "past_key_values": [{0: batch, 2: past}] * (2 * pairs),
+    }
+
+
+def example_inputs(
+    shapes: list[KeyValueShape], dtype: torch.dtype, mode: FakeTensorMode | None
+) -> dict[str, Any]:
+    """Inputs for a trace, fake where the model is."""
+    with mode or ExitStack():
+        pasts = []
+        for heads, key, value in shapes:
+            pasts.append(torch.zeros(BATCH, heads, PAST, key, dtype=dtype))
+            pasts.append(torch.zeros(BATCH, heads, PAST, value, dtype=dtype))
+        return {
+            "input_ids": torch.zeros(BATCH, NEW, dtype=torch.long),
+            "attention_mask": torch.ones(BATCH, PAST + NEW, dtype=torch.long),
+            "past_key_values": pasts,
+        }
