@@ -19,6 +19,7 @@ from bone_fx.passes.absorb_routing import absorb_routing, has_routed_experts
 from bone_fx.passes.absorb_scale import absorb_scale
 from bone_fx.passes.cancel_reshapes import cancel_reshapes
 from bone_fx.passes.flat_products import flat_products
+from bone_fx.passes.flat_rotary import flat_rotary
 from bone_fx.passes.frame import PassResult, compiled_later
 from bone_fx.passes.fuse_norms import fuse_norms
 from bone_fx.passes.join_projections import join_projections
@@ -37,6 +38,7 @@ LAYER_PASSES: tuple[PassFunction, ...] = (
     absorb_rotary,  # early: it looks for the transpositions that the next one cancels
     order_heads,  # its pieces are heads, until the reshapes around them are cancelled
     norm_first,
+    flat_rotary,
     absorb_routing,
     flat_products,
     keep_tokens,

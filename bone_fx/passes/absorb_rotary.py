@@ -74,20 +74,12 @@ def _widen(graph: Graph, node: Node) -> bool:
         wide = graph.node_copy(turned)
     wide.meta = dict(node.meta)
     rewrite(wide, [x, *tables], values)
-    wide.kwargs = {**wide.kwargs, "shape": [_node_size(graph, wide, x, i) for i in range(rank)]}
+    leading = turned.kwargs["shape"]
+    assert isinstance(leading, list | tuple)
+    wide.update_kwarg("shape", [*leading[:-1], size])
     node.replace_all_uses_with(wide)
     graph.erase_node(node)
     return True
-
-
-def _node_size(graph: Graph, before: Node, x: Node, axis: int) -> int | Node:
-    size = x.meta["val"].shape[axis]
-    if isinstance(size, int):
-        return size
-    with graph.inserting_before(before):
-        node = graph.call_function(aten.sym_size.int, (x, axis))
-    node.meta["val"] = size
-    return node
 
 
 def _slice(node: object) -> tuple[Node, int, int] | None:

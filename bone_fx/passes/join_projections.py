@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from bone_fx.passes.frame import PassResult, copy_module, graph_pass
 from bone_fx.passes.norm_first import is_row_norm
 from bone_fx.passes.pack_projections import joined
-from bone_fx.passes.symbolic import CONTRIB, is_operator, operands
+from bone_fx.passes.symbolic import CONTRIB, SINGLE, is_operator, operands
 
 aten = torch.ops.aten
 MOVES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int}
@@ -46,7 +46,7 @@ def _product_behind(node: Node | None) -> Node | None:
     while node is not None and (
         node.target in MOVES or is_row_norm(node) or is_operator(node, CONTRIB, "RotaryEmbedding")
     ):
-        node = node.all_input_nodes[0]
+        node = operands(node)[0] if node.target is SINGLE else node.all_input_nodes[0]
     return node if node is not None and node.target is aten.linear.default else None
 
 
