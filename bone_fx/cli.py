@@ -122,6 +122,9 @@ def bone_export(
         Part | None,
         typer.Option(help="int4, int8: the embeddings; kept unless tied to a quantized head."),
     ] = None,
+    last_token_logits: Annotated[
+        bool, typer.Option("--last-token-logits", help="Logits of each text's last token only.")
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python files that come with the base.")
@@ -149,6 +152,7 @@ def bone_export(
         symmetric=symmetric,
         head=head.value,
         embeddings=embeddings.value if embeddings else None,
+        last_token_logits=last_token_logits,
         revision=revision,
         trust_remote_code=trust_remote_code,
         progress=Silent() if quiet else Lines(),

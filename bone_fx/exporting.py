@@ -67,6 +67,7 @@ def export(
     symmetric: bool = False,
     head: Literal["keep", "int4", "int8"] = "int8",
     embeddings: Literal["keep", "int4", "int8"] | None = None,
+    last_token_logits: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -95,6 +96,8 @@ def export(
         head: What a quantized decoder's head becomes.
         embeddings: What a quantized model's embeddings become; None keeps them, unless one is tied
             to a quantized head, which then serves both.
+        last_token_logits: Give a decoder's logits of each text's last token only, as a generation
+            loop reads them: prefill without a product over the vocabulary for every token.
         trust_remote_code: Run Python files that come with the base.
         revision: Branch, tag or commit of a hub id.
         progress: Told about stages and bytes.
@@ -118,6 +121,11 @@ def export(
     if own and example_inputs is None and not _is_program(base):
         raise UsageError(
             "a module of your own needs example_inputs", next_step="pass the arguments of one call"
+        )
+    if own and last_token_logits:
+        raise UsageError(
+            "last_token_logits goes with a checkpoint",
+            next_step="cut the logits in your module's forward",
         )
     if own and adapters:
         raise UsageError(
@@ -145,6 +153,7 @@ def export(
                 symmetric,
                 head,
                 embeddings,
+                last_token_logits,
             )
             build = build_checkpoint(base, folders, options, told)
         else:

@@ -14,6 +14,7 @@ from torch import Tensor
 from bone_fx.build.base import Build
 from bone_fx.build.options import DTYPES, BuildOptions
 from bone_fx.build.plan import Adapters, Plan, adapted_sites, heads_and_class
+from bone_fx.errors import UsageError
 from bone_fx.onnx.kernels import without_cuda_kernel
 from bone_fx.onnx.quantize import Quantization, QuantizeWeights
 from bone_fx.onnx.translate import translate
@@ -168,8 +169,15 @@ def build_checkpoint(
         "plan": plan,
         "rounding": rounding,
     }
-    build = _build_decoder if _generates(model) else _build_forward
-    built = build(model, recipes, common, told)
+    if _generates(model):
+        built = _build_decoder(model, recipes, common, options.last_token_logits, told)
+    elif options.last_token_logits:
+        raise UsageError(
+            f"last_token_logits is for decoders, and {architecture.__name__} is none",
+            next_step="export without it",
+        )
+    else:
+        built = _build_forward(model, recipes, common, told)
     if options.activations == "bf16":
         told.stage("capture the fp32 twin")
         twin = replace(options, dtype="fp32", rounded=torch.bfloat16)
@@ -218,12 +226,20 @@ def _quantize(build: CheckpointBuild, plan: Quantization, told: Progress) -> Non
 
 
 def _build_decoder(
-    model: PreTrainedModel, recipes: Mapping[str, Recipe], common: dict[str, Any], told: Progress
+    model: PreTrainedModel,
+    recipes: Mapping[str, Recipe],
+    common: dict[str, Any],
+    last_token_logits: bool,
+    told: Progress,
 ) -> CheckpointBuild:
     from bone_fx.capture.deployment import capture_decoder
 
     fused = (common["provider"], common["activations"]) != ("cuda", "fp32")
-    capture = capture_decoder(model, unfused=None if fused else NO_FP32_KERNEL)
+    capture = capture_decoder(
+        model,
+        unfused=None if fused else NO_FP32_KERNEL,
+        last_token_logits=last_token_logits,
+    )
     told.stage("translate to ONNX")
     known = {
         **recipes,

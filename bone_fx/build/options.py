@@ -28,6 +28,7 @@ class BuildOptions:
         head: `keep`, `int4` or `int8` for the head of a quantized decoder.
         embeddings: `keep`, `int4` or `int8`; None keeps them unless they are tied to a quantized
             head, which then serves both.
+        last_token_logits: Give a decoder's logits of each text's last token only.
         rounded: Round every weight to this dtype on its way to `dtype`.
     """
 
@@ -39,6 +40,7 @@ class BuildOptions:
     symmetric: bool = False
     head: str = "int8"
     embeddings: str | None = None
+    last_token_logits: bool = False
     rounded: torch.dtype | None = None
 
     @property

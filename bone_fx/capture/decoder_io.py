@@ -12,10 +12,30 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
+from bone_fx.errors import CaptureError
+
 BATCH, NEW, PAST = 2, 3, 7
 KINDS = ("key", "value")
 KeyValueShape = tuple[int, int, int]
 """Heads, key columns and value columns of a layer's cache."""
+
+
+def shapes_from(config: Any) -> list[KeyValueShape]:
+    """Heads, key columns and value columns of each layer: a first guess from the configuration.
+
+    Raises:
+        CaptureError: The configuration does not say how many layers and heads there are.
+    """
+    try:
+        heads = int(config.num_attention_heads)
+        size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        return [(kv_heads, size, size)] * int(config.num_hidden_layers)
+    except (AttributeError, TypeError) as error:
+        raise CaptureError(
+            f"{type(config).__name__} does not say how many layers and heads the model has",
+            expected="num_hidden_layers, num_attention_heads and hidden_size",
+        ) from error
 
 
 def input_names(layers: int) -> list[str]:
@@ -29,13 +49,15 @@ def output_names(layers: int) -> list[str]:
     return ["logits", *(f"present.{i}.{kind}" for i in range(layers) for kind in KINDS)]
 
 
-def axis_names(layers: int) -> dict[str, dict[int, str]]:
+def axis_names(layers: int, *, last_token_logits: bool = False) -> dict[str, dict[int, str]]:
     """For each input and output, the names of its dynamic axes by position."""
     names = {
         "input_ids": {0: "batch_size", 1: "sequence_length"},
         "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
-        "logits": {0: "batch_size", 1: "sequence_length"},
+        "logits": {0: "batch_size"},
     }
+    if not last_token_logits:
+        names["logits"][1] = "sequence_length"
     for name in input_names(layers)[2:]:
         names[name] = {0: "batch_size", 2: "past_sequence_length"}
     for name in output_names(layers)[1:]:

@@ -38,9 +38,11 @@ from bone_fx.capture.decoder_io import (
     example_inputs,
     input_names,
     output_names,
+    shapes_from,
 )
 from bone_fx.capture.experts import BATCHED, FUSED, OtherRoutingError
 from bone_fx.capture.kv_cache import PassThroughCache
+from bone_fx.capture.last_tokens import head_of_last_tokens
 from bone_fx.capture.layers import equal_layers_once
 from bone_fx.capture.lowering import columns, constant_names, lower, name_constants
 from bone_fx.capture.norms import PLUS_ONE, norms_as_operators
@@ -126,6 +128,7 @@ def capture_decoder(
     context_length: int | None = None,
     unfused: str | None = None,
     stamp: bool = True,
+    last_token_logits: bool = False,
 ) -> DecoderCapture:
     """Captures a transformers causal language model as one graph for prefill and decode.
 
@@ -138,6 +141,7 @@ def capture_decoder(
         unfused: Why attention is written out in plain operators; None for GroupQueryAttention
             wherever it can be.
         stamp: Trace equal layers once. The graph is the same without, and takes longer.
+        last_token_logits: Give the logits of each text's last token only, [B, 1, vocabulary].
 
     Raises:
         CaptureError: The model cannot be captured, or the graph would not be the model.
@@ -149,12 +153,13 @@ def capture_decoder(
         )
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     horizon = context_length or getattr(text_config, "max_position_embeddings", None)
-    shapes = _shapes_from(text_config)
+    shapes = shapes_from(text_config)
     experts = FUSED
     own: OwnAttention | None = None
     for _ in range(6):
+        choices = _Choices(unfused, stamp, last_token_logits, experts, own)
         try:
-            return _Capture(model, text_config, horizon, shapes, unfused, stamp, experts, own).run()
+            return _Capture(model, text_config, horizon, shapes, choices).run()
         except _OtherCacheShapeError as other:
             shapes = other.shapes
         except OtherRoutingError:
@@ -167,18 +172,20 @@ def capture_decoder(
     )
 
 
-def _shapes_from(config: Any) -> list[KeyValueShape]:
-    """Heads, key columns and value columns of each layer: a first guess from the configuration."""
-    try:
-        heads = int(config.num_attention_heads)
-        size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        return [(kv_heads, size, size)] * int(config.num_hidden_layers)
-    except (AttributeError, TypeError) as error:
-        raise CaptureError(
-            f"{type(config).__name__} does not say how many layers and heads the model has",
-            expected="num_hidden_layers, num_attention_heads and hidden_size",
-        ) from error
+@dataclass(frozen=True)
+class _Choices:
+    """What `capture_decoder` was told, and what earlier attempts found out.
+
+    Attributes:
+        experts: transformers' name of how mixtures of experts are written.
+        own: The attention that the model computes by itself; None where it asks transformers.
+    """
+
+    unfused: str | None
+    stamp: bool
+    last_token_logits: bool
+    experts: str
+    own: OwnAttention | None
 
 
 class _Capture:
@@ -190,14 +197,11 @@ class _Capture:
         config: Any,
         horizon: int | None,
         shapes: list[KeyValueShape],
-        unfused: str | None,
-        stamp: bool,
-        experts: str,
-        own: OwnAttention | None,
+        choices: _Choices,
     ) -> None:
         self.model = model
-        self.experts = experts
-        self.stamp = stamp
+        self.choices = choices
+        stamp = choices.stamp
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.shapes = shapes
         self.horizon = horizon or int(getattr(config, "n_positions", 0)) or 1 << 15
@@ -205,11 +209,13 @@ class _Capture:
         self.inputs = list(dict.fromkeys(shapes)) if stamp else shapes
         self.of = [self.inputs.index(shape) for shape in shapes] if stamp else [*range(len(shapes))]
         self.shared = stamp
-        self.unfused = unfused
-        self.own = own
-        self.plain = unfused is not None or any(why_plain(key, value) for _, key, value in shapes)
+        self.own = choices.own
+        self.plain = choices.unfused is not None or any(
+            why_plain(key, value) for _, key, value in shapes
+        )
         self.emitter_of: dict[str, AttentionEmitter] = {}
         self.derived: dict[str, str] = {}
+        self.last_B: dict[str, Tensor] = {}
         self.norms = 0
 
     def run(self) -> DecoderCapture:
@@ -226,11 +232,13 @@ class _Capture:
                     self.emitter_of,
                     self.model,
                     self.horizon,
-                    self.experts,
+                    self.choices.experts,
                     own=self.own is not None,
                 )
             )
-            if self.stamp:
+            if self.choices.last_token_logits:
+                stack.enter_context(head_of_last_tokens(self.model, self.last_B))
+            if self.choices.stamp:
                 layers_once = equal_layers_once(
                     self.model, len(self.shapes), self.emitter_of, {PLUS_ONE}
                 )
@@ -247,7 +255,9 @@ class _Capture:
             program=program,
             input_names=input_names(len(self.shapes)),
             output_names=output_names(len(self.shapes)),
-            axis_names=axis_names(len(self.shapes)),
+            axis_names=axis_names(
+                len(self.shapes), last_token_logits=self.choices.last_token_logits
+            ),
             constants=constants,
             derived={
                 name: Derived(source, "add_one")
@@ -291,7 +301,8 @@ class _Capture:
             pasts = Pasts(pairs, self.of, shared=self.shared)
             total = attention_mask.shape[1]
             cache = PassThroughCache(pasts, query_offset=total - tokens, total=total)
-            emitter = AttentionEmitter(cache, attention_mask, lengths, self.unfused)
+            emitter = AttentionEmitter(cache, attention_mask, lengths, self.choices.unfused)
+            self.last_B["now"] = valid_B - before_B - 1
             if self.own is not None:
                 cache = self._joining(emitter, pasts, attention_mask, lengths, tokens)
                 emitter.cache = cache
@@ -322,7 +333,7 @@ class _Capture:
         assert own is not None
 
         def updated(layer: int, key: Tensor, value: Tensor) -> None:
-            emitter.layers.append(facts_of(layer, key, value, own, self.unfused))
+            emitter.layers.append(facts_of(layer, key, value, own, self.choices.unfused))
 
         return JoiningCache(pasts, own, mask, lengths, tokens=tokens, on_update=updated)
 

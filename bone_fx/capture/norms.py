@@ -163,6 +163,8 @@ def _replace_forward(module: nn.Module, norm: Norm) -> None:
         if weight is None:
             weight = module._parameters["weight"]
         assert weight is not None
+        if weight.dtype != x.dtype:  # transformers keeps some norms in float32; operators do not
+            weight = weight.to(x.dtype)
         if norm.centred:
             bias = module._parameters.get("bias")
             return nn.functional.layer_norm(x, weight.shape, weight, bias, norm.epsilon)

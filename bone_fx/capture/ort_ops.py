@@ -99,6 +99,19 @@ def _int32(op_type: str, *inputs: Tensor, **attributes: Attribute) -> Tensor:
     )
 
 
+def rows_at(x_BSH: Tensor, index_B: Tensor) -> Tensor:
+    """Emits GatherND 13: one row of each text, [B, 1, H]."""
+    batch, _, width = x_BSH.shape
+    return torch.onnx.ops.symbolic(
+        "GatherND",
+        (x_BSH, index_B[:, None, None]),
+        {"batch_dims": 1},
+        dtype=x_BSH.dtype,
+        shape=(batch, 1, width),
+        version=13,
+    )
+
+
 def total_length(mask_BT: Tensor) -> Tensor:
     """Emits Shape and Cast: T as an int32 tensor of one element, known on the host."""
     shape = torch.onnx.ops.symbolic(

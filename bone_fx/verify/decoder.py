@@ -162,7 +162,10 @@ def _run(session: onnxruntime.InferenceSession, case: Case, rows: list[list[int]
     past = _empty_past(session, len(rows))
     logits, past = _step(session, ids, mask, past)
     for row, length in enumerate(case.lengths):
-        yield "prefill", row, 0, logits[row, :length]
+        if logits.shape[1] == 1:  # of the last token only
+            yield "prefill", row, length - 1, logits[row]
+        else:
+            yield "prefill", row, 0, logits[row, :length]
     for step in range(case.steps):
         ids = np.array(
             [[rows[row][length + step]] for row, length in enumerate(case.lengths)], dtype=np.int64

@@ -41,6 +41,7 @@ OPTIONS = {
     "symmetric": ["--symmetric", "--asymmetric"],
     "head": ["--head"],
     "embeddings": ["--embeddings"],
+    "last_token_logits": ["--last-token-logits"],
     "revision": ["--revision"],
     "trust_remote_code": ["--trust-remote-code"],
     "as_json": ["--json"],

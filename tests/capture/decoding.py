@@ -24,9 +24,11 @@ def skeleton_of(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     return skeleton_from_config(model.config, dtype, type(model))
 
 
-def capture_of(model: Any, dtype: torch.dtype = torch.float32) -> DecoderCapture:
+def capture_of(
+    model: Any, dtype: torch.dtype = torch.float32, *, last_token_logits: bool = False
+) -> DecoderCapture:
     """Captures the model's skeleton, so that no weight can have had a part in it."""
-    return capture_decoder(skeleton_of(model, dtype))
+    return capture_decoder(skeleton_of(model, dtype), last_token_logits=last_token_logits)
 
 
 def onnx_of(capture: DecoderCapture, model: nn.Module) -> ir.Model:

@@ -13,6 +13,7 @@ from torch import nn
 from bone_fx.capture.deployment import capture_decoder
 from bone_fx.capture.lowering import lower
 from bone_fx.errors import CaptureError
+from bone_fx.onnx.kernels import without_cuda_kernel
 from tests.capture.architectures import BY_NAME
 from tests.capture.decoders import DECODERS, Decoder
 from tests.capture.decoding import (
@@ -48,6 +49,7 @@ def test_decoder_equals_the_model_on_ragged_texts(row: Decoder) -> None:
     ]
     assert turned == [int(kind == "inside") for kind in row.rotary if row.fused]
     assert capture.share_buffer == row.fused
+    assert not without_cuda_kernel(translated, "fp16")
     logits = model(input_ids=texts(99)[1][None]).logits
     assert float(logits.detach().std()) > 0.5, "logits that hardly differ would hide an error"
 
@@ -279,3 +281,22 @@ def test_lowering_twice_changes_nothing() -> None:
     before = str(capture.program.graph)
     lower(capture.program)
     assert str(capture.program.graph) == before
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom"])
+def test_logits_of_the_last_tokens_are_those_of_each_text(name: str) -> None:
+    model = ROW[name].build()
+    every, last = capture_of(model), capture_of(model, last_token_logits=True)
+    sessions = [session_of(onnx_of(capture, model)) for capture in (every, last)]
+    lengths = [5, 2, 7]
+    ids = torch.randint(0, 99, (3, 7)).numpy()
+    mask = torch.tensor([[int(i < n) for i in range(7)] for n in lengths]).numpy()
+    feeds = {"input_ids": ids, "attention_mask": mask}
+    for value in sessions[0].get_inputs():
+        if value.name.startswith("past"):
+            shape = (3, value.shape[1], 0, value.shape[3])
+            feeds[value.name] = torch.zeros(shape).numpy()
+    (whole,), (cut,) = (session.run(["logits"], feeds) for session in sessions)
+    assert cut.shape == (3, 1, whole.shape[2])
+    for row, length in enumerate(lengths):
+        assert abs(cut[row, 0] - whole[row, length - 1]).max() <= TOLERANCE

@@ -1,0 +1,43 @@
+"""Choices of an export that a whole run has to honour."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+import bone_fx
+from bone_fx.errors import UsageError
+from tests.capture.architectures import BY_NAME
+from tests.capture.decoders import DECODERS
+
+ROW = {row.name: row for row in DECODERS}
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
+def test_experts_and_norms_in_half_precision(name: str, tmp_path: Path) -> None:
+    # transformers loads the norms of gpt_oss in float32 whatever the dtype of the rest
+    ROW[name].build().save_pretrained(tmp_path / "base")
+    result = bone_fx.export(tmp_path / "base", output=tmp_path / "out", dtype="fp16")
+    assert result.verified
+    operators = [n.op_type for n in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
+    assert operators.count("MoE") == 2
+
+
+def test_logits_of_last_tokens_are_verified(tmp_path: Path) -> None:
+    ROW["llama"].build().save_pretrained(tmp_path / "base")
+    result = bone_fx.export(
+        tmp_path / "base", output=tmp_path / "out", last_token_logits=True, dtype="int8"
+    )
+    assert result.verified
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    logits = next(value for value in graph.output if value.name == "logits")
+    assert logits.type.tensor_type.shape.dim[1].dim_value == 1
+
+
+def test_an_encoder_has_no_last_token(tmp_path: Path) -> None:
+    BY_NAME["bert"].build().save_pretrained(tmp_path / "base")
+    with pytest.raises(UsageError, match="last_token_logits is for decoders"):
+        bone_fx.export(tmp_path / "base", output=tmp_path / "out", last_token_logits=True)
+    assert not (tmp_path / "out").exists()
