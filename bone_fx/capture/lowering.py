@@ -17,7 +17,9 @@ from bone_fx.capture.pasts import SharedPasts, describe_call, spread_pasts
 from bone_fx.passes.absorb_rotary import absorb_rotary
 from bone_fx.passes.absorb_routing import absorb_routing, has_routed_experts
 from bone_fx.passes.absorb_scale import absorb_scale
+from bone_fx.passes.as_linear import as_linear
 from bone_fx.passes.cancel_reshapes import cancel_reshapes
+from bone_fx.passes.cut_columns import cut_columns
 from bone_fx.passes.flat_products import flat_products
 from bone_fx.passes.flat_rotary import flat_rotary
 from bone_fx.passes.frame import PassResult, compiled_later
@@ -35,6 +37,8 @@ PassFunction = Callable[[GraphModule], PassResult]
 # What tightens a layer: it sees one of each kind of layer.
 LAYER_PASSES: tuple[PassFunction, ...] = (
     out_of_place,  # first: several others leave a graph alone that changes tensors
+    as_linear,
+    cut_columns,
     absorb_rotary,  # early: it looks for the transpositions that the next one cancels
     order_heads,  # its pieces are heads, until the reshapes around them are cancelled
     norm_first,

@@ -33,7 +33,13 @@ from bone_fx.passes.symbolic import CONTRIB, is_operator, operands
 
 aten = torch.ops.aten
 VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-MOVES = {*VIEWS, aten.transpose.int, aten.contiguous.default, aten.clone.default}
+MOVES = {
+    *VIEWS,
+    aten.flatten.using_ints,
+    aten.transpose.int,
+    aten.contiguous.default,
+    aten.clone.default,
+}
 
 
 @graph_pass
