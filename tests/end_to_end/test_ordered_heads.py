@@ -1,4 +1,4 @@
-"""A fold of a weight whose rows the export orders: q, k and v of GPT-NeoX."""
+"""A fold of a weight whose rows the export orders: q, k and v packed head by head."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ import bone_fx
 from tests.capture.decoders import DECODERS
 
 ROW = {row.name: row for row in DECODERS}
-QKV = "gpt_neox.layers.0.attention.query_key_value.weight.by_part_4_16_16_16"
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "int4"])
-def test_the_fold_is_verified_in_the_models_order(dtype: str, tmp_path: Path) -> None:
-    model = ROW["gpt_neox"].build()
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("gpt_neox", "fp32"), ("gpt_neox", "int4"), ("bloom", "fp32"), ("falcon_heads", "int4")],
+)
+def test_the_fold_is_verified_in_the_models_order(name: str, dtype: str, tmp_path: Path) -> None:
+    model = ROW[name].build()
     model.save_pretrained(tmp_path / "base")
+    site = next(n for n, _ in model.named_modules() if n.endswith("query_key_value"))
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    block = 0.05 * torch.randn(16, 192, generator=torch.Generator().manual_seed(1))
-    site = "base_model.model.gpt_neox.layers.0.attention.query_key_value"
-    save_file({f"{site}.bone_block": block}, adapter / "adapter_model.safetensors")
+    outputs = model.get_parameter(f"{site}.weight").shape[0]
+    block = 0.05 * torch.randn(16, outputs, generator=torch.Generator().manual_seed(1))
+    save_file({f"base_model.model.{site}.bone_block": block}, adapter / "adapter_model.safetensors")
     config = {"peft_type": "BONE", "r": 16, "target_modules": ["query_key_value"], "bias": "none"}
     config |= {"task_type": "CAUSAL_LM", "init_weights": True, "layers_to_transform": [0]}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
@@ -33,7 +36,6 @@ def test_the_fold_is_verified_in_the_models_order(dtype: str, tmp_path: Path) ->
         tmp_path / "base", output=tmp_path / "out", adapters=[adapter], dtype=dtype
     )
     figures = result.manifest["verification"]["figures"]
-    key = "onnx_vs_folded" if dtype == "fp32" else "onnx_vs_written"
-    assert figures[key] <= 1e-4
+    assert figures["onnx_vs_folded" if dtype == "fp32" else "onnx_vs_written"] <= 1e-4
     names = ir.load(tmp_path / "out" / "model.onnx").graph.initializers
-    assert any(name.startswith(QKV) for name in names)
+    assert any(n.startswith(f"{site}.weight.by_part_4_16_16_16") for n in names)
