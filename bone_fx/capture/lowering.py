@@ -88,6 +88,7 @@ def lower(program: ExportedProgram, shared: SharedPasts | None = None) -> None:
         for run in PASSES:
             module = run(module).graph_module
     program._graph_module = module
+    program.graph.eliminate_dead_code()  # a pass that changes nothing leaves what is dead
     _drop_unused_constants(program)
     _rename_outputs(program)
     if shared is not None:
