@@ -103,3 +103,12 @@ def with_overrides(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> Pr
     for name, value in overrides.items():
         setattr(config, name, value)
     return config
+
+
+def reference_attention(config: PreTrainedConfig) -> str:
+    """The attention implementation of transformers that an export is compared with.
+
+    `eager`, which has no kernels of its own. Falcon's (transformers 5.23) adds ALiBi twice, once in
+    the mask and once to the scores; its `sdpa`, which is the default, adds it once.
+    """
+    return "sdpa" if config.model_type == "falcon" else "eager"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as _logging
 
-from bone_fx.capture.architectures import with_overrides
+from bone_fx.capture.architectures import reference_attention, with_overrides
 from bone_fx.capture.loading import BaseCheckpoint
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def load_model(
             base.folder,
             config=config,
             dtype=torch.float32,
-            attn_implementation="eager",
+            attn_implementation=reference_attention(config),
             local_files_only=True,
             ignore_mismatched_sizes=bool(heads),
         )
