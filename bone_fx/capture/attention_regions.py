@@ -24,9 +24,10 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from bone_fx.capture.own_attention import PRESENT, Computed
+from bone_fx.capture.shared_heads import groups_of
 from bone_fx.errors import CaptureError
 from bone_fx.passes.stamp import DOMAIN, EXIT
-from bone_fx.passes.symbolic import attributes, is_operator
+from bone_fx.passes.symbolic import attributes, is_operator, operands
 
 aten = torch.ops.aten
 
@@ -312,7 +313,11 @@ class _Probe:
                 raise _UnlikeError(f"an output that differs by {float(far):.1e}")
         assert scale is not None
         bias_HM = table.to(self.dtype) if bool(table.any()) else None
-        return Computed(self.heads, 1, scale, bias_HM)
+        marks = (self.region.key, self.region.value)
+        news = [new for new in (operands(mark)[0] for mark in marks) if new is not None]
+        groups = {groups_of(new, LAYOUT, self.runner.run) for new in news}
+        shared = groups.pop() if len(groups) == 1 else 1
+        return Computed(self.heads, shared, scale, bias_HM)
 
     def _scores(
         self, mask: Tensor, tokens: int, given: Mapping[Node, Tensor] | None = None

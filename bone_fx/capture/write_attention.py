@@ -27,8 +27,9 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from bone_fx.capture.attention_regions import Region, Runner
+from bone_fx.capture.attention_regions import LAYOUT, Region, Runner
 from bone_fx.capture.own_attention import Computed
+from bone_fx.capture.shared_heads import each_once
 from bone_fx.passes.stamp import DOMAIN, EXIT
 from bone_fx.passes.symbolic import (
     CONTRIB,
@@ -64,6 +65,7 @@ def _write(graph: Graph, region: Region, computed: Computed, sizes: list[Node]) 
     assert key is not None
     assert value is not None
     with graph.inserting_before(region.output):
+        key, value = (each_once(graph, x, LAYOUT, sizes) for x in (key, value))
         flat = [_flat(graph, node, sizes) for node in (region.query, key, value)]
         inputs = [*flat, past_key, past_value, last, total, None, None, None, *bias]
         outputs: list[Tensor] = [n.meta["val"] for n in (region.output, region.key, region.value)]

@@ -230,6 +230,11 @@ def test_attention_of_its_own_in_other_forms(name: str, unfused: str | None) -> 
     assert max(found.values()) <= TOLERANCE, found
 
 
+def test_repeated_heads_are_cached_once() -> None:
+    capture = capture_of(ROW["falcon_new"].build())
+    assert [(layer.heads, layer.kv_heads) for layer in capture.layers] == [(4, 2)] * 2
+
+
 def test_alibi_of_another_slope_is_seen() -> None:
     model = ROW["bloom"].build()
     capture = capture_of(model)
