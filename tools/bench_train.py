@@ -1,0 +1,138 @@
+"""Training: time and memory of a step under bone_fx, PEFT, and no adapter at all.
+
+SmolLM2-135M, every linear layer adapted, float32, random tokens. The floor is the frozen model with
+gradients flowing through every layer and an optimizer over as many numbers as a Bone adapter has.
+Each run is a process of its own, and the contestants take turns. Peak memory is resident memory
+above the loaded model, from the first step on. LoRA has the rank that makes its parameters as many
+as Bone's.
+
+    python tools/bench_train.py
+    python tools/bench_train.py --rounds 5 --json rows.jsonl --plot train.png
+    python tools/bench_train.py --cases floor "PEFT bone" "bone_fx bone" --steps 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benching import interleave, ratios, report, smollm2, spread
+from rich.console import Console
+
+ROOT = Path(__file__).parents[1]
+CASES = (
+    "floor",
+    "PEFT bone",
+    "PEFT bat",
+    "PEFT lora",
+    "bone_fx bone",
+    "bone_fx bat",
+    "bone_fx bone, compiled",
+    "bone_fx bat, compiled",
+)
+COLUMNS = {
+    "what": "what",
+    "forward_s": "forward, s",
+    "backward_s": "backward, s",
+    "optimizer_s": "optimizer, s",
+    "step_s": "step, s",
+    "of_floor": "of floor",
+    "of_peft": "of PEFT's",
+    "memory_gb": "above model, GB",
+    "memory_of_peft": "of PEFT's",
+    "loss_difference": "loss difference",
+}
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=9, help="steps a run; the first two not timed")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("-r", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--base", type=Path, help="a Hugging Face folder in place of SmolLM2")
+    parser.add_argument("--json", type=Path, help="append the rows to this file")
+    parser.add_argument("--plot", type=Path, help="draw time against memory into this PNG")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="folder to use")
+    arguments = parser.parse_args()
+    if arguments.plot:
+        _pyplot()
+    base = arguments.base or smollm2(arguments.work / "smollm2")
+    shape = {name: getattr(arguments, name) for name in ("batch", "length", "r", "steps")}
+
+    def leg(name: str) -> Callable[[], dict[str, Any]]:
+        settings = {"case": name, "base": str(base), "threads": arguments.threads, **shape}
+        command = [sys.executable, str(ROOT / "tools" / "train_case.py"), json.dumps(settings)]
+
+        def run() -> dict[str, Any]:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit("\n".join([f"{name} failed:", *done.stderr.strip().splitlines()[-8:]]))
+            found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+            return found
+
+        return run
+
+    runs = interleave({name: leg(name) for name in arguments.cases}, arguments.rounds, Console())
+    rows = [_row(name, runs, shape) for name in runs]
+    report("training of SmolLM2-135M", rows, COLUMNS, arguments.json)
+    if arguments.plot:
+        plot(rows, arguments.plot)
+
+
+def _row(name: str, runs: dict[str, list[dict[str, Any]]], shape: dict[str, int]) -> dict[str, Any]:
+    own = runs[name]
+    times = [run["step_s"] for run in own]
+    row: dict[str, Any] = {"what": name, **shape}
+    for part in ("forward_s", "backward_s", "optimizer_s", "step_s"):
+        row[part] = spread([run[part] for run in own])
+    row["parameters"] = own[0]["parameters"]
+    row["memory_gb"] = min(run["memory_gb"] for run in own)
+    if "floor" in runs:
+        row["of_floor"] = ratios(times, [run["step_s"] for run in runs["floor"]])
+    peft = "PEFT " + name.removeprefix("bone_fx ").partition(",")[0]
+    if name.startswith("bone_fx") and peft in runs:
+        theirs = runs[peft]
+        row["of_peft"] = ratios(times, [run["step_s"] for run in theirs])
+        row["memory_of_peft"] = row["memory_gb"] / min(run["memory_gb"] for run in theirs)
+        row["loss_difference"] = max(
+            abs(a - b) / max(1.0, abs(b))
+            for a, b in zip(own[0]["losses"], theirs[0]["losses"], strict=True)
+        )
+    return row
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw step time against memory, one point a case."""
+    figure, axes = _pyplot().subplots(figsize=(7, 4.5))
+    for row in rows:
+        place = row["memory_gb"], row["step_s"].median
+        axes.scatter(*place, color="tab:blue" if row["what"].startswith("bone_fx") else "0.5")
+        axes.annotate(row["what"], place, textcoords="offset points", xytext=(6, 3), fontsize=8)
+    axes.set(xlabel="peak memory above the model, GB", ylabel="step, s")
+    axes.margins(0.2)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def _pyplot() -> Any:
+    try:
+        importlib.import_module("matplotlib").use("agg")
+    except ImportError:
+        sys.exit("--plot needs matplotlib: pip install matplotlib")
+    return importlib.import_module("matplotlib.pyplot")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""One contestant of `bench_train.py` in a process of its own; prints one JSON line.
+
+    python tools/train_case.py '{"case": "bone_fx bone", "base": "folder", "threads": 2,
+                                 "batch": 4, "length": 128, "r": 64, "steps": 9}'
+
+Cases: `floor`, `PEFT bone|bat|lora`, `bone_fx bone|bat`, and the latter with `, compiled`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def main() -> None:
+    """Run the case that the argument describes."""
+    warnings.filterwarnings("ignore")
+    settings = json.loads(sys.argv[1])
+    torch.set_num_threads(settings["threads"])
+    print(json.dumps(run(settings)))
+
+
+def run(settings: dict[str, Any]) -> dict[str, Any]:
+    """Medians of the parts of a step in seconds, peak memory in GB, and the losses."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_pretrained(settings["base"], dtype=torch.float32).train()
+    model.config.use_cache = False
+    model.requires_grad_(requires_grad=False)
+    for parameter in model.parameters():  # a mapped file is in memory once it was read
+        parameter.sum()
+    generator = torch.Generator().manual_seed(1)
+    size = (settings["batch"], settings["length"])
+    ids = torch.randint(0, model.config.vocab_size, size, generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    gc.collect()
+    loaded = _status("VmRSS")
+    net = contestant(settings["case"], model, settings["r"], batch)
+    params = [p for p in net.parameters() if p.requires_grad]
+    if settings["case"] == "floor":
+        params.append(nn.Parameter(torch.zeros(_block_numbers(model, settings["r"]))))
+        params[-1].grad = torch.zeros_like(params[-1])
+    optimizer = torch.optim.AdamW(params, lr=1e-3)
+    if settings["case"].endswith("compiled"):
+        net = torch.compile(net)  # type: ignore[assignment]
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the capture freed is not part of a step
+    Path("/proc/self/clear_refs").write_text("5")
+    times: dict[str, list[float]] = {"forward_s": [], "backward_s": [], "optimizer_s": []}
+    losses = []
+    for _ in range(settings["steps"]):
+        start = time.perf_counter()
+        loss: Tensor = net(**batch).loss
+        forward = time.perf_counter()
+        loss.backward()  # type: ignore[no-untyped-call]
+        backward = time.perf_counter()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=settings["case"] != "floor")
+        end = time.perf_counter()
+        for values, value in zip(
+            times.values(), (forward - start, backward - forward, end - backward), strict=True
+        ):
+            values.append(value)
+        losses.append(float(loss.detach()))
+    steps = [sum(parts) for parts in zip(*times.values(), strict=True)][2:]
+    return {
+        **{name: statistics.median(values[2:]) for name, values in times.items()},
+        "step_s": statistics.median(steps),
+        "memory_gb": (_status("VmHWM") - loaded) / 1e9,
+        "parameters": sum(p.numel() for p in params),
+        "losses": losses,
+    }
+
+
+def contestant(case: str, model: Any, r: int, batch: dict[str, Tensor]) -> nn.Module:
+    """The module that trains, with its trainable parameters switched on."""
+    if case == "floor":
+        model.model.layers[0].input_layernorm.weight.requires_grad_(True)
+        net: nn.Module = model
+        return net
+    who, method, *_ = case.replace(",", "").split()
+    init: Any = "bat" if method == "bat" else True
+    if who == "bone_fx":
+        import bone_fx
+
+        config = bone_fx.BoneConfig(r=r, target_modules=TARGETS, init_weights=init)
+        return bone_fx.adapt(model, config, batch).train()
+    import peft
+
+    if method == "lora":
+        sizes = sum(m.in_features + m.out_features for m in _linears(model))
+        rank = round(_block_numbers(model, r) / sizes)
+        lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
+        return peft.get_peft_model(model, lora)
+    bone = peft.BoneConfig(r=r, target_modules=TARGETS, init_weights=init)
+    return peft.get_peft_model(model, bone)
+
+
+def _linears(model: nn.Module) -> list[nn.Linear]:
+    return [
+        m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and name.rpartition(".")[2] in TARGETS
+    ]
+
+
+def _block_numbers(model: nn.Module, r: int) -> int:
+    return sum(r * m.out_features for m in _linears(model))
+
+
+def _status(key: str) -> int:
+    """A size in bytes of this process, as the kernel counts it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+if __name__ == "__main__":
+    main()
