@@ -50,7 +50,12 @@ from bone_fx.capture.ort_ops import total_length
 from bone_fx.capture.own_attention import JoiningCache, OwnAttention, facts_of, same_tables
 from bone_fx.capture.pasts import Pasts, SharedPasts
 from bone_fx.capture.rotary import RotaryWatcher
-from bone_fx.capture.while_traced import evaluating, forward_replaced, without_remarks
+from bone_fx.capture.while_traced import (
+    evaluating,
+    forward_replaced,
+    old_objects_left_alone,
+    without_remarks,
+)
 from bone_fx.capture.write_attention import write_attention, write_out_attention
 from bone_fx.errors import BoneFxError, CaptureError
 
@@ -159,7 +164,8 @@ def capture_decoder(
     for _ in range(6):
         choices = _Choices(unfused, stamp, last_token_logits, experts, own)
         try:
-            return _Capture(model, text_config, horizon, shapes, choices).run()
+            with old_objects_left_alone():
+                return _Capture(model, text_config, horizon, shapes, choices).run()
         except _OtherCacheShapeError as other:
             shapes = other.shapes
         except OtherRoutingError:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 from torch.export import ExportedProgram
 
+from bone_fx.capture.while_traced import old_objects_left_alone
 from bone_fx.errors import ExportError
 from bone_fx.onnx.binding import bind_recipes
 from bone_fx.onnx.cleanup import clean
@@ -50,7 +51,8 @@ def translate(
         ExportError: An operator has no translation, or a constant no bytes.
         CaptureError: A dimension named in `dim_names` is not dynamic in the program.
     """
-    model, decomposed = program_to_ir(program)
+    with old_objects_left_alone():
+        model, decomposed = program_to_ir(program)
     _separate_outputs(model.graph)
     bind_recipes(model, recipes)
     _rename(model.graph.inputs, input_names, "inputs")

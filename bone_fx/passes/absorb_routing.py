@@ -44,6 +44,8 @@ _DIVISIONS = (aten.div.Tensor, aten.div_.Tensor)
 @graph_pass
 def absorb_routing(gm: GraphModule) -> PassResult:
     """Makes a MoE of every RoutedExperts of which the routing is recognised."""
+    if not has_routed_experts(gm.graph):
+        return PassResult(gm, modified=False)
     copied = copy_module(gm)
     graph = copied.graph
     changed = 0

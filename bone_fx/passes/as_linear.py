@@ -22,6 +22,8 @@ aten = torch.ops.aten
 @graph_pass
 def as_linear(gm: GraphModule) -> PassResult:
     """Replaces such products, with the bias that is added to them."""
+    if not gm.graph.find_nodes(op="call_function", target=aten.matmul.default):
+        return PassResult(gm, modified=False)
     copied = copy_module(gm)
     graph = copied.graph
     changed = False

@@ -25,6 +25,8 @@ VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 @graph_pass
 def flat_products(gm: GraphModule) -> PassResult:
     """Replaces addmm between two views by a linear on the tensor before the first."""
+    if not gm.graph.find_nodes(op="call_function", target=aten.addmm.default):
+        return PassResult(gm, modified=False)
     copied = copy_module(gm)
     graph = copied.graph
     changed = False

@@ -28,6 +28,8 @@ aten = torch.ops.aten
 @graph_pass
 def flat_rotary(gm: GraphModule) -> PassResult:
     """Replaces the transpositions around rotary embeddings by reshapes."""
+    if not any(is_operator(node, CONTRIB, "RotaryEmbedding") for node in gm.graph.nodes):
+        return PassResult(gm, modified=False)
     copied = copy_module(gm)
     changed = sum(_flatten(copied.graph, node) for node in list(copied.graph.nodes))
     copied.graph.eliminate_dead_code()

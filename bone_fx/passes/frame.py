@@ -65,7 +65,8 @@ def graph_pass(
         before = _nodes(gm)
         try:
             result = run(gm, *args, **kwargs)
-            result.graph_module.graph.lint()
+            if result.graph_module is not gm:
+                result.graph_module.graph.lint()
         except BoneFxError:
             raise
         except Exception as error:
@@ -74,7 +75,7 @@ def graph_pass(
                 found=f"passes before it: {history or 'none'}",
             ) from error
         after = _nodes(result.graph_module)
-        if _nodes(gm) != before:
+        if (after if result.graph_module is gm else _nodes(gm)) != before:
             raise PassError(
                 f"pass {name} edited the graph it was given", found=f"passes before it: {history}"
             )
@@ -83,7 +84,8 @@ def graph_pass(
         if not _DEFERRED.get():
             result.graph_module.recompile()
         result.graph_module.meta[HISTORY] = [*history, name]
-        log.debug("pass %s: %s", name, op_difference(gm, result.graph_module))
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("pass %s: %s", name, op_difference(gm, result.graph_module))
         return result
 
     return framed

@@ -23,6 +23,8 @@ from bone_fx.passes.frame import PassResult, copy_module, graph_pass
 @graph_pass
 def out_of_place(gm: GraphModule) -> PassResult:
     """Replaces operators that change a tensor of their own in place."""
+    if all(_counterpart(node) is None for node in gm.graph.nodes):
+        return PassResult(gm, modified=False)
     copied = copy_module(gm)
     changed = False
     for node in copied.graph.nodes:
