@@ -27,6 +27,7 @@ def adapt(
     untie: bool = False,
     freeze_base: bool = True,
     gradient_checkpointing: bool = False,
+    recompute: bool = True,
     dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
 ) -> AdaptedModule:
     """Capture a model for training and put an adapter on it.
@@ -43,6 +44,8 @@ def adapt(
         freeze_base: Freeze every parameter but the blocks and `modules_to_save`.
         gradient_checkpointing: Recompute each layer's activations in backward instead of keeping
             them.
+        recompute: Fold BAT's weights again in backward. False keeps them from the forward: faster,
+            and one float32 weight a layer more memory.
         dynamic_shapes: `torch.export`'s own, instead of a dynamic batch and length.
 
     Returns:
@@ -68,6 +71,7 @@ def adapt(
         output_layers=output_layers(model, settings.task_type),
         untie=untie,
         freeze_base=freeze_base,
+        recompute=recompute,
     )
     adapted = AdaptedModule(origin)
     if isinstance(config, BoneConfig):

@@ -56,6 +56,7 @@ class Origin:
         output_layers: Sites that `"all-linear"` leaves out.
         untie: Whether tied weights may be targets.
         freeze_base: Whether every parameter but blocks and `modules_to_save` is frozen.
+        recompute: Whether backward folds BAT's weights again instead of keeping them.
     """
 
     graph_module: fx.GraphModule
@@ -65,6 +66,7 @@ class Origin:
     output_layers: frozenset[str] = field(default_factory=frozenset)
     untie: bool = False
     freeze_base: bool = True
+    recompute: bool = True
 
 
 def saved_parameters(
@@ -126,6 +128,7 @@ def insert_mounted(
             output_layers=origin.output_layers,
             freeze_base=False,
             untie=origin.untie,
+            recompute=origin.recompute,
         ).graph_module
     return base
 

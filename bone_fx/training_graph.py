@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from bone_fx.errors import UsageError
 from bone_fx.model_graph import ModelGraph
 from bone_fx.mounting import Origin
-from bone_fx.passes.layer_graph import LayerGraph
+from bone_fx.passes.layer_graph import LayerGraph, LeanLayerGraph, lean_form
 from bone_fx.passes.split_layers import layers_of, split_in_place
 
 _LOSS_OPTIONS = ("num_items_in_batch",)
@@ -162,6 +162,9 @@ class TrainingGraph(ModelGraph):
         options = {name: kwargs[name] for name in _LOSS_OPTIONS if kwargs.get(name) is not None}
         return origin.loss.attach(packed, labels, **options)
 
+    def _as_it_runs(self, graph: fx.Graph) -> fx.Graph:
+        return lean_form(graph)
+
     def _set_split(self, split: bool) -> None:
         if self.is_sharded:
             raise UsageError("the module is sharded", next_step="call layers() before fully_shard")
@@ -177,7 +180,7 @@ class TrainingGraph(ModelGraph):
         """Split a graph that was written anew, if this module is split."""
         if not self._split:
             return
-        split_in_place(root)
+        split_in_place(root, LeanLayerGraph)
         self._set_checkpointing(root)
 
     def _set_checkpointing(self, root: fx.GraphModule) -> None:

@@ -31,7 +31,7 @@ def fold(w_OI: Tensor, d_RO: Tensor) -> Tensor:
     """The folded weight `[O, I]`; a new tensor."""
     out_features, in_features = w_OI.shape
     r = d_RO.shape[0]
-    d_OR = d_RO.t()
+    d_OR = d_RO.t().contiguous()
     whole = in_features // r * r
     shards = w_OI[:, :whole].reshape(out_features, -1, r) + d_OR.unsqueeze(1)
     folded = shards.reshape(out_features, whole)
@@ -62,6 +62,18 @@ def shard_sums(x_TI: Tensor, r: int) -> Tensor:
     if x_TI.shape[-1] == r:
         return x_TI
     return x_TI.reshape(*x_TI.shape[:-1], -1, r).sum(-2)
+
+
+def spread_sums_(dx_TI: Tensor, dsum_TR: Tensor) -> Tensor:
+    """Add the gradient of S(x) to every shard of the gradient of x, in place."""
+    r = dsum_TR.shape[-1]
+    in_features = dx_TI.shape[-1]
+    whole = in_features // r * r
+    if whole:
+        dx_TI[:, :whole].view(-1, whole // r, r).add_(dsum_TR.unsqueeze(1))
+    if whole < in_features:
+        dx_TI[:, whole:].add_(dsum_TR[:, : in_features - whole])
+    return dx_TI
 
 
 def term(x_TI: Tensor, d_RO: Tensor, out_features: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from bone_fx.capture.patches import is_transformers_model
 from bone_fx.errors import UsageError
+from bone_fx.operators import lean_cross_entropy
 
 Labels = torch.Tensor | Mapping[str, torch.Tensor]
 _Compute = Callable[
@@ -63,7 +64,8 @@ class ModelLoss:
             raise UsageError(
                 f"the loss lacks {', '.join(missing)}", expected=", ".join(self.label_names)
             )
-        loss = self.compute(self, output, given, options)
+        with lean_cross_entropy():
+            loss = self.compute(self, output, given, options)
         auxiliary = output.get("aux_loss")
         coefficient = getattr(self.config, "router_aux_loss_coef", None)
         if auxiliary is not None and coefficient is not None:

@@ -27,12 +27,15 @@ class AdaptedArguments:
     methods: list[str]
     block_inputs: list[fx.Node]
     transposed: bool
+    recompute: bool = True
 
     @classmethod
     def of(cls, node: fx.Node) -> AdaptedArguments:
         """The arguments of a node."""
         x, weight, bias, blocks, methods, inputs, transposed = cast("tuple[Any, ...]", node.args)
-        return cls(x, weight, bias, list(blocks), list(methods), list(inputs), transposed)
+        recompute = bool(node.kwargs.get("recompute", True))
+        listed = list(blocks), list(methods), list(inputs)
+        return cls(x, weight, bias, *listed, transposed, recompute)
 
 
 def read(gm: fx.GraphModule, node: fx.Node) -> LinearUse | None:

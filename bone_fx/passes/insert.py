@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,6 +43,7 @@ def insert_adapters(
     output_layers: Collection[str] = (),
     freeze_base: bool = True,
     untie: bool = False,
+    recompute: bool = True,
 ) -> PassResult:
     """Insert one adapter.
 
@@ -55,6 +57,8 @@ def insert_adapters(
         freeze_base: Freeze every parameter that is neither a block nor in `modules_to_save`.
         untie: Allow a target whose weight is shared with another layer, by giving that layer its
             own name for it.
+        recompute: Fold BAT's weights again in backward. False keeps them from the forward: faster,
+            and one float32 weight a layer more memory.
 
     Returns:
         The adapted graph; `applied` lists the sites, `refused` the targets that could not be
@@ -84,7 +88,7 @@ def insert_adapters(
     for node in [use.node for use in find_sites(result).uses if use.site.name in names]:
         use = read_use(result, node)  # again: its input may be a node rewritten before it
         if use is not None:
-            _rewrite(result, use, config, adapter_name)
+            _rewrite(result, use, config, adapter_name, recompute=recompute)
     return PassResult(result, True, tuple(chosen), tuple(refused))
 
 
@@ -143,7 +147,9 @@ def _mount(gm: fx.GraphModule, site: LinearSite, adapter_name: str, block: Tenso
     owner.register_parameter(leaf, parameter)
 
 
-def _rewrite(gm: fx.GraphModule, use: LinearUse, config: BoneConfig, adapter_name: str) -> None:
+def _rewrite(
+    gm: fx.GraphModule, use: LinearUse, config: BoneConfig, adapter_name: str, *, recompute: bool
+) -> None:
     graph, node, site = gm.graph, use.node, use.site
     block_name = f"{site.block_owner}.{BLOCK}.{adapter_name}"
     with graph.inserting_before(node):
@@ -167,9 +173,9 @@ def _rewrite(gm: fx.GraphModule, use: LinearUse, config: BoneConfig, adapter_nam
             inputs,
             now.transposed,
         )
-        new = graph.create_node(
-            "call_function", ADAPTED_LINEAR, arguments, name=site.name.replace(".", "_")
-        )
+        options: dict[str, Any] = {} if recompute and now.recompute else {"recompute": False}
+        name = site.name.replace(".", "_")
+        new = graph.create_node("call_function", ADAPTED_LINEAR, arguments, options, name=name)
     new.meta.update(node.meta)
     new.meta[META] = (site, use.family)
     node.replace_all_uses_with(new)

@@ -9,6 +9,10 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
+from bone_fx.passes.frame import copy_graph
+from bone_fx.passes.join_sites import join_sites
+from bone_fx.passes.keep_less import keep_less
+
 
 class CalledGraph(fx.GraphModule):
     """A GraphModule whose call is `_call_model`, around the generated forward.
@@ -22,13 +26,22 @@ class CalledGraph(fx.GraphModule):
     _call_model: Callable[..., Any]
 
     def recompile(self) -> Any:
-        """Compile the graph; the module's own call stays around the generated forward."""
-        code = super().recompile()
+        """Compile the running form; the module's own call stays around the generated forward."""
+        shown = self._graph
+        self._graph = self._as_it_runs(shown)
+        try:
+            code = super().recompile()
+        finally:
+            self._graph = shown
         cls = type(self)
         if cls.forward is not cls._call_model:
             cls._graph_forward = cls.forward
             cls.forward = cls._call_model
         return code
+
+    def _as_it_runs(self, graph: fx.Graph) -> fx.Graph:
+        """The graph that is compiled; people and passes see the one it is given."""
+        return graph
 
 
 class LayerGraph(CalledGraph):
@@ -48,3 +61,18 @@ class LayerGraph(CalledGraph):
         if self.checkpointing is None or not self.recomputable or not torch.is_grad_enabled():
             return self._graph_forward(*args)
         return checkpoint(self._graph_forward, *args, use_reentrant=False, **self.checkpointing)
+
+
+class LeanLayerGraph(LayerGraph):
+    """A layer that runs in the form that keeps less for backward."""
+
+    def _as_it_runs(self, graph: fx.Graph) -> fx.Graph:
+        return lean_form(graph)
+
+
+def lean_form(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph that computes the same and keeps less for backward."""
+    copied = copy_graph(graph)
+    join_sites(copied)
+    keep_less(copied)
+    return copied

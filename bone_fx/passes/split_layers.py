@@ -40,7 +40,7 @@ def split_layers(gm: fx.GraphModule) -> PassResult:
     return PassResult(result, modified=True)
 
 
-def split_in_place(gm: fx.GraphModule) -> None:
+def split_in_place(gm: fx.GraphModule, kind: type[LayerGraph] = LayerGraph) -> None:
     """Split a graph that is the caller's own; its parameters stay the same objects."""
     groups = layer_groups(gm)
     unit = {node: path for path, nodes in groups.items() for node in nodes}
@@ -52,7 +52,7 @@ def split_in_place(gm: fx.GraphModule) -> None:
     now: dict[fx.Node, Any] = {}
     for item in _ordered(gm.graph, groups, unit):
         if isinstance(item, str):
-            _call_layer(gm, graph, item, groups[item], outputs[item], now)
+            _call_layer(gm, graph, item, groups[item], outputs[item], now, kind)
         elif item.op == "output":
             graph.output(fx.map_arg(item.args[0], lambda n: now[n])).meta.update(item.meta)
         else:
@@ -214,6 +214,7 @@ def _call_layer(
     nodes: list[fx.Node],
     outputs: list[fx.Node],
     now: dict[fx.Node, Any],
+    kind: type[LayerGraph],
 ) -> None:
     """Make the layer's own graph, mount it, and call it in the outer graph."""
     inner = fx.Graph(tracer_cls=gm.graph._tracer_cls)
@@ -231,7 +232,7 @@ def _call_layer(
         within[node] = copied
     results = tuple(within[n] for n in outputs)
     inner.output(results if len(results) != 1 else results[0])
-    layer = LayerGraph(owner, inner, "LayerGraph")
+    layer = kind(owner, inner, kind.__name__)
     adopt_state(layer, owner)
     layer.training = gm.training
     layer.recomputable = not any(_writes_outside(node, mine) for node in nodes)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bone_fx.checkpoint import AdapterFolder
-from bone_fx.operators import adapted_linear
+from bone_fx.operators.adapted_linear import adapted_linear
 from bone_fx.passes.fold import fold_weight
 from bone_fx.sites import LinearSite
 

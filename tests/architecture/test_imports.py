@@ -22,7 +22,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "dialects": {"errors", "operators", "sites"},
     "passes": {"adapters", "config", "dialects", "errors", "operators", "sites"},
     "weights": {"adapters", "config", "errors", "sites"},
-    "capture": {"errors", "passes", "weights"},
+    "capture": {"errors", "operators", "passes", "weights"},
     "onnx": {"capture", "errors", "weights"},
     "runtime": {"errors"},
     # The format of quantized weights stands in weights.

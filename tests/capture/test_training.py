@@ -12,13 +12,12 @@ from bone_fx.capture.training import capture_training
 from bone_fx.passes.dropout import set_dropout
 from bone_fx.passes.split_layers import layers_of, split_layers
 from tests.capture.architectures import ARCHITECTURES, SHAPES, UNLISTED, Architecture
+from tests.tolerances import difference
 
 
 def _gap(expected: object, got: object) -> float:
     pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True)
-    return max(
-        ((a - b).abs().max().item() for a, b in pairs if isinstance(a, torch.Tensor)), default=0.0
-    )
+    return max((difference(b, a) for a, b in pairs if isinstance(a, torch.Tensor)), default=0.0)
 
 
 def _seeded(call: object, inputs: dict[str, torch.Tensor]) -> object:
@@ -53,7 +52,7 @@ def test_equals_eager(row: Architecture) -> None:
             expected = _seeded(model, {**inputs})
         got = _seeded(capture, inputs)
         assert type(got) is type(expected)
-        assert _gap(got, {k: expected[k] for k in got}) <= 1e-6, shape
+        assert _gap({k: expected[k] for k in got}, got) <= 1e-6, shape
     inputs = row.inputs(2, 7)
     ours = _gradients(graph, _seeded(capture, inputs))
     theirs = _gradients(model, _seeded(model, inputs))
@@ -82,4 +81,4 @@ def test_equals_eager(row: Architecture) -> None:
         inputs = row.inputs(*shape)
         with torch.no_grad():
             got, expected = capture(**inputs), model(**inputs)
-            assert _gap(got, {k: expected[k] for k in got}) <= 1e-6, shape
+            assert _gap({k: expected[k] for k in got}, got) <= 1e-6, shape

@@ -13,6 +13,7 @@ from transformers.models.llama import modeling_llama
 
 import bone_fx
 from tests.capture.architectures import ARCHITECTURES, UNLISTED, Architecture, text
+from tests.tolerances import difference
 
 
 class RenamedAttention(modeling_llama.LlamaAttention):
@@ -40,7 +41,7 @@ def check(model: Any, example: dict[str, Tensor], inputs: dict[str, Tensor]) -> 
     theirs = model(**inputs)
     for key, value in ours.items():
         if isinstance(value, Tensor):
-            assert float((value - theirs[key]).detach().abs().max()) <= 1e-6, key
+            assert difference(value, theirs[key]) <= 1e-6, key
 
     def gradients(output: Any, parameters: dict[str, Tensor]) -> dict[str, Tensor | None]:
         first = next(t for t in pytree.tree_leaves(output) if t.is_floating_point())

@@ -1,0 +1,23 @@
+"""The nodes that this package puts into training graphs (`torch.library`, namespace `bone_fx`).
+
+All are composite: autograd, autocast, FakeTensor and `torch.compile` see the products they are made
+of, and inductor is free to fuse them. Where autograd would keep more than it must, the composite
+calls an autograd function that keeps less and recomputes the rest in backward.
+"""
+
+from bone_fx.operators.adapted_linear import ADAPTED_LINEAR
+from bone_fx.operators.adapted_linears import ADAPTED_LINEARS
+from bone_fx.operators.cross_entropy import lean_cross_entropy
+from bone_fx.operators.gate_product import ACTIVATIONS, GATE_PRODUCT
+from bone_fx.operators.joint_linear import JOINED_METHODS
+from bone_fx.operators.rms_normalise import RMS_NORMALISE
+
+__all__ = [
+    "ACTIVATIONS",
+    "ADAPTED_LINEAR",
+    "ADAPTED_LINEARS",
+    "GATE_PRODUCT",
+    "JOINED_METHODS",
+    "RMS_NORMALISE",
+    "lean_cross_entropy",
+]

@@ -1,0 +1,225 @@
+"""Linear layers that read one input, each under one block, as one autograd function.
+
+Kept for backward: the shard sums of x (one for all Bone sites of one R), and x itself only where a
+BAT block or a base weight trains. No folded weight is kept, and no gradient of one is formed for
+Bone. Terms are accumulated into the base product, and the gradients of x into one tensor.
+
+Bone has two forms with the same result:
+
+    on activations:  y = x Wᵀ + S(x) D      4·T·R·O operations more than the base, both directions
+    on the weight:   y = x W'ᵀ              O·I numbers read and written, in each direction
+
+The second is taken where `T·R / I` exceeds `FOLD_ABOVE` of the device (`bench_bone_form.py`), for
+weights that have the block's dtype: a fold in a narrower one would round the block away.
+
+Shapes: T tokens, I in_features, O out_features, R block size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bone_fx.adapters import bat, bone
+
+JOINED_METHODS = frozenset({"bone", "bat"})
+"""The methods that are computed here."""
+
+FOLD_ABOVE = {"cpu": 40.0, "cuda": 400.0}
+"""`T·R / I` from which Bone's weight is folded a step: what the product's rate in operations is to
+the rate at which weights are read and written, in float32 on a CPU of two cores and in bfloat16 on
+a data center GPU."""
+
+
+class Site(NamedTuple):
+    """How one layer is computed.
+
+    Attributes:
+        method: `"bone"` or `"bat"`.
+        dtype: Of Bone's term, and of the product with BAT's folded weight.
+        recompute: Whether backward folds BAT's weight again, instead of keeping it.
+    """
+
+    method: str
+    dtype: torch.dtype
+    recompute: bool
+
+
+class JointLinear(torch.autograd.Function):
+    """`y_i = x W_i'ᵀ + b_i` for several layers of one x.
+
+    Second derivatives are refused by autograd (`once_differentiable`).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, sites: tuple[Site, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """`[..., O_i]` in `x`'s dtype.
+
+        Args:
+            ctx: Autograd's.
+            x: `[..., I]`.
+            sites: One a layer.
+            *tensors: Weight `[O, I]`, bias `[O]` or None, and block of each layer, in turn.
+        """
+        x_TI = x.reshape(-1, x.shape[-1])
+        ctx.set_materialize_grads(False)
+        ctx.sites, ctx.shape = sites, x.shape
+        needs = ctx.needs_input_grad[2:]
+        sums: dict[int, Tensor] = {}
+        kept: list[Tensor | None] = []
+        outputs = []
+        for site, (weight, bias, block) in zip(sites, _threes(tensors), strict=True):
+            assert weight is not None
+            assert block is not None
+            acting, on_weight = _acting(site, weight, block, x_TI)
+            own = None if bias is None else bias.to(acting.dtype)
+            y_TO = functional.linear(x_TI.to(acting.dtype), acting, own)
+            if site.method == "bone":
+                r = block.shape[0]
+                if r not in sums:
+                    sums[r] = bone.shard_sums(x_TI.to(site.dtype), r)
+                if not on_weight:
+                    y_TO = _accumulated(y_TO, sums[r], block.to(site.dtype))
+            kept.append(acting if site.method == "bat" and not site.recompute else None)
+            # Not a view, or autograd would forbid an in-place operator after it.
+            shape = [*x.shape[:-1], weight.shape[0]]
+            outputs.append(torch.ops.aten._unsafe_view(y_TO.to(x.dtype), shape))
+        trains_weight = any(needs[0::3])
+        trains_bat = any(n and s.method == "bat" for n, s in zip(needs[2::3], sites, strict=True))
+        ctx.rs = tuple(sums)
+        ctx.save_for_backward(
+            x_TI if trains_weight or trains_bat else None, *sums.values(), *kept, *tensors
+        )
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of the weights, biases and blocks that are asked for."""
+        x_TI, *saved = ctx.saved_tensors
+        sums = dict(zip(ctx.rs, saved, strict=False))
+        kept = saved[len(sums) : len(sums) + len(ctx.sites)]
+        threes = _threes(saved[len(sums) + len(ctx.sites) :])
+        needs = list(_threes(ctx.needs_input_grad[2:]))
+        dx: Tensor | None = None
+        dsums: dict[int, Tensor] = {}
+        found: list[Tensor | None] = []
+        for i, (weight, bias, block) in enumerate(threes):
+            site, dy = ctx.sites[i], gradients[i]
+            if dy is None:
+                found += [None, None, None]
+                continue
+            dy_TO = dy.reshape(-1, dy.shape[-1])
+            if ctx.needs_input_grad[0]:
+                acting, on_weight = _acting(site, weight, block, dy_TO, kept[i])
+                dx = _product_added(dx, dy_TO, acting)
+                del acting
+                if site.method == "bone" and not on_weight:
+                    r, d_RO = block.shape[0], block.to(site.dtype)
+                    term = dy_TO.to(site.dtype)
+                    if r in dsums:
+                        dsums[r].addmm_(term, d_RO.t())
+                    else:
+                        dsums[r] = term @ d_RO.t()
+            found += _own_gradients(site, needs[i], (x_TI, dy_TO, sums), weight, bias, block)
+        if dx is not None:
+            for dsum in dsums.values():
+                bone.spread_sums_(dx, dsum)
+            dx = dx.view(ctx.shape)
+        return dx, None, *found
+
+
+def joint_linear(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    blocks: list[Tensor],
+    methods: list[str],
+    *,
+    recompute: bool = True,
+) -> list[Tensor]:
+    """`JointLinear` under the rules of autocast.
+
+    Under autocast products run in its dtype and folds in the block's; without, what a block takes
+    part in runs in the block's dtype, as in PEFT 0.18.1. The results have the base product's dtype.
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    compute = torch.get_autocast_dtype(device) if autocast else x.dtype
+    sites = tuple(
+        Site(method, compute if autocast else block.dtype, recompute)
+        for method, block in zip(methods, blocks, strict=True)
+    )
+    tensors = [t for three in zip(weights, biases, blocks, strict=True) for t in three]
+    with torch.autocast(device, enabled=False):
+        outputs = JointLinear.apply(x.to(compute), sites, *tensors)  # type: ignore[no-untyped-call]
+    return list(outputs)
+
+
+def _threes(values: Any) -> Any:
+    return zip(values[0::3], values[1::3], values[2::3], strict=True)
+
+
+def _acting(
+    site: Site, weight: Tensor, block: Tensor, rows: Tensor, kept: Tensor | None = None
+) -> tuple[Tensor, bool]:
+    """The weight that multiplies `rows`, in the product's dtype, and whether the block is in it."""
+    if kept is not None:
+        return kept, True
+    if site.method == "bat":
+        return bat.fold(weight.to(block.dtype), block).to(site.dtype), True
+    same = weight.dtype == block.dtype == rows.dtype
+    work = rows.shape[0] * block.shape[0] / weight.shape[1]
+    if same and work > FOLD_ABOVE.get(weight.device.type, float("inf")):
+        return bone.fold(weight, block), True
+    return weight.to(rows.dtype), False
+
+
+def _product_added(dx_TI: Tensor | None, dy_TO: Tensor, w_OI: Tensor) -> Tensor:
+    """`dx + dy W` in `dy`'s dtype, in place if there is a dx."""
+    if dy_TO.dtype != w_OI.dtype:
+        added = (dy_TO.to(w_OI.dtype) @ w_OI).to(dy_TO.dtype)
+        return added if dx_TI is None else dx_TI.add_(added)
+    return dy_TO @ w_OI if dx_TI is None else dx_TI.addmm_(dy_TO, w_OI)
+
+
+def _accumulated(y_TO: Tensor, s_TR: Tensor, d_RO: Tensor) -> Tensor:
+    """`y + S D`, rounded to `y`'s dtype once."""
+    if y_TO.dtype == d_RO.dtype:
+        return y_TO.addmm_(s_TR, d_RO)
+    return torch.addmm(y_TO.to(d_RO.dtype), s_TR, d_RO).to(y_TO.dtype)
+
+
+def _own_gradients(
+    site: Site,
+    needs: tuple[bool, bool, bool],
+    of: tuple[Tensor | None, Tensor, dict[int, Tensor]],
+    weight: Tensor,
+    bias: Tensor | None,
+    block: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of a layer's weight, bias and block."""
+    x_TI, dy_TO, sums = of
+    dw = dbias = dblock = None
+    dacting: Tensor | None = None
+    if needs[0] or (needs[2] and site.method == "bat"):
+        assert x_TI is not None
+        dtype = site.dtype if site.method == "bat" else x_TI.dtype
+        dacting = dy_TO.to(dtype).t() @ x_TI.to(dtype)
+    if needs[2] and site.method == "bone":
+        s_TR = sums[block.shape[0]]
+        dblock = (s_TR.t() @ dy_TO.to(s_TR.dtype)).to(block.dtype)
+    elif needs[2] and dacting is not None:
+        dblock = bat.gradient(weight.to(block.dtype), dacting.to(block.dtype), block.shape[-1])
+    if needs[0] and dacting is not None:
+        dw = dacting.to(weight.dtype)
+        if site.method == "bat":
+            dw = bat.weight_gradient(dacting.to(block.dtype), block).to(weight.dtype)
+    if bias is not None and needs[1]:
+        dbias = dy_TO.sum(0).to(bias.dtype)
+    return [dw, dbias, dblock]
