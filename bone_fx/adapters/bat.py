@@ -44,15 +44,16 @@ def delta(w_OI: Tensor, b_ARR: Tensor) -> Tensor:
     return (product + b_ARR.unsqueeze(2)).view(out_features, in_features)
 
 
-def fold(w_OI: Tensor, b_ARR: Tensor) -> Tensor:
-    """The folded weight `[O, I]`; a new tensor.
+def fold(w_OI: Tensor, b_ARR: Tensor, out: Tensor | None = None) -> Tensor:
+    """The folded weight `[O, I]`; a new tensor, or `out`, which gradients cannot flow through.
 
     One batched product accumulates into a copy of W, in place: no third tensor of its size.
     """
     out_features, in_features = w_OI.shape
     blocks, r, _ = b_ARR.shape
     w_ANR = w_OI.reshape(blocks, r * (in_features // r), r)
-    folded = torch.baddbmm(w_ANR, w_ANR, b_ARR).view(blocks, r, in_features // r, r)
+    into = None if out is None else out.view(w_ANR.shape)
+    folded = torch.baddbmm(w_ANR, w_ANR, b_ARR, out=into).view(blocks, r, in_features // r, r)
     return folded.add_(b_ARR.unsqueeze(2)).view(out_features, in_features)
 
 

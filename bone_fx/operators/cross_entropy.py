@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from bone_fx.operators.library import register
 
-_CHUNK = 1 << 19
+_CHUNK = 1 << 20
 """Numbers computed at a time: few enough to stay in a cache."""
 
 
@@ -31,8 +31,7 @@ class CrossEntropy(torch.autograd.Function):
         """A sum without dimensions, in the dtype of the logits."""
         counted = target_T != ignore_index
         index = torch.where(counted, target_T, 0).unsqueeze(1)
-        parts = torch.split(logits_TV, _rows(logits_TV))
-        total_T = torch.cat([torch.logsumexp(rows, -1) for rows in parts])
+        total_T = _logsumexp(logits_TV)
         ctx.save_for_backward(logits_TV, total_T, index, counted)
         lost_T = total_T - logits_TV.gather(1, index).squeeze(1)
         return lost_T.masked_fill_(~counted, 0).sum()
@@ -50,6 +49,19 @@ class CrossEntropy(torch.autograd.Function):
             torch.sub(rows, total, out=out).exp_().mul_(factor)
         dx.scatter_add_(1, index, -scale)
         return dx, None, None
+
+
+def _logsumexp(logits_TV: Tensor) -> Tensor:
+    """`[T]`, with one buffer for all parts."""
+    size = _rows(logits_TV)
+    total_T = logits_TV.new_empty(logits_TV.shape[0])
+    buffer = torch.empty_like(logits_TV[:size])
+    for rows, out in zip(torch.split(logits_TV, size), torch.split(total_T, size), strict=True):
+        largest = rows.amax(-1).nan_to_num_(posinf=0.0, neginf=0.0, nan=torch.nan)
+        exponents = torch.sub(rows, largest.unsqueeze(1), out=buffer[: len(rows)])
+        torch.sum(exponents.exp_(), -1, out=out)
+        out.log_().add_(largest)
+    return total_T
 
 
 def cross_entropy_sum(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bone_fx.adapters import bat, bone
+from bone_fx.operators.workspace import workspace
 
 JOINED_METHODS = frozenset({"bone", "bat"})
 """The methods that are computed here."""
@@ -172,7 +173,9 @@ def _acting(
     if kept is not None:
         return kept, True
     if site.method == "bat":
-        return bat.fold(weight.to(block.dtype), block).to(site.dtype), True
+        w_OI = weight.to(block.dtype)
+        out = workspace("folded", tuple(w_OI.shape), w_OI) if site.recompute else None
+        return bat.fold(w_OI, block, out).to(site.dtype), True
     same = weight.dtype == block.dtype == rows.dtype
     work = rows.shape[0] * block.shape[0] / weight.shape[1]
     if same and work > FOLD_ABOVE.get(weight.device.type, float("inf")):
@@ -210,7 +213,9 @@ def _own_gradients(
     if needs[0] or (needs[2] and site.method == "bat"):
         assert x_TI is not None
         dtype = site.dtype if site.method == "bat" else x_TI.dtype
-        dacting = dy_TO.to(dtype).t() @ x_TI.to(dtype)
+        rows, columns = dy_TO.to(dtype), x_TI.to(dtype)
+        out = None if needs[0] else workspace("gradient", tuple(weight.shape), rows)
+        dacting = torch.mm(rows.t(), columns, out=out)
     if needs[2] and site.method == "bone":
         s_TR = sums[block.shape[0]]
         dblock = (s_TR.t() @ dy_TO.to(s_TR.dtype)).to(block.dtype)
