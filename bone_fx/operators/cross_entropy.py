@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from bone_fx.operators.first_order import first_order
 from bone_fx.operators.library import register
 
 _CHUNK = 1 << 20
@@ -37,7 +38,7 @@ class CrossEntropy(torch.autograd.Function):
         return lost_T.masked_fill_(~counted, 0).sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """`softmax(x) - onehot(target)`, in one tensor."""
         logits_TV, total_T, index, counted = ctx.saved_tensors

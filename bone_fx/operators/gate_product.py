@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bone_fx.operators.first_order import first_order
 from bone_fx.operators.library import register
 
 _aten = torch.ops.aten
@@ -38,7 +39,7 @@ class GateProduct(torch.autograd.Function):
         return ACTIVATIONS[activation][0](gate) * up
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The activation is computed again."""
         gate, up = ctx.saved_tensors

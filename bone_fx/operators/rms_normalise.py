@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bone_fx.operators.first_order import first_order
 from bone_fx.operators.library import register
 
 
@@ -25,7 +26,7 @@ class RmsNormalise(torch.autograd.Function):
         return normed
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:
         """`dx = dy·s - x·s³·mean(dy·x)` with `s = 1 / sqrt(mean(x²) + eps)`."""
         x, rate = ctx.saved_tensors

@@ -11,8 +11,8 @@ After:
 
     %z = bone_fx.gate_product(%gate, %up, 'silu')
 
-The values are those of the trace; the operators say what they keep. Where the trace computes in
-half precision, nothing changes.
+The values are those of the trace; the operators say what they keep. A norm that the trace computes
+in half precision stays as it is.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "progress": set(),
     "staging": {"errors"},
     "adapters": {"errors"},
-    "operators": {"adapters"},
+    "operators": {"adapters", "errors"},
     "config": {"errors"},
     "sites": {"adapters", "config", "errors"},
     "checkpoint": {"adapters", "config", "errors", "sites"},

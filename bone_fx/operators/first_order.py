@@ -1,0 +1,53 @@
+"""Autograd functions whose backward cannot be differentiated say so when someone tries.
+
+PyTorch's `once_differentiable` says so only where the incoming gradient requires one. That of a
+loss is the constant 1, and what depends on the saved tensors would silently be left out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bone_fx.errors import UsageError
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class _Refusal(torch.autograd.Function):
+    """The gradients as they are, with a backward that raises."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> Gradients:
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Gradients:
+        raise UsageError(
+            "second derivatives of the training graph's operators are not computed",
+            expected="first derivatives only",
+            next_step="leave out create_graph=True",
+        )
+
+
+def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """Decorate the backward of an autograd function.
+
+    Under `torch.compile`, which refuses second derivatives by itself, it changes nothing.
+    """
+
+    @functools.wraps(backward)
+    def guarded(ctx: Any, *gradients: Tensor | None) -> Gradients:
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return found
+        anchor = torch.zeros((), requires_grad=True)
+        marked: Gradients = _Refusal.apply(anchor, *found)  # type: ignore[no-untyped-call]
+        return marked
+
+    return guarded
