@@ -1,0 +1,127 @@
+"""Norms and gated products become operators that keep less, where they compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from bone_fx.operators import GATE_PRODUCT, RMS_NORMALISE
+from bone_fx.passes.frame import copy_graph
+from bone_fx.passes.keep_less import keep_less
+from tests.tolerances import assert_agrees
+
+aten = torch.ops.aten
+
+
+class Function(nn.Module):
+    def __init__(self, run: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.run(x, y)
+
+
+def rate(x: Tensor) -> Tensor:
+    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+def trace(
+    run: Callable[..., Tensor], x: Tensor | None = None, y: Tensor | None = None
+) -> tuple[fx.GraphModule, tuple[Tensor, Tensor]]:
+    made = tuple(torch.randn(3, 10) if t is None else t for t in (x, y))
+    traced = torch.export.export(Function(run), made, strict=False).module(check_guards=False)
+    graph: fx.Graph = traced.graph
+    graph.set_codegen(torch.fx.graph.CodeGen())
+    return fx.GraphModule(traced, graph), made
+
+
+def operators(graph: fx.Graph) -> list[Any]:
+    return [node.target for node in graph.nodes if node.op == "call_function"]
+
+
+NORMS: dict[str, Callable[..., Tensor]] = {
+    "x first": lambda x, y: x * rate(x) * y,
+    "rate first": lambda x, y: y * (rate(x) * x),
+    "in float32 already": lambda x, y: (x.float() * rate(x.float())).to(x.dtype) * y,
+}
+GATES: dict[str, Callable[..., Tensor]] = {
+    "silu": lambda x, y: functional.silu(x) * y,
+    "silu, up first": lambda x, y: y * functional.silu(x),
+    "gelu": lambda x, y: functional.gelu(x) * y,
+    "gelu_tanh": lambda x, y: tanh_gelu(x) * y,
+    "of itself": lambda x, y: functional.silu(x) * x + y,
+}
+OTHERS: dict[str, Callable[..., Tensor]] = {
+    "the rate is read twice": lambda x, y: x * (r := rate(x)) + y * r,
+    "another dimension": lambda x, y: x * torch.rsqrt(x.pow(2).mean(0, keepdim=True) + 1e-5),
+    "a cube": lambda x, y: x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + 1e-5),
+    "the rate of another": lambda x, y: y * rate(x),
+    "an eps that is a tensor": lambda x, y: (
+        x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + y[:, :1].abs())
+    ),
+    "the activation is read twice": lambda x, y: (s := functional.silu(x)) * y + s,
+    "a gate of one column": lambda x, y: functional.silu(x[:, :1]) * y,
+    "an up of another dtype": lambda x, y: functional.silu(x) * y.double(),
+    "another activation": lambda x, y: torch.relu(x) * y,
+    "a number": lambda x, y: functional.silu(x) * 2 + y,
+}
+
+
+def assert_same(run: Callable[..., Tensor], target: Any) -> None:
+    gm, made = trace(run)
+    lean = copy_graph(gm.graph)
+    assert keep_less(lean) == 1
+    lean.lint()
+    assert operators(lean).count(target) == 1
+    assert not {aten.rsqrt.default, aten.silu.default, aten.gelu.default} & {*operators(lean)}
+    (node,) = (n for n in lean.nodes if n.target is target)
+    assert node.meta["val"].shape == (3, 10)
+    before = str(lean)
+    assert keep_less(lean) == 0
+    assert str(lean) == before
+    leaves = [tensor.requires_grad_() for tensor in made]
+    (ours,), (theirs,) = fx.GraphModule(gm, lean)(*leaves), gm(*leaves)
+    assert torch.equal(ours, theirs)
+    weights = torch.linspace(-1, 1, 30).view(3, 10)
+    for found, expected in zip(
+        torch.autograd.grad(ours, leaves, weights),
+        torch.autograd.grad(theirs, leaves, weights),
+        strict=True,
+    ):
+        assert_agrees(found, expected, "output")
+
+
+@pytest.mark.parametrize("case", NORMS)
+def test_norms_keep_one_number_a_token(case: str) -> None:
+    assert_same(NORMS[case], RMS_NORMALISE)
+
+
+@pytest.mark.parametrize("case", GATES)
+def test_gated_products_keep_their_inputs(case: str) -> None:
+    assert_same(GATES[case], GATE_PRODUCT)
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_others_are_left_alone(case: str) -> None:
+    gm, _ = trace(OTHERS[case])
+    before = str(gm.graph)
+    assert keep_less(gm.graph) == 0
+    assert str(gm.graph) == before
+
+
+def test_a_norm_in_half_precision_is_left_alone_and_a_gate_is_not() -> None:
+    half = torch.randn(3, 10).to(torch.bfloat16)
+    gm, _ = trace(NORMS["x first"], half, half)
+    assert keep_less(gm.graph) == 0
+    gm, _ = trace(GATES["silu"], half, half)
+    assert keep_less(gm.graph) == 1
