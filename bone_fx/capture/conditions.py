@@ -3,15 +3,15 @@
 While tracing, every decision that the model's code takes on a size (`if length % 2`, `if length >
 window`) becomes a condition, and a graph says nothing of the other path. The tracer also assumes of
 every size that it is not one, which is no decision of the model; so for a call with a size of one
-the conditions that only say so are passed over.
+the conditions that only say so are passed over. They are Python functions, which `torch.compile`
+traces: a compiled call has them as guards.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping
-from types import CodeType
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,42 +31,53 @@ _NOT_ONE = (" != ", " >= ")
 """Conditions that a size of one may break without another path being taken."""
 
 
-def conditions_of(program: torch.export.ExportedProgram) -> tuple[str, ...]:
-    """The conditions on sizes that a program was traced under, over `L[<argument>]`.
+@dataclass(frozen=True)
+class Conditions:
+    """Conditions on the sizes of a call.
+
+    Attributes:
+        texts: Python expressions over `L[<argument>]`.
+    """
+
+    texts: tuple[str, ...] = ()
+    _checks: tuple[Callable[[Mapping[str, Any]], bool], ...] = field(
+        init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        checks = tuple(eval(f"lambda L: {text}", dict(_NAMES)) for text in self.texts)
+        object.__setattr__(self, "_checks", checks)
+
+    def __reduce__(self) -> Any:
+        return Conditions, (self.texts,)
+
+    def require(self, given: Mapping[str, Any]) -> None:
+        """Raises `InputRefusedError` if the sizes of `given` lead the model along another path."""
+        if not self.texts:
+            return
+        tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+        with_one = any(1 in value.shape for value in tensors.values())
+        for text, check in zip(self.texts, self._checks, strict=True):
+            if with_one and any(sign in text for sign in _NOT_ONE):
+                continue
+            try:
+                holds = check(given)
+            except (NameError, ZeroDivisionError):
+                continue  # a function that only the tracer has, or a quotient that is not one
+            if not holds:
+                raise InputRefusedError(
+                    "these sizes take another path through the model than the example inputs did",
+                    expected=text.replace("L['", "").replace("']", "").replace(".size()", ".shape"),
+                    found={name: list(value.shape) for name, value in tensors.items()},
+                    next_step="capture again with example inputs of such sizes",
+                )
+
+
+def conditions_of(program: torch.export.ExportedProgram) -> Conditions:
+    """The conditions on sizes that a program was traced under.
 
     They are what `ExportedProgram.module()` would check in its `_guards_fn` (torch 2.13:
     `_guards_code`); strides are left out.
     """
-    return tuple(
-        dict.fromkeys(
-            code for code in program._guards_code if ".size()" in code and "stride" not in code
-        )
-    )
-
-
-def check_conditions(conditions: tuple[str, ...], given: Mapping[str, Any]) -> None:
-    """Raises `InputRefusedError` if the sizes of `given` lead the model along another path."""
-    if not conditions:
-        return
-    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
-    with_one = any(1 in value.shape for value in tensors.values())
-    for condition, code in zip(conditions, _compiled(conditions), strict=True):
-        if with_one and any(sign in condition for sign in _NOT_ONE):
-            continue
-        try:
-            holds = eval(code, _NAMES, {"L": given})
-        except (NameError, ZeroDivisionError):
-            continue  # a function that only the tracer has, or a quotient of sizes that is not one
-        if not holds:
-            shown = condition.replace("L['", "").replace("']", "").replace(".size()", ".shape")
-            raise InputRefusedError(
-                "these sizes take another path through the model than the example inputs did",
-                expected=shown,
-                found={name: list(value.shape) for name, value in tensors.items()},
-                next_step="capture again with example inputs of such sizes",
-            )
-
-
-@functools.lru_cache(maxsize=64)
-def _compiled(conditions: tuple[str, ...]) -> tuple[CodeType, ...]:
-    return tuple(compile(condition, "<condition on the sizes>", "eval") for condition in conditions)
+    texts = (text for text in program._guards_code if ".size()" in text and "stride" not in text)
+    return Conditions(tuple(dict.fromkeys(texts)))

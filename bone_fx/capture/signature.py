@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bone_fx.capture.conditions import check_conditions
+from bone_fx.capture.conditions import Conditions
 from bone_fx.capture.nesting import Nesting
 from bone_fx.errors import InputRefusedError, UsageError
 
@@ -83,7 +83,7 @@ class CallSignature:
     constants: Mapping[str, Any] = field(default_factory=dict)
     positional: tuple[str, ...] = ()
     largest: Mapping[str, int] = field(default_factory=dict)
-    conditions: tuple[str, ...] = ()
+    conditions: Conditions = field(default_factory=Conditions)
     ignored: tuple[str, ...] = ()
     decoder_inputs: Callable[[torch.Tensor], torch.Tensor] | None = None
 
@@ -133,7 +133,7 @@ class CallSignature:
             for leaf, shape in zip(leaves, argument.shapes, strict=True):
                 self._check_sizes(argument.name, leaf, shape, sizes)
             flat.extend(leaves)
-        check_conditions(self.conditions, given)
+        self.conditions.require(given)
         return tuple(flat)
 
     def pack(self, outputs: Any) -> Any:
@@ -213,7 +213,7 @@ class CallSignature:
         batched = [
             a for a in self.arguments if a.is_tensor and a.shapes[0] and a.shapes[0][0] == "batch"
         ]
-        rows = max((given[a.name].shape[0] for a in batched if given[a.name].dim()), default=1)
+        rows = max([1, *(given[a.name].shape[0] for a in batched if given[a.name].dim())])
         for argument in batched:
             value = given[argument.name]
             if rows > 1 and value.dim() and value.shape[0] == 1 and not value.is_floating_point():

@@ -1,0 +1,54 @@
+"""`torch.compile` of an adapted module: one graph, the losses and gradients of eager."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bone_fx
+from bone_fx.errors import InputRefusedError
+from tests.end_to_end.test_adapted import inputs, llama, stir
+from tests.tolerances import assert_agrees
+
+METHODS: dict[str, dict[str, Any]] = {
+    "bone": {"r": 16, "init_weights": True},
+    "bat": {"r": 8, "init_weights": "bat"},
+}
+
+
+def step(adapted: bone_fx.AdaptedModule, call: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    adapted.zero_grad()
+    loss = call(**inputs(), labels=inputs()["input_ids"]).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in adapted.named_parameters() if p.grad is not None}
+
+
+def compiled(adapted: bone_fx.AdaptedModule, **options: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(adapted, backend="aot_eager", **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_step_is_the_eager_one_without_a_graph_break(method: str) -> None:
+    config = bone_fx.BoneConfig(target_modules="all-linear", **METHODS[method])
+    adapted = bone_fx.adapt(llama(), config, inputs()).train()
+    stir(adapted, "default")
+    loss, gradients = step(adapted, adapted)
+    assert len(gradients) == 14
+    again, regained = step(adapted, compiled(adapted, fullgraph=True))
+    assert_agrees(again, loss, "logits")
+    for name, gradient in gradients.items():
+        assert_agrees(regained[name], gradient, "gradient")
+
+
+@pytest.mark.filterwarnings("ignore")  # dynamo says that it leaves this call to Python
+def test_sizes_that_do_not_fit_are_refused_by_a_compiled_call() -> None:
+    config = bone_fx.BoneConfig(r=16, target_modules=["q_proj"])
+    call = compiled(bone_fx.adapt(llama(), config, inputs()))
+    ids = inputs()["input_ids"]
+    call(**inputs())
+    with pytest.raises(InputRefusedError, match="disagree"):
+        call(input_ids=ids, attention_mask=torch.ones(2, 6, dtype=torch.long))
