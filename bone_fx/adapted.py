@@ -38,7 +38,7 @@ from bone_fx.passes import fold_adapters
 from bone_fx.passes.dropout import set_dropout
 from bone_fx.passes.frame import adopt_state, container, copy_module
 from bone_fx.sites import LinearSite, Refusal
-from bone_fx.training_graph import TrainingGraph, sign_as
+from bone_fx.training_graph import TrainingGraph, refuse_hidden_names, sign_as
 
 
 class AdaptedModule(TrainingGraph):
@@ -55,6 +55,7 @@ class AdaptedModule(TrainingGraph):
     _adapters: dict[str, MountedAdapter]
 
     def __init__(self, origin: Origin) -> None:
+        refuse_hidden_names(AdaptedModule, origin.graph_module)
         base = copy_module(origin.graph_module)
         if origin.freeze_base:
             for parameter in base.parameters():

@@ -43,7 +43,7 @@ class TrainingGraph(ModelGraph):
         """What `transformers.Trainer` asks: whether the loss counts `num_items_in_batch`."""
         return self._origin.loss is not None and self._origin.loss.counts_items
 
-    def layers(self) -> list[LayerGraph]:
+    def layer_modules(self) -> list[LayerGraph]:
         """The model's layers as submodules, in the order in which they run.
 
         The first call splits the graph. A layer stands where the model had it (`model.layers.0`)
@@ -99,7 +99,7 @@ class TrainingGraph(ModelGraph):
                 expected="offload=False and every_n_layers >= 1",
                 found=f"offload={offload}, every_n_layers={every_n_layers}",
             )
-        self.layers()
+        self.layer_modules()
         self._checkpointing, self._every = options, every_n_layers
         self._set_checkpointing(self)
 
@@ -167,7 +167,9 @@ class TrainingGraph(ModelGraph):
 
     def _set_split(self, split: bool) -> None:
         if self.is_sharded:
-            raise UsageError("the module is sharded", next_step="call layers() before fully_shard")
+            raise UsageError(
+                "the module is sharded", next_step="call layer_modules() before fully_shard"
+            )
         self._split = split
         self._rebuild()
 
@@ -222,6 +224,21 @@ def sign_as(module: TrainingGraph, model: nn.Module | None) -> None:
 
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     type(module)._call_model = forward  # type: ignore[method-assign]
+
+
+def refuse_hidden_names(kind: type[TrainingGraph], base: nn.Module) -> None:
+    """Refuse parts of a model that an adapted module could not reach: its verbs come first.
+
+    Raises:
+        UsageError: A module, parameter or buffer at the root has the name of an attribute.
+    """
+    own = (*base._modules, *base._parameters, *base._buffers)
+    hidden = [name for name in own if hasattr(kind, name)]
+    if hidden:
+        raise UsageError(
+            f"the model has a part called {', '.join(hidden)}, as an adapted module has a verb",
+            next_step="rename it, or adapt a module that holds the model",
+        )
 
 
 def _writes_dtype(module: nn.Module) -> bool:

@@ -31,7 +31,7 @@ def main(base: str, output: str, steps: int = 4) -> None:
     config = bone_fx.BoneConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = bone_fx.adapt(model, config, {"input_ids": rows}, gradient_checkpointing=True).train()
     mesh = init_device_mesh(device, (processes,))
-    for layer in adapted.layers():
+    for layer in adapted.layer_modules():
         fully_shard(layer, mesh=mesh)
     fully_shard(adapted, mesh=mesh)
 

@@ -55,7 +55,7 @@ def main(out: Path) -> None:
             call = DistributedDataParallel(module)
         else:
             mesh = init_device_mesh("cpu", (2,))
-            layers = module.layers()
+            layers = module.layer_modules()
             gathered: list[list[bool]] = []
             for layer in layers:
                 fully_shard(layer, mesh=mesh)

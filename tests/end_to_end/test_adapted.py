@@ -294,6 +294,23 @@ def test_statistics_of_a_training_forward_stay_out_of_the_base() -> None:
     torch.testing.assert_close(adapted.merge_and_unload()(x), expected, rtol=0, atol=1e-6)
 
 
+def test_a_body_without_its_head_is_adapted() -> None:
+    """Its layers stand at the root, under a name that many models use."""
+    body: Any = llama().model
+    adapted = bone_fx.adapt(body, CONFIG, inputs(), gradient_checkpointing=True)
+    expected = body(**inputs()).last_hidden_state
+    torch.testing.assert_close(adapted(**inputs()).last_hidden_state, expected, rtol=0, atol=1e-6)
+    assert len(adapted.layer_modules()) == 2
+
+
+def test_a_part_that_has_the_name_of_a_verb_is_refused() -> None:
+    model = torch.nn.Sequential()
+    model.fold = torch.nn.Linear(16, 16)
+    config = bone_fx.BoneConfig(r=4, target_modules=["fold"])
+    with pytest.raises(UsageError, match="called fold"):
+        bone_fx.adapt(model, config, (torch.randn(3, 16),))
+
+
 def test_a_classification_task_trains_the_head() -> None:
     from transformers import BertConfig, BertForSequenceClassification
 

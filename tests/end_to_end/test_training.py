@@ -73,12 +73,12 @@ def test_verbs_work_on_a_split_module() -> None:
     stir(adapted, "second")
     adapted.set_adapter(["default", "second"])
     assert adapted.is_gradient_checkpointing
-    assert len(adapted.layers()) == 2
+    assert len(adapted.layer_modules()) == 2
     both = logits(adapted)
     torch.testing.assert_close(logits(adapted.fold()), both, rtol=0, atol=1e-5)
     copied = copy.deepcopy(adapted)
     assert torch.equal(logits(copied), both)
-    assert all(layer.checkpointing is not None for layer in copied.layers())
+    assert all(layer.checkpointing is not None for layer in copied.layer_modules())
     adapted.set_adapter("default")
     assert torch.equal(logits(adapted), first)
     adapted.merge_adapter()
