@@ -8,7 +8,10 @@ as Bone's.
 
     python tools/bench_train.py
     python tools/bench_train.py --rounds 5 --json rows.jsonl --plot train.png
-    python tools/bench_train.py --cases floor "PEFT bone" "bone_fx bone" --steps 50
+    python tools/bench_train.py --cases "PEFT bone" "bone_fx bone" --rounds 1 --steps 50 --rate 2e-4
+
+The loss difference is the largest of all steps, relative to max(1, PEFT's loss). "Of plain" is a
+variant against the same method without it.
 """
 
 from __future__ import annotations
@@ -30,9 +33,13 @@ CASES = (
     "floor",
     "PEFT bone",
     "PEFT bat",
+    "PEFT mini",
     "PEFT lora",
     "bone_fx bone",
     "bone_fx bat",
+    "bone_fx mini",
+    "bone_fx bone, checkpointing",
+    "bone_fx bat, kept",
     "bone_fx bone, compiled",
     "bone_fx bat, compiled",
 )
@@ -46,6 +53,8 @@ COLUMNS = {
     "of_peft": "of PEFT's",
     "memory_gb": "above model, GB",
     "memory_of_peft": "of PEFT's",
+    "of_plain": "step of plain",
+    "memory_of_plain": "memory of plain",
     "loss_difference": "loss difference",
 }
 
@@ -60,6 +69,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("-r", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--base", type=Path, help="a Hugging Face folder in place of SmolLM2")
@@ -70,7 +80,7 @@ def main() -> None:
     if arguments.plot:
         _pyplot()
     base = arguments.base or smollm2(arguments.work / "smollm2")
-    shape = {name: getattr(arguments, name) for name in ("batch", "length", "r", "steps")}
+    shape = {name: getattr(arguments, name) for name in ("batch", "length", "r", "steps", "rate")}
 
     def leg(name: str) -> Callable[[], dict[str, Any]]:
         settings = {"case": name, "base": str(base), "threads": arguments.threads, **shape}
@@ -92,7 +102,7 @@ def main() -> None:
         plot(rows, arguments.plot)
 
 
-def _row(name: str, runs: dict[str, list[dict[str, Any]]], shape: dict[str, int]) -> dict[str, Any]:
+def _row(name: str, runs: dict[str, list[dict[str, Any]]], shape: dict[str, Any]) -> dict[str, Any]:
     own = runs[name]
     times = [run["step_s"] for run in own]
     row: dict[str, Any] = {"what": name, **shape}
@@ -102,7 +112,11 @@ def _row(name: str, runs: dict[str, list[dict[str, Any]]], shape: dict[str, int]
     row["memory_gb"] = min(run["memory_gb"] for run in own)
     if "floor" in runs:
         row["of_floor"] = ratios(times, [run["step_s"] for run in runs["floor"]])
-    peft = "PEFT " + name.removeprefix("bone_fx ").partition(",")[0]
+    plain = name.partition(",")[0]
+    if plain != name and plain in runs:
+        row["of_plain"] = ratios(times, [run["step_s"] for run in runs[plain]])
+        row["memory_of_plain"] = row["memory_gb"] / min(run["memory_gb"] for run in runs[plain])
+    peft = "PEFT " + plain.removeprefix("bone_fx ")
     if name.startswith("bone_fx") and peft in runs:
         theirs = runs[peft]
         row["of_peft"] = ratios(times, [run["step_s"] for run in theirs])

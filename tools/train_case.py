@@ -1,9 +1,10 @@
 """One contestant of `bench_train.py` in a process of its own; prints one JSON line.
 
     python tools/train_case.py '{"case": "bone_fx bone", "base": "folder", "threads": 2,
-                                 "batch": 4, "length": 128, "r": 64, "steps": 9}'
+                                 "batch": 4, "length": 128, "r": 64, "steps": 9, "rate": 1e-3}'
 
-Cases: `floor`, `PEFT bone|bat|lora`, `bone_fx bone|bat`, and the latter with `, compiled`.
+Cases: `floor`, `PEFT bone|bat|mini|lora`, `bone_fx bone|bat|mini`, and the latter with
+`, compiled`, `, checkpointing` or `, kept` (BAT's folded weights are kept for backward).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import statistics
 import sys
 import time
@@ -53,7 +55,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["case"] == "floor":
         params.append(nn.Parameter(torch.zeros(_block_numbers(model, settings["r"]))))
         params[-1].grad = torch.zeros_like(params[-1])
-    optimizer = torch.optim.AdamW(params, lr=1e-3)
+    optimizer = torch.optim.AdamW(params, lr=settings["rate"])
     if settings["case"].endswith("compiled"):
         net = torch.compile(net)  # type: ignore[assignment]
     gc.collect()
@@ -91,13 +93,22 @@ def contestant(case: str, model: Any, r: int, batch: dict[str, Tensor]) -> nn.Mo
         model.model.layers[0].input_layernorm.weight.requires_grad_(True)
         net: nn.Module = model
         return net
-    who, method, *_ = case.replace(",", "").split()
-    init: Any = "bat" if method == "bat" else True
+    who, method, *how = case.replace(",", "").split()
+    fields: dict[str, Any] = {"r": r, "target_modules": TARGETS, "init_weights": True}
+    if method in ("bat", "mini"):
+        fields["init_weights"] = method
+    if method == "mini":
+        fields["mini_r"] = math.gcd(r, *(m.out_features for m in _linears(model)))
     if who == "bone_fx":
         import bone_fx
 
-        config = bone_fx.BoneConfig(r=r, target_modules=TARGETS, init_weights=init)
-        return bone_fx.adapt(model, config, batch).train()
+        return bone_fx.adapt(
+            model,
+            bone_fx.BoneConfig(**fields),
+            batch,
+            gradient_checkpointing="checkpointing" in how,
+            recompute="kept" not in how,
+        ).train()
     import peft
 
     if method == "lora":
@@ -105,8 +116,8 @@ def contestant(case: str, model: Any, r: int, batch: dict[str, Tensor]) -> nn.Mo
         rank = round(_block_numbers(model, r) / sizes)
         lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
         return peft.get_peft_model(model, lora)
-    bone = peft.BoneConfig(r=r, target_modules=TARGETS, init_weights=init)
-    return peft.get_peft_model(model, bone)
+    config = peft.MissConfig if method == "mini" else peft.BoneConfig
+    return peft.get_peft_model(model, config(**fields))
 
 
 def _linears(model: nn.Module) -> list[nn.Linear]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,18 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from torch.nn import functional
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 import bone_fx
+from bone_fx.operators import lean_cross_entropy
 
 METHODS: dict[str, dict[str, Any]] = {
     "bone": {"r": 16, "init_weights": True},
@@ -38,6 +48,20 @@ def llama() -> LlamaForCausalLM:
         use_cache=False,
     )
     return LlamaForCausalLM(config)
+
+
+def phi() -> PhiForCausalLM:
+    torch.manual_seed(0)
+    config = PhiConfig(
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        use_cache=False,
+    )
+    return PhiForCausalLM(config)
 
 
 def in_peft(model: nn.Module, fields: dict[str, Any], **more: Any) -> nn.Module:
@@ -116,30 +140,50 @@ def test_heads_travel_too(tmp_path: Path) -> None:
     torch.testing.assert_close(again(**inputs).logits, adapted(**inputs).logits, rtol=0, atol=0)
 
 
+def fifty_losses(
+    who: str, model: nn.Module, fields: dict[str, Any], targets: list[str], rate: float
+) -> list[float]:
+    """Taken of the logits in float64: transformers' own loss is computed in float32."""
+    torch.manual_seed(7)
+    if who == "peft":
+        net = in_peft(model, fields, target_modules=targets, task_type="CAUSAL_LM").double()
+    else:
+        config = bone_fx.BoneConfig(target_modules=targets, **fields)
+        net = bone_fx.adapt(model, config, batch()).double()
+    net.train()
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=rate)
+    losses = []
+    for step in range(50):
+        given = batch(step % 3)
+        labels = given.pop("labels")[:, 1:].flatten()
+        logits = net(**given).logits[:, :-1].flatten(0, 1)
+        with lean_cross_entropy() if who == "ours" else nullcontext():
+            loss = functional.cross_entropy(logits, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_twenty_steps_in_float64(method: str) -> None:
+def test_fifty_steps_in_float64(method: str) -> None:
     """Same seed, data and optimizer: the same losses, so initialisation, forward and gradients
-    agree."""
-    fields = METHODS[method]
-    losses: dict[str, list[float]] = {}
-    for who in ("peft", "ours"):
-        model = llama().double()
-        torch.manual_seed(7)
-        if who == "peft":
-            net = in_peft(model, fields, target_modules=TARGETS, task_type="CAUSAL_LM").double()
-        else:
-            net = bone_fx.adapt(
-                model, bone_fx.BoneConfig(target_modules=TARGETS, **fields), batch()
-            ).double()
-        net.train()
-        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
-        losses[who] = []
-        for step in range(20):
-            loss = net(**batch(step % 3)).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[who].append(float(loss.detach()))
-    assert losses["ours"][0] - losses["ours"][-1] > 0.1
-    for ours, theirs in zip(losses["ours"], losses["peft"], strict=True):
-        assert abs(ours - theirs) <= 1e-7
+    agree, as far as Llama's norms do, which are computed in float32."""
+    ours, theirs = (
+        fifty_losses(who, llama().double(), METHODS[method], TARGETS, rate=2e-3)
+        for who in ("ours", "peft")
+    )
+    assert ours[0] - ours[-1] > 0.2
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= 1e-7
+
+
+@pytest.mark.parametrize("method", ["bone", "bat", "mini"])
+def test_fifty_steps_of_a_model_that_is_float64_throughout(method: str) -> None:
+    targets = ["q_proj", "k_proj", "v_proj", "fc1", "fc2"]
+    ours, theirs = (
+        fifty_losses(who, phi().double(), METHODS[method], targets, rate=1e-2)
+        for who in ("ours", "peft")
+    )
+    assert ours[0] - ours[-1] > 0.2
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= 1e-11
