@@ -2,8 +2,9 @@
 
 Tried with torch 2.13.0 and onnxscript 0.7.2. The public entry point decomposes every program before
 it translates it; here a prepared graph (`bone_fx.onnx.prepare`) is handed to the translator as it
-is. A graph with an operator that has no translation goes through `torch.onnx.export`, which is
-slower and equally right.
+is, and operators without a translation are decomposed one by one. What only the whole program's
+functionalization can rewrite (a view that is changed in place, a region) goes through
+`torch.onnx.export`, which is slower and equally right.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.fx import GraphModule, Node
 from bone_fx.errors import ExportError
 from bone_fx.onnx import gelu, scaled_attention
 from bone_fx.onnx.prepare import prepare
+from bone_fx.onnx.prepare.decompose import decompose_nodes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -49,6 +51,8 @@ def program_to_ir(program: ExportedProgram) -> tuple[ir.Model, str | None]:
     with _quiet():
         registry = _registry()
         prepared = prepare(program.graph_module)
+        if decompose_nodes(prepared, lambda node: _has_no_translation(node, registry)):
+            prepared = prepare(prepared)
         reason = _untranslatable(prepared, registry)
         if reason is None:
             return _translate(program, prepared, registry), None
@@ -94,8 +98,6 @@ def _contrib(
 
 def _untranslatable(graph_module: GraphModule, registry: Any) -> str | None:
     """What in a prepared graph the translator cannot take as it is."""
-    from torch.onnx._internal.exporter._dispatching import dispatch
-
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and not _is_tensor(node):
             return f"region {next(iter(node.users)).target}"
@@ -110,9 +112,19 @@ def _untranslatable(graph_module: GraphModule, registry: Any) -> str | None:
                 return f"{node.target} changes {node.args[0]} in place"
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             return f"region {node.target}"
-        if dispatch(node, registry)[0] is None:
+        if _has_no_translation(node, registry):
             return f"no translation of {node.target}"
     return None
+
+
+def _has_no_translation(node: Node, registry: Any) -> bool:
+    from torch.onnx._internal.exporter._dispatching import dispatch
+
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "onnx":
+        return False
+    return dispatch(node, registry)[0] is None
 
 
 def _is_tensor(node: Node) -> bool:

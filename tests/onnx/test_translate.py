@@ -12,6 +12,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from bone_fx.errors import CaptureError, ExportError
+from bone_fx.onnx.prepare import prepare
+from bone_fx.onnx.prepare.decompose import decompose_nodes
 from bone_fx.onnx.recipe_tensor import recipe_of
 from bone_fx.onnx.torchlib import TorchLib
 from bone_fx.onnx.translate import DECOMPOSED, translate
@@ -200,6 +202,20 @@ class Mixed(nn.Module):
         return (x.half() * x + count * 0.5).to(torch.float64) + (x > 0)
 
 
+class Untranslated(nn.Module):
+    """Operators that torchlib does not know: they have decompositions, some in several steps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.square(x) + nn.functional.huber_loss(x, 2 * x, reduction="none")
+        spread, mean = torch.var_mean(x, 1, keepdim=True)
+        return y + torch.special.entr(x.abs()) * spread - mean
+
+
+class BySize(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.shape[0]
+
+
 class Masked(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q = x[:, None]
@@ -234,6 +250,8 @@ class Regions(nn.Module):
         (InPlace(), (3, 6), False),
         (InPlaceOnView(), (3, 6), True),
         (Mixed(), (3, 6), False),
+        (Untranslated(), (3, 6), False),
+        (BySize(), (3, 6), False),
         (Masked(), (3, 7, 16), False),
         (Causal(), (3, 7, 16), False),
         (Regions(autocast=False), (3, 6), False),
@@ -248,6 +266,8 @@ class Regions(nn.Module):
         "in place",
         "in place on a view",
         "dtypes",
+        "without translation",
+        "by size",
         "masked",
         "causal",
         "regions",
@@ -265,6 +285,19 @@ def test_operators(
             x = torch.randn(batch, *shape[1:])
             (found,) = write_and_run(model, tmp_path, {"x": x})
             assert_agrees(found, module(x), "output", torch.float32)
+
+
+def test_only_what_has_no_translation_is_decomposed() -> None:
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.square(nn.functional.layer_norm(x, (6,)))
+
+    prepared = prepare(program_of(Both(), torch.randn(3, 6)).graph_module)
+    unknown = torch.ops.aten.square.default
+    assert decompose_nodes(prepared, lambda node: node.target is unknown)
+    assert not decompose_nodes(prepared, lambda node: node.target is unknown)
+    targets = [node.target for node in prepared.graph.nodes if node.op == "call_function"]
+    assert targets == [torch.ops.aten.layer_norm.default, torch.ops.aten.pow.Tensor_Scalar]
 
 
 def test_an_operator_without_translation_is_named() -> None:

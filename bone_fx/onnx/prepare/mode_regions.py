@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch.fx import GraphModule, Node
+
+from bone_fx.onnx.prepare.inlining import inline
 
 _SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
@@ -40,28 +40,4 @@ def _inline(graph_module: GraphModule, region: Node) -> None:
     assert isinstance(body_node.target, str)
     body = graph_module.get_submodule(body_node.target)
     assert isinstance(body, GraphModule)
-    graph = graph_module.graph
-    with graph.inserting_before(region):
-        copies: dict[Node, Node] = dict(
-            zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True)  # type: ignore[arg-type]
-        )
-        for node in body.graph.nodes:
-            if node.op == "get_attr":
-                path = f"{body_node.target}.{node.target}"
-                copies[node] = graph.get_attr(path)
-                copies[node].meta = dict(node.meta)
-            elif node.op not in ("placeholder", "output"):
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-    outputs = torch.fx.map_arg(body.graph.output_node().args[0], copies.__getitem__)
-    for user in list(region.users):
-        if user.target is operator.getitem:
-            assert isinstance(outputs, (list, tuple))
-            assert isinstance(user.args[1], int)
-            replacement = outputs[user.args[1]]
-            assert isinstance(replacement, Node)
-            user.replace_all_uses_with(replacement)
-            graph.erase_node(user)
-    if region.users:
-        assert isinstance(outputs, Node)
-        region.replace_all_uses_with(outputs)
-    graph.erase_node(region)
+    inline(region, body.graph, inputs, attributes=f"{body_node.target}.")

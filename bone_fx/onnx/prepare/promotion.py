@@ -37,6 +37,8 @@ def _may_promote(node: Node) -> bool:
     dtypes -= {torch.bool} if node.target._schema.name == "aten::where" else set()
     if len(dtypes) > 1:
         return True
+    if any(isinstance(a.meta.get("val"), (torch.SymInt, torch.SymFloat)) for a in operands):
+        return True
     numbers = [arg for arg in node.args if isinstance(arg, (float, torch.SymFloat))]
     (dtype,) = dtypes or {result.dtype}
     to_float = bool(numbers) or result.dtype not in (dtype, torch.bool)
