@@ -100,3 +100,9 @@ class ProviderError(BoneFxError):
     """The execution provider that was asked for cannot be had here."""
 
     exit_code = 7
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error from elsewhere, to be quoted in one of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

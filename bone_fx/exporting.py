@@ -159,7 +159,7 @@ def export(
         else:
             from bone_fx.build import build_module
 
-            build = build_module(base, example_inputs, dynamic_shapes, told)
+            build = build_module(base, example_inputs, dynamic_shapes, provider, told)
         return _finish(staging, build, folders, provider, verify, target, told)
 
 

@@ -52,7 +52,7 @@ def manifest_of(
         "activations": build.activations or build.dtype,
         "quantization": build.quantization,
         "rounding": build.rounding.report() if build.rounding is not None else None,
-        "placement": build.placement,
+        "placement": build.placement.report() if build.placement is not None else None,
         "provider": provider,
         "opset": build.opset,
         "operators": operator_counts(folder / "model.onnx"),

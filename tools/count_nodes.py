@@ -7,9 +7,11 @@ a rotary embedding that turns fewer than 16 columns stays outside the attention 
     python tools/count_nodes.py
     python tools/count_nodes.py llama gemma3_text --json
     python tools/count_nodes.py --run        # verified against eager, and run by onnxruntime-genai
+    python tools/count_nodes.py --cuda       # kernels of the graphs for CUDA, in each dtype
     python tools/count_nodes.py --builder    # count the builder's graphs anew (minutes)
 
-Exits with 1 if one has more nodes than its limit, is refused, or, with `--run`, is not its model.
+Exits with 1 if one has more nodes than its limit, is refused, or, with `--run`, is not its model,
+or, with `--cuda`, has a node without a CUDA kernel.
 """
 
 from __future__ import annotations
@@ -75,11 +77,15 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME")
     parser.add_argument("--json", action="store_true", help="one JSON line an architecture")
     parser.add_argument("--run", action="store_true", help="verify and run each model")
+    parser.add_argument("--cuda", action="store_true", help="look up CUDA kernels of each graph")
     parser.add_argument("--builder", action="store_true", help="build and count, where it works")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.names:
         rows.append(row_of(name, run=arguments.run, builder=arguments.builder))
+        if arguments.cuda:
+            rows[-1]["on_cpu"] = without_kernel(name)
+            rows[-1]["passes"] &= not rows[-1]["on_cpu"]
         if arguments.json:
             print(json.dumps(rows[-1]), flush=True)
     if not arguments.json:
@@ -107,6 +113,24 @@ def row_of(name: str, *, run: bool, builder: bool) -> dict[str, Any]:
     except BoneFxError as error:
         row["refused"] = str(error).splitlines()[0]
     return row
+
+
+def without_kernel(name: str) -> str:
+    """What in the graphs for CUDA would run on the CPU; empty if only computations on shapes."""
+    import torch
+
+    from bone_fx.build.checkpoint import NO_BIAS, NO_FP32_KERNEL
+    from bone_fx.capture.deployment import capture_decoder
+    from bone_fx.onnx.placement import place
+
+    model, found = model_of(name, FEW), []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        skeleton = _tests.skeleton_of(model, dtype)
+        unfused = NO_FP32_KERNEL if dtype == torch.float32 else None
+        capture = capture_decoder(skeleton, unfused=unfused, unbiased=NO_BIAS)
+        missing = place(_tests.onnx_of(capture, model)).missing.values()
+        found += [f"{dtype}: {operator}, {reason}" for operator, reason in sorted(set(missing))]
+    return "; ".join(found)
 
 
 def limit_of(name: str, *, builder: bool) -> Limit:

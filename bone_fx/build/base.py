@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from bone_fx.onnx.placement import Placement, place
 from bone_fx.onnx.torch_exporter import OPSET
 from bone_fx.onnx.writer import write_model
 from bone_fx.progress import Progress
@@ -25,7 +26,7 @@ class Build:
         architecture: Class name of what was captured.
         dtype: Dtype of weights, and of activations unless the weights are quantized.
         activations: Dtype of activations; empty if it is `dtype`.
-        placement: For CUDA, operators without a kernel there and how many nodes they have.
+        placement: For CUDA, where each node runs; None for a graph for the CPU.
         quantization: What was quantized and how; None for a float export.
         base_name: Name of the base, without its path.
         notes: What a person should know.
@@ -42,13 +43,22 @@ class Build:
     opset: int = OPSET
     activations: str = ""
     quantization: dict[str, Any] | None = None
-    placement: dict[str, int] | None = None
+    placement: Placement | None = None
     rounding: Rounding | None = None
     written: dict[str, str] = field(default_factory=dict)
 
     def base_files(self) -> dict[str, str]:
         """SHA-256 of the base's weight files by name."""
         return {}
+
+    def place_on_cuda(self, next_step: str) -> None:
+        """Find out where each node runs.
+
+        Raises:
+            ExportError: One has no CUDA kernel.
+        """
+        self.placement = place(self.model)
+        self.placement.require_kernels(next_step)
 
     def write(self, folder: Path, told: Progress) -> None:
         """Write the model, and what stands beside it, into a folder."""

@@ -15,7 +15,6 @@ from bone_fx.build.base import Build
 from bone_fx.build.options import DTYPES, BuildOptions
 from bone_fx.build.plan import Adapters, Plan, adapted_sites, heads_and_class
 from bone_fx.errors import UsageError
-from bone_fx.onnx.kernels import without_cuda_kernel
 from bone_fx.onnx.quantize import Quantization, QuantizeWeights
 from bone_fx.onnx.translate import translate
 from bone_fx.onnx.writer import write_model
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from bone_fx.capture.loading import BaseCheckpoint
 
 NO_FP32_KERNEL = "GroupQueryAttention has no fp32 kernel on CUDA: attention is written out"
+NO_BIAS = "GroupQueryAttention takes no bias on CUDA: attention is written out"
 
 
 @dataclass
@@ -170,7 +170,7 @@ def build_checkpoint(
         "rounding": rounding,
     }
     if _generates(model):
-        built = _build_decoder(model, recipes, common, options.last_token_logits, told)
+        built = _build_decoder(model, recipes, common, options, told)
     elif options.last_token_logits:
         raise UsageError(
             f"last_token_logits is for decoders, and {architecture.__name__} is none",
@@ -187,12 +187,9 @@ def build_checkpoint(
         )
     if options.quantization is not None:
         _quantize(built, options.quantization, told)
-    if options.provider == "cuda":
-        built.placement = without_cuda_kernel(built.model, options.activations)
-        built.notes += [
-            f"{count} {name} without a CUDA kernel: ONNX Runtime runs it on the CPU"
-            for name, count in built.placement.items()
-        ]
+    if options.provider == "cuda" and options.rounded is None:
+        other = "--provider cpu" if options.activations == "fp32" else "--dtype fp32"
+        built.place_on_cuda(f"export with {other}")
     return built
 
 
@@ -229,16 +226,18 @@ def _build_decoder(
     model: PreTrainedModel,
     recipes: Mapping[str, Recipe],
     common: dict[str, Any],
-    last_token_logits: bool,
+    options: BuildOptions,
     told: Progress,
 ) -> CheckpointBuild:
     from bone_fx.capture.deployment import capture_decoder
 
-    fused = (common["provider"], common["activations"]) != ("cuda", "fp32")
+    cuda = options.provider == "cuda"
+    in_fp32 = options.activations == "fp32" and options.rounded is None
     capture = capture_decoder(
         model,
-        unfused=None if fused else NO_FP32_KERNEL,
-        last_token_logits=last_token_logits,
+        unfused=NO_FP32_KERNEL if cuda and in_fp32 else None,
+        unbiased=NO_BIAS if cuda else None,
+        last_token_logits=options.last_token_logits,
     )
     told.stage("translate to ONNX")
     known = {

@@ -37,9 +37,13 @@ class ModuleBuild(Build):
 
 
 def build_module(
-    base: object, example_inputs: Any, dynamic_shapes: Any, told: Progress
+    base: object, example_inputs: Any, dynamic_shapes: Any, provider: str, told: Progress
 ) -> ModuleBuild:
-    """Capture a module, graph or program of the user's own with the weights it has."""
+    """Capture a module, graph or program of the user's own with the weights it has.
+
+    Raises:
+        ExportError: For CUDA, an operator has no kernel there.
+    """
     from bone_fx.adapted import AdaptedModule
     from bone_fx.capture.forward import capture_forward
     from bone_fx.onnx.forward_model import forward_model
@@ -58,8 +62,8 @@ def build_module(
         )
     capture = capture_forward(base, example_inputs, dynamic_shapes=dynamic_shapes)
     told.stage("translate to ONNX")
-    translated = forward_model(capture)
-    return ModuleBuild(
+    translated = forward_model(capture, skip_norms=provider == "cuda")
+    build = ModuleBuild(
         translated,
         "module",
         architecture=type(base).__name__,
@@ -69,6 +73,9 @@ def build_module(
         call=_evaluated(base.module() if isinstance(base, ExportedProgram) else base),
         example=example_inputs,
     )
+    if provider == "cuda":
+        build.place_on_cuda("export for the CPU, or replace the operator in the module")
+    return build
 
 
 def _evaluated(module: nn.Module) -> Callable[..., Any]:

@@ -29,7 +29,8 @@ class BuildOptions:
         embeddings: `keep`, `int4` or `int8`; None keeps them unless they are tied to a quantized
             head, which then serves both.
         last_token_logits: Give a decoder's logits of each text's last token only.
-        rounded: Round every weight to this dtype on its way to `dtype`.
+        rounded: Round every weight to this dtype on its way to `dtype`: a twin of a graph in that
+            dtype, of the same operators, to verify it where there are no kernels for it.
     """
 
     dtype: str = "fp32"

@@ -196,9 +196,11 @@ class AttentionEmitter:
         past: tuple[Tensor, Tensor],
         sinks: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        query, new_key, new_value = qkv
-        present_key = torch.cat((past[0], new_key), dim=2)
-        present_value = torch.cat((past[1], new_value), dim=2)
+        query = qkv[0]
+        present_key, present_value = (
+            torch.cat((_of_shape(old, new), new), dim=2)
+            for old, new in zip(past, qkv[1:], strict=True)
+        )
         groups = facts.heads // facts.kv_heads
         key = present_key.repeat_interleave(groups, dim=1) if groups > 1 else present_key
         value = present_value.repeat_interleave(groups, dim=1) if groups > 1 else present_value
@@ -220,6 +222,17 @@ class AttentionEmitter:
                 self._mask_BT, query.shape[2], window=window, dtype=query.dtype
             )
         return self._biases[window]
+
+
+def _of_shape(past: Tensor, new: Tensor) -> Tensor:
+    """The past, or zeros where its heads were guessed wrong, so that the trace gets to the end.
+
+    What heads there are is known then, and the next trace has a past that fits.
+    """
+    batch, heads, _, size = new.shape
+    if past.shape[1] == heads and past.shape[3] == size:
+        return past
+    return new.new_zeros(batch, heads, past.shape[2], size)
 
 
 def causal_bias(

@@ -57,7 +57,7 @@ from bone_fx.capture.while_traced import (
     without_remarks,
 )
 from bone_fx.capture.write_attention import write_attention, write_out_attention
-from bone_fx.errors import BoneFxError, CaptureError
+from bone_fx.errors import BoneFxError, CaptureError, first_line
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ def capture_decoder(
     *,
     context_length: int | None = None,
     unfused: str | None = None,
+    unbiased: str | None = None,
     stamp: bool = True,
     last_token_logits: bool = False,
 ) -> DecoderCapture:
@@ -145,6 +146,7 @@ def capture_decoder(
             max_position_embeddings.
         unfused: Why attention is written out in plain operators; None for GroupQueryAttention
             wherever it can be.
+        unbiased: Why attention with a bias, such as ALiBi, is written out; None for the operator.
         stamp: Trace equal layers once. The graph is the same without, and takes longer.
         last_token_logits: Give the logits of each text's last token only, [B, 1, vocabulary].
 
@@ -162,7 +164,7 @@ def capture_decoder(
     experts = FUSED
     own: OwnAttention | None = None
     for _ in range(6):
-        choices = _Choices(unfused, stamp, last_token_logits, experts, own)
+        choices = _Choices(unfused, unbiased, stamp, last_token_logits, experts, own)
         try:
             with old_objects_left_alone():
                 return _Capture(model, text_config, horizon, shapes, choices).run()
@@ -172,6 +174,7 @@ def capture_decoder(
             experts = BATCHED
         except _OwnAttentionError as found:
             own = found.own
+            unfused = unfused or own.plain
     raise CaptureError(
         "the shapes of the key/value cache depend on the cache",
         found=str(shapes[:4]),
@@ -188,6 +191,7 @@ class _Choices:
     """
 
     unfused: str | None
+    unbiased: str | None
     stamp: bool
     last_token_logits: bool
     experts: str
@@ -354,6 +358,8 @@ class _Capture:
             return
         found = {r.layer: recognise(program, r, self.horizon) for r in regions}
         why = {layer.plain for layer in self.emitter_of["now"].layers if layer.plain}
+        if self.choices.unbiased and any(c.bias is not None for c in found.values()):
+            why.add(self.choices.unbiased)
         raise _OwnAttentionError(OwnAttention(same_tables(found), min(why, default=None)))
 
     def _limits(self) -> list[str]:
@@ -389,11 +395,6 @@ class _Capture:
                 self.emitter_of["now"].cache.refuse_waiting()
             name = type(self.model).__name__
             raise CaptureError(
-                f"{name} cannot be captured as a decoder: {_first_line(error)}",
+                f"{name} cannot be captured as a decoder: {first_line(error)}",
                 expected="a forward without decisions that depend on the data",
             ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -15,7 +15,7 @@ from bone_fx.capture.examples import Examples
 from bone_fx.capture.flat_forward import flat_forward
 from bone_fx.capture.modes import settings_to_blame
 from bone_fx.capture.patches import is_transformers_model, traceable
-from bone_fx.errors import CaptureError
+from bone_fx.errors import CaptureError, first_line
 
 DynamicShapes = Mapping[str, Any] | Sequence[Any]
 
@@ -59,7 +59,7 @@ def trace(
         return Trace(program, choice, notes)
     assert first is not None
     raise CaptureError(
-        f"{type(model).__name__} cannot be captured: {_first_line(first)}",
+        f"{type(model).__name__} cannot be captured: {first_line(first)}",
         next_step=settings_to_blame(model)
         or "see the error that this one comes from for the line in the model",
     ) from first
@@ -106,14 +106,14 @@ def _fixed(examples: Examples, program: ExportedProgram, reason: Exception) -> l
     placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
     notes: list[str] = []
     if not examples.varying:
-        return [f"every size is fixed at the example's: {_first_line(reason)}"]
+        return [f"every size is fixed at the example's: {first_line(reason)}"]
     for name, dimensions in examples.varying.items():
         node = placeholders.get(name)
         value = None if node is None else node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             continue
         notes.extend(
-            f"dimension {axis} of {name} ({role}) is fixed at {fixed}: {_first_line(reason)}"
+            f"dimension {axis} of {name} ({role}) is fixed at {fixed}: {first_line(reason)}"
             for axis, role in dimensions.items()
             if (fixed := fixed_size(value.shape[axis])) is not None
         )
@@ -123,8 +123,3 @@ def _fixed(examples: Examples, program: ExportedProgram, reason: Exception) -> l
 def fixed_size(size: int | torch.SymInt) -> int | None:
     """The size, if the trace fixed it: a number, or a symbol that can only be one number."""
     return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

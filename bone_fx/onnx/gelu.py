@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnx_ir as ir
 import torch
+
+_KERNELS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 GELU = torch.ops.aten.gelu.default
 
@@ -17,10 +20,9 @@ def translations(torchlib: Any, contrib: Callable[..., Any]) -> dict[Any, Callab
         torchlib: Torchlib's translation, which still takes dtypes without a kernel.
         contrib: Records an operator of ONNX Runtime's own: (op_type, inputs, attributes, dtype).
     """
-    import onnx_ir as ir
 
     def gelu(self: Any, approximate: str = "none") -> Any:
-        if self.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+        if self.dtype not in _KERNELS:
             return torchlib(self, approximate)
         kind = "FastGelu" if approximate == "tanh" else "Gelu"
         return contrib(kind, [self], {}, self.dtype)

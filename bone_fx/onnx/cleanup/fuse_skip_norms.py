@@ -7,7 +7,7 @@ import onnx_ir as ir
 from bone_fx.onnx.cleanup.shapes import equal_shapes
 
 CONTRIB = "com.microsoft"
-_KERNELS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+_KERNELS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 class FuseSkipNorms(ir.passes.InPlacePass):

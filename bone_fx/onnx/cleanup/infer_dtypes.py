@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import onnx
 import onnx_ir as ir
@@ -22,13 +23,24 @@ class InferDtypes(ir.passes.InPlacePass):
         modified = False
         for node in model.graph:
             for index, output in enumerate(node.outputs):
-                if output.dtype is None and (dtype := _dtype(node, index)) is not None:
+                if output.dtype is None and (dtype := inferred_dtype(node, index)) is not None:
                     output.dtype = dtype
                     modified = True
         return ir.passes.PassResult(model, modified)
 
 
-def _dtype(node: ir.Node, index: int) -> ir.DataType | None:
+def inferred_dtype(
+    node: ir.Node,
+    index: int,
+    known: Callable[[ir.Value], ir.DataType | None] = lambda value: value.dtype,
+) -> ir.DataType | None:
+    """The dtype of an output as the operator's schema gives it; None if it does not say.
+
+    Args:
+        node: A node of the default domain; others have no schema here.
+        index: Place of the output.
+        known: Dtype of an input.
+    """
     if node.domain != "":
         return None
     if node.op_type == "Cast":
@@ -42,8 +54,10 @@ def _dtype(node: ir.Node, index: int) -> ir.DataType | None:
     letter = schema.outputs[min(index, len(schema.outputs) - 1)].type_str
     for place, value in enumerate(node.inputs):
         formal = schema.inputs[min(place, len(schema.inputs) - 1)]
-        if formal.type_str == letter and value is not None and value.dtype is not None:
-            return value.dtype
+        if formal.type_str != letter or value is None:
+            continue
+        if (dtype := known(value)) is not None:
+            return dtype
     allowed = next(
         (c.allowed_type_strs for c in schema.type_constraints if c.type_param_str == letter),
         [letter],

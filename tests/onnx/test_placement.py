@@ -1,0 +1,156 @@
+"""Graphs for CUDA are made of operators that have kernels there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+)
+
+import bone_fx
+from bone_fx.build.checkpoint import NO_BIAS, NO_FP32_KERNEL
+from bone_fx.capture.deployment import capture_decoder
+from bone_fx.errors import ExportError
+from bone_fx.onnx.placement import SHAPES, place
+from tests.capture.decoders import DECODERS
+from tests.capture.decoding import differences, onnx_of, session_of, skeleton_of
+
+GQA = "com.microsoft::GroupQueryAttention"
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+ROW = {row.name: row for row in DECODERS}
+UNUSUAL = (
+    *("llama_head_20", "phi_narrow", "stablelm_qk_norm", "cohere_qk_norm", "opt", "olmo"),
+    *("nemotron", "phi3_longrope_short", "gpt_oss"),
+)
+"""Rows that between them hold the operators of all; the tool count_nodes looks at every row."""
+
+
+def built(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if name == "bert":
+        return BertForSequenceClassification(BertConfig(**SMALL))
+    config = {
+        "llama": LlamaConfig(**SMALL, num_key_value_heads=2, head_dim=16),
+        "gemma": GemmaConfig(**SMALL, num_key_value_heads=2, head_dim=16),
+        "gpt2": GPT2Config(vocab_size=64, n_positions=64, n_embd=64, n_layer=2, n_head=4),
+    }[name]
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llama", "fp16"),
+        ("llama", "int4"),
+        ("gemma", "fp32"),
+        ("gpt2", "bf16"),
+        ("bert", "fp16"),
+        ("bert", "bf16"),
+    ],
+)
+def test_an_export_says_where_each_node_runs(name: str, dtype: Any, tmp_path: Path) -> None:
+    built(name).save_pretrained(tmp_path / "base")
+    result = bone_fx.export(
+        tmp_path / "base",
+        output=tmp_path / "out",
+        dtype=dtype,
+        provider="cuda",
+        verify_on="cpu",
+    )
+    assert result.verified
+    placement = json.loads((tmp_path / "out/bone_export.json").read_text())["placement"]
+    nodes = {node.name: node.op_type for node in ir.load(tmp_path / "out/model.onnx").graph}
+    on_cpu = placement["on_cpu"]
+    assert placement["on_cuda"] + len(on_cpu) == len(nodes)
+    assert on_cpu == {node: nodes[node] for node in on_cpu}
+    assert placement["reason_on_cpu"] == SHAPES
+    if name != "bert":
+        assert (GQA in result.manifest["operators"]) == (dtype != "fp32")
+        assert (NO_FP32_KERNEL in result.manifest["notes"]) == (dtype == "fp32")
+
+
+def placement_of(name: str, dtype: torch.dtype) -> Any:
+    model = ROW[name].build()
+    capture = capture_decoder(
+        skeleton_of(model, dtype),
+        unfused=NO_FP32_KERNEL if dtype == torch.float32 else None,
+        unbiased=NO_BIAS,
+    )
+    return place(onnx_of(capture, model))
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_decoders_in_bf16(name: str) -> None:
+    """No dtype has fewer kernels; what is computed in another one is looked up by that."""
+    assert not placement_of(name, torch.bfloat16).missing
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "phi3_longrope_short", "gpt_neox"])
+def test_unusual_decoders_in_fp32(name: str) -> None:
+    assert not placement_of(name, torch.float32).missing
+
+
+def test_alibi_is_written_out_for_cuda() -> None:
+    model = ROW["bloom"].build()
+    capture = capture_decoder(skeleton_of(model, torch.float16), unbiased=NO_BIAS)
+    translated = onnx_of(capture, model.half().float())
+    assert not place(translated).missing
+    assert NO_BIAS in capture.notes
+    assert not capture.share_buffer
+    assert max(differences(model, capture, session_of(translated)).values()) < 3e-2
+
+
+def test_a_node_without_a_kernel_is_an_error(tmp_path: Path) -> None:
+    class Bits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x & 3
+
+    with pytest.raises(ExportError, match=r"BitwiseAnd \(\w+\): no CUDA kernel is known") as error:
+        bone_fx.export(
+            Bits(),
+            output=tmp_path / "out",
+            provider="cuda",
+            verify_on="cpu",
+            example_inputs=(torch.arange(6).reshape(2, 3),),
+        )
+    assert error.value.next_step
+    assert not (tmp_path / "out").exists()
+
+
+def graph_of(*nodes: ir.Node) -> ir.Model:
+    graph = ir.Graph(list(nodes[0].inputs), nodes[-1].outputs, nodes=nodes, opset_imports={"": 18})  # type: ignore[arg-type]
+    return ir.Model(graph, ir_version=10)
+
+
+def test_each_node_is_looked_up_by_its_own_dtype() -> None:
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.BFLOAT16))
+    wide = ir.node("Cast", [x], {"to": ir.DataType.FLOAT}, name="wide")
+    good = ir.node("ReduceMean", wide.outputs, name="good")
+    bad = ir.node("ReduceMean", [x], name="bad")
+    shape = ir.node("Shape", [x], name="shape")
+    on_shape = ir.node("BitwiseNot", shape.outputs, name="on_shape")
+    found = place(graph_of(wide, good, bad, shape, on_shape))
+    assert found.missing == {"bad": ("ReduceMean", "no CUDA kernel for bfloat16")}
+    assert found.shapes == {"shape": "Shape", "on_shape": "BitwiseNot"}
+    assert found.on_cuda == 2
