@@ -1,9 +1,10 @@
-"""An encoder through ONNX Runtime on the CPU: our graph and another one of the same model.
+"""An encoder through ONNX Runtime on the CPU: our graph and the one of ONNX Runtime's optimizer.
 
-The other one is, say, what `onnxruntime.transformers.optimizer` makes of an unlowered export. Runs
-are interleaved in one process; half of the first sentence is padding.
+The other graph is what `onnxruntime.transformers.optimizer` makes of an ordinary export by
+`torch.onnx` of the same weights, unless one is given. Runs are interleaved in one process; half of
+the first sentence is padding.
 
-    python tools/bench_encoder.py OURS/model.onnx OTHER.onnx
+    python tools/bench_encoder.py OURS/model.onnx BASE
     python tools/bench_encoder.py OURS/model.onnx OTHER.onnx --threads 1 --rounds 9 --json r.jsonl
 """
 
@@ -13,10 +14,12 @@ import argparse
 import time
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnxruntime as ort
 from benching import count_nodes, interleave, ratios, report, spread
+from building import optimized_encoder
 from rich.console import Console
 
 SHAPES = ((1, 16), (8, 128), (32, 64))
@@ -34,11 +37,19 @@ def main() -> None:
     """Measure every shape and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ours", type=Path)
-    parser.add_argument("other", type=Path)
+    parser.add_argument("other", type=Path, help="a model file, or the base's folder")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        if given.other.is_dir():
+            given.other = optimized_encoder(given.other, Path(folder))
+        compare(given)
+
+
+def compare(given: argparse.Namespace) -> None:
+    """Measure both graphs."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = given.threads
     providers = ["CPUExecutionProvider"]
