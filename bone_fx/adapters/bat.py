@@ -57,6 +57,11 @@ def fold(w_OI: Tensor, b_ARR: Tensor, out: Tensor | None = None) -> Tensor:
     return folded.add_(b_ARR.unsqueeze(2)).view(out_features, in_features)
 
 
+def fold_(w_OI: Tensor, b_ARR: Tensor) -> Tensor:
+    """The same in place of a contiguous weight; the product still needs a second one."""
+    return w_OI.copy_(fold(w_OI, b_ARR))
+
+
 def part(b_ARR: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
     """The blocks of some rows of the weight, a multiple of R of them, with all columns."""
     r = b_ARR.shape[-1]

@@ -41,6 +41,11 @@ def fold(w_OI: Tensor, d_RO: Tensor) -> Tensor:
     return torch.cat([folded, tail], dim=1)
 
 
+def fold_(w_OI: Tensor, d_RO: Tensor) -> Tensor:
+    """The same in place of a contiguous weight."""
+    return spread_sums_(w_OI, d_RO.t().contiguous())
+
+
 def delta(w_OI: Tensor, d_RO: Tensor) -> Tensor:
     """`W' - W`, `[O, I]`; it does not depend on the weight's values."""
     return fold(torch.zeros_like(w_OI), d_RO)

@@ -29,6 +29,7 @@ class Method:
         refusal: `(I, O, R, M) -> reason` why the block cannot fit such a layer, or None if it can.
         fold: `(w_OI, block) -> W'_OI`, out of place, differentiable, in the dtype the operands
             promote to.
+        fold_: The same in place of a contiguous weight, which is returned; not differentiable.
         term: `(x_TI, block, O) -> y_TO`, what an additive method adds to the base product without
             folding; None for methods that act on the weight.
         delta: `(w_OI, block) -> W' - W`, without the cancellation of subtracting.
@@ -42,6 +43,7 @@ class Method:
     block_shape: BlockShape
     refusal: Refusal
     fold: Fold
+    fold_: Fold
     term: Term | None
     delta: Fold
     part: Part

@@ -42,6 +42,11 @@ def fold(w_OI: Tensor, d_RM: Tensor) -> Tensor:
     return bone.fold(w_OI, widen(d_RM, w_OI.shape[0]))
 
 
+def fold_(w_OI: Tensor, d_RM: Tensor) -> Tensor:
+    """The same in place of a contiguous weight."""
+    return bone.fold_(w_OI, widen(d_RM, w_OI.shape[0]))
+
+
 def delta(w_OI: Tensor, d_RM: Tensor) -> Tensor:
     """`W' - W`, `[O, I]`; it does not depend on the weight's values."""
     return bone.delta(w_OI, widen(d_RM, w_OI.shape[0]))

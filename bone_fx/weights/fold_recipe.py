@@ -11,12 +11,13 @@ from torch import Tensor
 
 from bone_fx.adapters import METHODS
 from bone_fx.errors import FoldError
-from bone_fx.weights.boxes import Box, bands
+from bone_fx.weights.boxes import Box, bands, sizes
 from bone_fx.weights.recipes import BAND_BYTES, Recipe, dtype_name, is_finite
 from bone_fx.weights.rounding import Rounding
+from bone_fx.weights.scratch import put, scratch
 
 _SAMPLED = 8
-"""What a cast costs is measured on one of so many parts."""
+"""What a cast costs is measured on the first of so many shares of every part's outputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,11 @@ class FoldPart:
         """The part as the weight is stored."""
         box = (self.outputs, self.inputs)
         return box[::-1] if self.transposed else box
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of outputs and of inputs."""
+        return self.outputs[1] - self.outputs[0], self.inputs[1] - self.inputs[0]
 
     def of_block(self, method: str, block: Tensor) -> Tensor:
         """The block that does to the part what `block` does to the whole weight."""
@@ -95,13 +101,16 @@ class Fold(Recipe):
         """
         outputs, inputs = reversed(at) if self.transposed else at
         target = out.t() if self.transposed else out
-        for number, part in enumerate(self.parts(BAND_BYTES, outputs, inputs)):
+        for part in self.parts(BAND_BYTES, outputs, inputs):
             start, stop = max(part.outputs[0], outputs[0]), min(part.outputs[1], outputs[1])
-            kept = self._folded(part, sample=number % _SAMPLED == 0)[
-                start - part.outputs[0] : stop - part.outputs[0],
-                inputs[0] - part.inputs[0] : inputs[1] - part.inputs[0],
-            ]
-            target[start - outputs[0] : stop - outputs[0]].copy_(kept)
+            place = target[start - outputs[0] : stop - outputs[0]]
+            with scratch(part.shape, self.to) as result:
+                self._fold(part, result)
+                kept = result[
+                    start - part.outputs[0] : stop - part.outputs[0],
+                    inputs[0] - part.inputs[0] : inputs[1] - part.inputs[0],
+                ]
+                put(kept, place)
 
     def parts(
         self,
@@ -124,24 +133,38 @@ class Fold(Recipe):
         additive = all(METHODS[step.method].additive for step in self.steps)
         return self.base.cuts(dim) and (along_outputs or additive)
 
-    def _folded(self, part: FoldPart, *, sample: bool) -> Tensor:
-        """A part `[outputs, inputs]` of the folded weight in the dtype of the result."""
-        stored = self.base.part(part.stored).float()
-        weight = w_OI = stored.t() if self.transposed else stored
-        for step in self.steps:
-            w_OI = METHODS[step.method].fold(w_OI, part.of_block(step.method, step.block).float())
-        result = w_OI.to(self.to)
-        if not is_finite(result):
-            raise FoldError(
-                f"folding {self._blocks()} into {self.site} gives values that are not finite",
-                expected=f"finite weights in {dtype_name(self.to)}",
-                found=self._blame(weight, w_OI),
-                next_step="check the adapter's training, or export in fp32",
-            )
-        if sample and self.rounding is not None and self.rounding.to == self.to:
-            corner = (part.outputs[0], part.inputs[0])
-            self.rounding.measure(self.site, corner, weight, w_OI, result)
-        return result
+    def _fold(self, part: FoldPart, result: Tensor) -> None:
+        """Compute a part `[outputs, inputs]` of the folded weight in the dtype of the result."""
+        with scratch(part.shape, torch.float32) as w_OI:
+            self._read(part, w_OI)
+            sample = slice(-(-part.shape[0] // _SAMPLED))
+            measures = self.rounding is not None and self.rounding.to == self.to
+            before = w_OI[sample].clone() if measures else None
+            for step in self.steps:
+                METHODS[step.method].fold_(
+                    w_OI, part.of_block(step.method, step.block.detach()).float()
+                )
+            result.copy_(w_OI)
+            if not is_finite(result):
+                raise FoldError(
+                    f"folding {self._blocks()} into {self.site} gives values that are not finite",
+                    expected=f"finite weights in {dtype_name(self.to)}",
+                    found=self._blame(part, w_OI),
+                    next_step="check the adapter's training, or export in fp32",
+                )
+            if before is not None and self.rounding is not None:
+                corner = (part.outputs[0], part.inputs[0])
+                self.rounding.measure(self.site, corner, before, w_OI[sample], result[sample])
+
+    def _read(self, part: FoldPart, w_OI: Tensor) -> None:
+        """Read a part `[outputs, inputs]` of the weight before the fold, in float32."""
+        with scratch(sizes(part.stored), self.base.dtype) as stored:
+            self.base.fill(stored, part.stored)
+            if not self.transposed:
+                w_OI.copy_(stored)
+                return
+            with scratch(stored.shape, torch.float32) as exact:
+                w_OI.copy_(exact.copy_(stored).t())
 
     def describe(self) -> str:  # noqa: D102 - documented on Recipe
         folds = " -> ".join(f"fold {step.method}({step.adapter})" for step in self.steps)
@@ -156,8 +179,8 @@ class Fold(Recipe):
             f"{step.method} block of adapter {step.adapter!r}" for step in self.steps
         )
 
-    def _blame(self, weight: Tensor, folded: Tensor) -> str:
-        if not torch.isfinite(weight).all():
+    def _blame(self, part: FoldPart, folded: Tensor) -> str:
+        if not torch.isfinite(self.base.part(part.stored)).all():
             return "NaN or Inf in the base weight"
         for step in self.steps:
             if not torch.isfinite(step.block).all():

@@ -18,12 +18,13 @@ from torch import Tensor
 from bone_fx.errors import BaseModelError
 from bone_fx.weights.boxes import Box, bands, sizes, whole, within
 from bone_fx.weights.safetensors_file import TensorEntry, read_part
+from bone_fx.weights.scratch import contiguous, convert, scratch
 
 Order = tuple[int, str, int]
 _WITHOUT_FILE: Order = (1, "", 0)
 
-BAND_BYTES = 1 << 20
-"""What a step works on at a time: so much stays in a core's cache."""
+BAND_BYTES = 2 << 20
+"""What a step works on at a time: little enough for a core's caches, enough for long vectors."""
 
 
 class CastOverflowError(Exception):
@@ -102,11 +103,10 @@ class Read(Recipe):
         return self.entry.dtype
 
     def fill(self, out: Tensor, at: Box) -> None:  # noqa: D102 - documented on Recipe
-        if out.is_contiguous():
-            read_part(self.path, self.entry, at, out)
-            return
-        for band in bands(at, BAND_BYTES, self.dtype.itemsize):
-            out[within(band, at)].copy_(self.part(band))
+        whole_or_bands = [at] if out.is_contiguous() else bands(at, BAND_BYTES, self.dtype.itemsize)
+        for band in whole_or_bands:
+            with contiguous(out[within(band, at)]) as values:
+                read_part(self.path, self.entry, band, values)
 
     def cuts(self, dim: int) -> bool:  # noqa: D102 - documented on Recipe
         return True
@@ -208,11 +208,12 @@ class Cast(Recipe):
             Transpose(Cast(turned.recipe, self.to), turned.permutation).fill(out, at)
             return
         for band in bands(at, BAND_BYTES, self.recipe.dtype.itemsize) if self.cuts(0) else [at]:
-            before = self.recipe.part(band)
-            after = before.to(self.to)
-            if self.to.itemsize < 4 and not is_finite(after) and is_narrowed(before, after):
-                raise CastOverflowError
-            out[within(band, at)].copy_(after)
+            place = out[within(band, at)]
+            with scratch(place.shape, self.recipe.dtype) as before, contiguous(place) as after:
+                self.recipe.fill(before, band)
+                convert(before, after)
+                if self.to.itemsize < 4 and not is_finite(after) and is_narrowed(before, after):
+                    raise CastOverflowError
 
     def cuts(self, dim: int) -> bool:  # noqa: D102 - documented on Recipe
         return self.recipe.cuts(dim)

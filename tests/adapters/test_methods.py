@@ -61,6 +61,10 @@ def test_fold_is_the_definition(method: str, in_features: int, out_features: int
     torch.testing.assert_close(METHODS[method].delta(w, block), folded - w, rtol=1e-12, atol=1e-12)
     assert torch.equal(w, before)
     assert torch.equal(block, block_before)
+    in_place = METHODS[method].fold_(w, block)
+    assert in_place is w
+    assert torch.equal(w, folded)
+    assert torch.equal(block, block_before)
 
 
 @settings(max_examples=40, deadline=None)

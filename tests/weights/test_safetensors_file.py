@@ -12,7 +12,13 @@ from safetensors.torch import save_file
 
 from bone_fx.errors import BaseModelError
 from bone_fx.weights import safetensors_file
-from bone_fx.weights.safetensors_file import file_sha256, read_header, read_tensor, same_bytes
+from bone_fx.weights.safetensors_file import (
+    file_sha256,
+    read_header,
+    read_part,
+    read_tensor,
+    same_bytes,
+)
 
 
 def _write(path: Path, header: Any, data: bytes = b"", size: int | None = None) -> Path:
@@ -122,3 +128,28 @@ def test_a_file_that_shrinks_after_its_header_was_read(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(BaseModelError, match="1 bytes before"):
         read_tensor(file, entry)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 50), (70, 20_000), (2, 9, 3, 5)])
+@pytest.mark.parametrize("gap", [0, 64, 1 << 15])
+@pytest.mark.parametrize("stretch", [1, 500, 1 << 20])
+def test_any_part_is_read(
+    shape: tuple[int, ...], gap: int, stretch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors_file, "_GAP_BYTES", gap)
+    monkeypatch.setattr(safetensors_file, "_STRETCH_BYTES", stretch)
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randint(-(1 << 15), 1 << 15, shape, generator=generator).to(torch.int16)
+    save_file({"x": tensor}, tmp_path / "x.safetensors")
+    entry = read_header(tmp_path / "x.safetensors")["x"]
+    for _ in range(30):
+        box = []
+        for size in shape:
+            start, stop = torch.randint(0, size + 1, (2,), generator=generator).sort()[0].tolist()
+            whole = bool(torch.rand((), generator=generator) < 0.3)
+            box.append((0, size) if whole else (start, stop))
+        slices = tuple(slice(*span) for span in box)
+        expected = tensor[slices].contiguous()
+        found = torch.full_like(expected, 7)
+        read_part(tmp_path / "x.safetensors", entry, tuple(box), found)
+        assert torch.equal(found, expected)
