@@ -122,8 +122,7 @@ def _write_data(path: Path, placements: list[Placement], progress: Progress | No
             progress(done, total)
 
     pieces = [Piece(p.values[0].name or "", p.recipe, p.offset) for p in placements]
-    with path.open("wb", buffering=0) as file:
-        return write_stream(file, pieces, refuse=_refuse_overflow, advance=advance)
+    return write_stream(path, pieces, refuse=_refuse_overflow, advance=advance)
 
 
 def _evaluate(piece: Piece) -> Tensor:

@@ -42,5 +42,4 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     head = len(text).to_bytes(8, "little") + text
-    with path.open("wb", buffering=0) as file:
-        return write_stream(file, pieces, advance=advance, head=head)
+    return write_stream(path, pieces, advance=advance, head=head)

@@ -1,7 +1,7 @@
 """Constants computed in bands by a few threads, and written and hashed in the order of the file.
 
-Reading, computing, writing and hashing go on at the same time; no more than a few bands are in
-memory. The bytes do not depend on the number of threads.
+Reading, computing, writing and hashing go on at the same time, in a few buffers that are used again
+and again. The bytes do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -9,24 +9,27 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bone_fx.weights.boxes import Box, bands, whole
+from bone_fx.weights.boxes import Box, bands, sizes, whole
+from bone_fx.weights.output_file import aligned, buffer_of, output_file
 from bone_fx.weights.recipes import CastOverflowError, Recipe, Transpose
 
 BAND_BYTES = 8 << 20
 """What is computed, written and hashed at a time, where a recipe can be cut."""
 
+TRANSPOSED_BAND_BYTES = 64 << 20
+"""The same for a transposed constant, of whose source every band reads some columns of all rows."""
+
 WORKERS = 2
-_AHEAD = WORKERS + 1
-_SHORTEST_RUN = 2048
+_BUFFERS = WORKERS + 2
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,18 @@ class Piece:
     recipe: Recipe
     offset: int
 
+    @property
+    def end(self) -> int:
+        """The byte after the last."""
+        return self.offset + math.prod(self.recipe.shape) * self.recipe.dtype.itemsize
+
 
 Refuse = Callable[[Piece], None]
 
 
 def write_stream(
-    file: BinaryIO,
-    pieces: Iterable[Piece],
+    path: Path,
+    pieces: Sequence[Piece],
     *,
     refuse: Refuse | None = None,
     advance: Callable[[int], None] | None = None,
@@ -59,7 +67,7 @@ def write_stream(
     """Write constants one after another.
 
     Args:
-        file: Unbuffered, at the start.
+        path: The file; what it held is gone.
         pieces: In the order of their offsets, which count from the end of `head`.
         refuse: Told of a constant that a cast makes infinite; raises what a person should read.
         advance: Told the number of bytes of each write.
@@ -69,47 +77,45 @@ def write_stream(
         SHA-256 of everything written.
     """
     digest = hashlib.sha256()
-    with _workers() as pool, ThreadPoolExecutor(1) as hashing:
-        hashed: Future[None] | None = None
-
-        def put(content: bytes | memoryview) -> None:
-            nonlocal hashed
-            before, hashed = hashed, hashing.submit(digest.update, content)
-            left = memoryview(content)
-            while left:
-                left = left[file.write(left) :]
-            if before is not None:
-                before.result()
-            if advance is not None:
-                advance(len(content))
-
+    size = len(head) + max((piece.end for piece in pieces), default=0)
+    with (
+        output_file(path, size) as file,
+        _workers() as pool,
+        ThreadPoolExecutor(1) as hashing,
+    ):
+        idle = [_room(pieces) for _ in range(_BUFFERS)]
         waiting: deque[tuple[int, Future[Tensor]]] = deque()
-        end = 0
+
+        def put(content: Tensor) -> None:
+            if not content.numel():
+                return
+            hashed = hashing.submit(digest.update, content.numpy().data)
+            file.write(content)
+            hashed.result()
+            if advance is not None:
+                advance(content.numel())
 
         def write_first() -> None:
-            nonlocal end
             offset, computed = waiting.popleft()
-            content = _bytes(computed.result())
-            if offset > end:
-                put(bytes(offset - end))
-            if content:
-                put(content)
-            end = offset + len(content)
+            band = computed.result()
+            put(torch.zeros(offset - file.end, dtype=torch.uint8))
+            put(band)
+            idle.append(band)
 
         try:
             if head:
-                put(head)
+                put(torch.frombuffer(bytearray(head), dtype=torch.uint8))
             for offset, piece, at in _cut(pieces):
-                waiting.append((offset, pool.submit(_compute, piece, at, refuse)))
-                if len(waiting) > _AHEAD:
+                if not idle:
                     write_first()
+                place = len(head) + offset
+                computed = pool.submit(_compute, piece, at, place, idle.pop(), refuse)
+                waiting.append((place, computed))
             while waiting:
                 write_first()
         finally:
             for _, computed in waiting:
                 computed.cancel()
-        if hashed is not None:
-            hashed.result()
     return digest.hexdigest()
 
 
@@ -127,7 +133,7 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def _cut(pieces: Iterable[Piece]) -> Iterator[tuple[int, Piece, Box]]:
+def _cut(pieces: Sequence[Piece]) -> Iterator[tuple[int, Piece, Box]]:
     """Every band with the offset of its first byte."""
     for piece in pieces:
         recipe = piece.recipe
@@ -137,24 +143,35 @@ def _cut(pieces: Iterable[Piece]) -> Iterator[tuple[int, Piece, Box]]:
             yield piece.offset, piece, box
             continue
         row = math.prod(recipe.shape[1:]) * itemsize
-        # A transposed constant is read in runs as long as a band has rows.
-        rows = max(BAND_BYTES // row, _SHORTEST_RUN // itemsize if _is_transposed(recipe) else 1)
+        nbytes = TRANSPOSED_BAND_BYTES if _is_transposed(recipe) else BAND_BYTES
+        count = max(1, -(-recipe.shape[0] * row // nbytes))
+        rows = -(-recipe.shape[0] // count)
         for band in bands(box, rows * row, itemsize):
             yield piece.offset + band[0][0] * row, piece, band
+
+
+def _room(pieces: Sequence[Piece]) -> Tensor:
+    """A buffer that is long enough from the start, so that its pages are not exchanged."""
+    longest = max((piece.end - piece.offset for piece in pieces), default=0)
+    return buffer_of(min(longest, TRANSPOSED_BAND_BYTES))
 
 
 def _is_transposed(recipe: Recipe) -> bool:
     return isinstance(recipe, Transpose) or any(map(_is_transposed, recipe.inputs()))
 
 
-def _compute(piece: Piece, at: Box, refuse: Refuse | None) -> Tensor:
+def _compute(piece: Piece, at: Box, place: int, buffer: Tensor, refuse: Refuse | None) -> Tensor:
+    """The bytes of a band that goes to a place of the file, in a buffer if it is long enough."""
+    shape, dtype = sizes(at), piece.recipe.dtype
+    band = aligned(
+        buffer,
+        math.prod(shape) * dtype.itemsize,
+        place if place % dtype.itemsize == 0 else 0,
+    )
     try:
-        return piece.recipe.part(at)
+        piece.recipe.fill(band.view(dtype).view(shape), at)
     except CastOverflowError:
         if refuse is not None:
             refuse(piece)
         raise
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return band
