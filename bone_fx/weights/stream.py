@@ -25,11 +25,12 @@ from bone_fx.weights.recipes import CastOverflowError, Recipe, Transpose
 BAND_BYTES = 8 << 20
 """What is computed, written and hashed at a time, where a recipe can be cut."""
 
-TRANSPOSED_BAND_BYTES = 64 << 20
+TRANSPOSED_BAND_BYTES = 128 << 20
 """The same for a transposed constant, of whose source every band reads some columns of all rows."""
 
 WORKERS = 2
-_BUFFERS = WORKERS + 2
+BUFFERS = WORKERS + 1
+"""One for each that computes, one that is written and hashed."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def write_stream(
         _workers() as pool,
         ThreadPoolExecutor(1) as hashing,
     ):
-        idle = [_room(pieces) for _ in range(_BUFFERS)]
+        idle = [_room(pieces) for _ in range(BUFFERS)]
         waiting: deque[tuple[int, Future[Tensor]]] = deque()
 
         def put(content: Tensor) -> None:
