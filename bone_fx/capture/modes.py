@@ -7,17 +7,19 @@ mode, and the capture is refused with the setting that avoids it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from bone_fx.capture.examples import Examples
 from bone_fx.capture.patches import configs_of, without_cache
 from bone_fx.errors import CaptureError
-from bone_fx.passes.dropout import set_dropout
+from bone_fx.passes.dropout import random_nodes, set_dropout
 
 
 def _positive(value: Any, _: Any) -> bool:
@@ -31,6 +33,10 @@ def _spec_augment(value: Any, config: Any) -> bool:
 
 def _is(*values: str) -> Callable[[Any, Any], bool]:
     return lambda value, _: value in values
+
+
+def _eager_experts(value: Any, config: Any) -> bool:
+    return value == "eager" and any("experts" in name for name in config.to_dict())
 
 
 # A field of a transformers config, when it is in the way, what avoids it, and why.
@@ -57,8 +63,14 @@ _SETTINGS: tuple[tuple[str, Callable[[Any, Any], bool], str, str], ...] = (
         "the router adds noise while training",
     ),
     (
+        "input_jitter_noise",
+        _positive,
+        "input_jitter_noise=0",
+        "the router's input is scaled by noise while training",
+    ),
+    (
         "_experts_implementation",
-        _is("eager"),
+        _eager_experts,
         'experts_implementation="grouped_mm"',
         "experts loop over tokens",
     ),
@@ -97,16 +109,42 @@ def settings_to_blame(model: torch.nn.Module) -> str | None:
     return "; ".join(f"set {avoid} in the config ({why})" for avoid, why in found.items())
 
 
+@contextmanager
+def refuse_draws(model: torch.nn.Module) -> Iterator[None]:
+    """Raises `CaptureError` if a trace draws from Python's or numpy's generator: it keeps one draw.
+
+    However improbable the other path is: LayerDrop and SpecAugment do so in some models.
+    """
+    before = _generators()
+    yield
+    if _generators() != before:
+        raise CaptureError(
+            f"{type(model).__name__} draws random numbers outside of torch while training: "
+            "a graph would hold one draw",
+            expected="a forward without Python's random and without numpy.random",
+            next_step=settings_to_blame(model)
+            or "switch off what draws, or draw with torch and without a branch",
+        )
+
+
+def _generators() -> tuple[Any, ...]:
+    import numpy as np
+
+    state: Any = np.random.get_state()
+    return random.getstate(), state[1].tobytes(), state[2]
+
+
 def require_same_evaluation(
     model: torch.nn.Module, graph_module: GraphModule, examples: Examples
 ) -> None:
     """Runs the model in evaluation mode and the graph with dropout off on the examples.
 
     Raises:
-        CaptureError: They differ.
+        CaptureError: They differ, or the graph draws random numbers with dropout off.
     """
     model.eval()
     set_dropout(graph_module, False)
+    drawing = random_nodes(graph_module)
     values = examples.keywords()
     args = [values.pop(name, None) for name in examples.positional[: examples.by_position]]
     try:
@@ -119,6 +157,8 @@ def require_same_evaluation(
         set_dropout(graph_module, True)
         model.train()
     gap = _gap(expected, got)
+    if drawing:
+        gap = f"it draws random numbers by {drawing[0].target}{_place(drawing[0])}"
     if gap is not None:
         raise CaptureError(
             f"{type(model).__name__} in evaluation mode is not its graph with dropout off: {gap}",
@@ -126,6 +166,12 @@ def require_same_evaluation(
             next_step=settings_to_blame(model)
             or "switch off what reads self.training or draws random numbers in its forward",
         )
+
+
+def _place(node: Node) -> str:
+    """In which of the model's modules a node stands."""
+    entries = list((node.meta.get("nn_module_stack") or {}).values())
+    return f" in {entries[-1][0]}" if entries and entries[-1][0] else ""
 
 
 def _gap(expected: list[Any], got: list[Any]) -> str | None:

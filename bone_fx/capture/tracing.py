@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,10 +59,13 @@ def trace(
         notes = () if first is None else tuple(_fixed(choice, program, first))
         return Trace(program, choice, notes)
     assert first is not None
+    why, avoid = first_line(first), "see the error that this one comes from"
+    if type(first).__name__ == "GuardOnDataDependentSymNode":
+        why = f"its forward branches on the values of a tensor{_line_of(first)}"
+        avoid = "compute both sides and choose with torch.where: a graph holds one path"
     raise CaptureError(
-        f"{type(model).__name__} cannot be captured: {first_line(first)}",
-        next_step=settings_to_blame(model)
-        or "see the error that this one comes from for the line in the model",
+        f"{type(model).__name__} cannot be captured: {why}",
+        next_step=settings_to_blame(model) or avoid,
     ) from first
 
 
@@ -123,3 +127,9 @@ def _fixed(examples: Examples, program: ExportedProgram, reason: Exception) -> l
 def fixed_size(size: int | torch.SymInt) -> int | None:
     """The size, if the trace fixed it: a number, or a symbol that can only be one number."""
     return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+
+
+def _line_of(error: Exception) -> str:
+    """Where in the model's code, as the tracer says it (torch 2.13)."""
+    places = re.findall(r'File "(.+)", line (\d+), in ', str(error))
+    return f", at {places[-1][0]}:{places[-1][1]}" if places else ""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 TRAINING_LITERALS = "bone_fx_training_literals"
@@ -60,6 +61,40 @@ def set_dropout(graph_module: GraphModule, training: bool) -> bool:
             module.recompile()
         any_changed |= changed
     return any_changed
+
+
+def random_nodes(graph_module: GraphModule) -> list[Node]:
+    """The nodes that draw random numbers in evaluation too, and whose result is read."""
+    found = []
+    for module in graph_module.modules():
+        if isinstance(module, GraphModule):
+            live = _read(module)
+            found += [node for node in module.graph.nodes if node in live and _draws(node)]
+    return found
+
+
+def _draws(node: Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded not in tags:
+        return False
+    return node.target._schema.name.rstrip("_") not in _IN_EVALUATION  # type: ignore[union-attr]
+
+
+def _read(graph_module: GraphModule) -> set[Node]:
+    """Nodes that the output depends on, and those that write to a tensor."""
+    waiting = [
+        node
+        for node in graph_module.graph.nodes
+        if node.op == "output"
+        or getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+    ]
+    live = set(waiting)
+    while waiting:
+        for node in waiting.pop().all_input_nodes:
+            if node not in live:
+                live.add(node)
+                waiting.append(node)
+    return live
 
 
 def remember_training(graph_module: GraphModule) -> None:
