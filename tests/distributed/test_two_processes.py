@@ -43,6 +43,7 @@ def test_two_processes_have_the_losses_and_the_adapter_of_one(
     out, (first, second) = notes
     module, expected = alone
     assert first[kind]["losses"] == second[kind]["losses"]
+    assert first[kind]["restored"] is second[kind]["restored"] is True
     assert first[kind]["losses"] == pytest.approx(expected, rel=1e-4)
     folder = out / kind
     assert sorted(p.name for p in folder.iterdir()) == [

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import bone_fx
@@ -43,6 +44,23 @@ def losses(call: Any, module: bone_fx.AdaptedModule, ids: torch.Tensor) -> list[
     return found
 
 
+def restores(module: bone_fx.AdaptedModule, folder: Path) -> bool:
+    """Whether `restore` gives trained parameters, sharded ones too, their values back."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.zero_()
+    module.restore(folder)
+    return all(torch.equal(local(p), local(old)) for p, old in zip(trained, before, strict=True))
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor."""
+    part: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part
+
+
 def main(out: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -69,6 +87,8 @@ def main(out: Path) -> None:
         dist.all_reduce(found)
         notes[kind] = {"losses": (found / 2).tolist()}
         module.save_pretrained(out / kind)
+        dist.barrier()
+        notes[kind]["restored"] = restores(module, out / kind)
         if kind != "ddp":
             second.remove()
             notes[kind]["sharded in the second layer"] = gathered[0]

@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 import bone_fx
 from tests.end_to_end.test_adapted import CONFIG, inputs, llama
@@ -27,7 +37,9 @@ def rows(number: int = 8, *, classes: int | None = None) -> list[dict[str, Tenso
     ]
 
 
-def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+def arguments(
+    folder: Path, kind: type[TrainingArguments] = TrainingArguments, **changes: Any
+) -> TrainingArguments:
     fields: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -43,7 +55,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
         "dataloader_pin_memory": False,
         **changes,
     }
-    return TrainingArguments(**fields)
+    return kind(**fields)
 
 
 def adapted_llama(**changes: Any) -> bone_fx.AdaptedModule:
@@ -156,6 +168,75 @@ def test_a_classifier_trains_its_head_and_keeps_the_best(tmp_path: Path) -> None
     torch.testing.assert_close(
         torch.as_tensor(prediction), loaded(**batch_of(data)).logits.detach(), rtol=0, atol=1e-5
     )
+
+
+def test_a_token_classifier_trains_its_head_and_what_is_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=96,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=80,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = BertForTokenClassification(config)
+    adapter = bone_fx.BoneConfig(
+        r=16,
+        target_modules=["query", "value"],
+        task_type="TOKEN_CLS",
+        modules_to_save=["LayerNorm"],
+    )
+    data = rows(8)
+    for row in data:
+        row["labels"] = row["input_ids"] % 3
+        row["labels"][-1] = -100
+    adapted = bone_fx.adapt(model, adapter, inputs()).train()
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert {"classifier.weight", "classifier.bias"} < trained
+    assert len([name for name in trained if "LayerNorm" in name]) == 2 * 5
+    settings = arguments(tmp_path, per_device_train_batch_size=8)
+    trainer = bone_fx.AdapterTrainer(model=adapted, args=settings, train_dataset=data)
+    trainer.train()
+    again = bone_fx.adapt(model, adapter, inputs()).train()
+    assert losses(trainer) == pytest.approx(plain(again, data), rel=1e-4)
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = bone_fx.adapt(model.eval(), tmp_path / "saved", inputs())
+    for name in trained:
+        assert torch.equal(loaded.get_parameter(name), adapted.get_parameter(name))
+        if "bone_block" not in name:
+            assert not torch.equal(adapted.get_parameter(name), model.get_parameter(name))
+
+
+def test_a_sequence_to_sequence_model_makes_its_decoder_inputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=96,
+        d_model=48,
+        d_ff=80,
+        d_kv=16,
+        num_layers=2,
+        num_heads=3,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    model = T5ForConditionalGeneration(config)
+    adapter = bone_fx.BoneConfig(r=16, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    data = rows(8)
+    for row in data:
+        row["labels"] = row["input_ids"].flip(0)[:5].clone()
+    data[0]["labels"][3:] = -100
+
+    def adapted() -> bone_fx.AdaptedModule:
+        return bone_fx.adapt(model, adapter, batch_of(data)).train()
+
+    settings = arguments(tmp_path, Seq2SeqTrainingArguments, per_device_train_batch_size=8)
+    trainer = Seq2SeqTrainer(model=adapted(), args=settings, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert losses(trainer) == pytest.approx(plain(adapted(), data), rel=1e-4)
+    assert trainer.evaluate()["eval_loss"] < losses(trainer)[0]
 
 
 def test_accelerate_runs_the_plain_loop() -> None:
