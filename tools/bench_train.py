@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--base", type=Path, help="a Hugging Face folder in place of SmolLM2")
     parser.add_argument("--json", type=Path, help="append the rows to this file")
-    parser.add_argument("--plot", type=Path, help="draw time against memory into this PNG")
+    parser.add_argument("--plot", type=Path, help="draw time and memory into this PNG")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="folder to use")
     arguments = parser.parse_args()
     if arguments.plot:
@@ -129,15 +129,21 @@ def _row(name: str, runs: dict[str, list[dict[str, Any]]], shape: dict[str, Any]
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw step time against memory, one point a case."""
-    figure, axes = _pyplot().subplots(figsize=(7, 4.5))
-    for row in rows:
-        place = row["memory_gb"], row["step_s"].median
-        axes.scatter(*place, color="tab:blue" if row["what"].startswith("bone_fx") else "0.5")
-        axes.annotate(row["what"], place, textcoords="offset points", xytext=(6, 3), fontsize=8)
-    axes.set(xlabel="peak memory above the model, GB", ylabel="step, s")
-    axes.margins(0.2)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    """Draw step time and memory, one bar a case."""
+    figure, (left, right) = _pyplot().subplots(
+        1, 2, sharey=True, figsize=(10, 1.2 + 0.32 * len(rows))
+    )
+    names = [row["what"] for row in rows]
+    colors = ["tab:blue" if name.startswith("bone_fx") else "0.6" for name in names]
+    times = [row["step_s"] for row in rows]
+    around = [[t.median - t.low for t in times], [t.high - t.median for t in times]]
+    left.barh(names, [t.median for t in times], xerr=around, color=colors)
+    right.barh(names, [row["memory_gb"] for row in rows], color=colors)
+    left.set(xlabel="step, s (median, smallest and largest)")
+    right.set(xlabel="peak memory above the model, GB")
+    left.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
 
 
 def _pyplot() -> Any:

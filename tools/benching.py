@@ -173,14 +173,15 @@ def report(
     Args:
         title: Heading of the table.
         rows: One mapping a row.
-        columns: Key of a row -> heading.
+        columns: Key of a row -> heading; a column without a value in any row is left out.
         json_path: File to append to; None for no file.
     """
     table = Table(title=title)
-    for heading in columns.values():
-        table.add_column(heading)
+    shown = [key for key in columns if any(row.get(key) is not None for row in rows)]
+    for key in shown:
+        table.add_column(columns[key])
     for row in rows:
-        table.add_row(*(_shown(row.get(key)) for key in columns))
+        table.add_row(*(_shown(row.get(key)) for key in shown))
     Console().print(table)
     if json_path is not None:
         where = environment()
