@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from bone_fx.weights.recipes import Read, Recipe, Value, cast
 from bone_fx.weights.rounding import Rounding
 from bone_fx.weights.safetensors_file import read_header
 from bone_fx.weights.safetensors_writer import write_safetensors
+from bone_fx.weights.stream import workers
 
 if TYPE_CHECKING:
     from bone_fx.capture.loading import BaseCheckpoint
@@ -37,8 +39,8 @@ if TYPE_CHECKING:
 INDEX_SUFFIX = ".safetensors.index.json"
 _BESIDE_WEIGHTS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
-_VERIFIED_BYTES = 64 << 20
-"""A larger weight is verified in parts that take as much in float32."""
+_VERIFIED_BYTES = 4 << 20
+"""A weight is verified in parts that take as much in float32: they stay in a core's caches."""
 
 
 @dataclass(frozen=True)
@@ -221,13 +223,19 @@ def _verify(files: Iterable[Path], changed: Mapping[str, Recipe], adapters: Adap
     for key, recipe in changed.items():
         if not isinstance(recipe, Fold):
             continue
-        for part in recipe.parts(_VERIFIED_BYTES):
-            if not torch.equal(by_key[key].part(part.stored), _eagerly(recipe, part, adapters)):
-                raise VerificationError(
-                    f"verification failed: {recipe.site}: the written weight is not the folded one",
-                    expected="torch's fold, bit for bit",
-                    next_step="nothing was published; the build is kept as <output>.rejected",
-                )
+        same = partial(_is_the_fold, by_key[key], recipe, adapters)
+        with workers() as pool:
+            verified = all(pool.map(same, recipe.parts(_VERIFIED_BYTES)))
+        if not verified:
+            raise VerificationError(
+                f"verification failed: {recipe.site}: the written weight is not the folded one",
+                expected="torch's fold, bit for bit",
+                next_step="nothing was published; the build is kept as <output>.rejected",
+            )
+
+
+def _is_the_fold(written: Read, recipe: Fold, adapters: Adapters, part: FoldPart) -> bool:
+    return torch.equal(written.part(part.stored), _eagerly(recipe, part, adapters))
 
 
 def _eagerly(recipe: Fold, part: FoldPart, adapters: Adapters) -> Tensor:

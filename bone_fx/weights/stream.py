@@ -81,7 +81,7 @@ def write_stream(
     size = len(head) + max((piece.end for piece in pieces), default=0)
     with (
         output_file(path, size) as file,
-        _workers() as pool,
+        workers() as pool,
         ThreadPoolExecutor(1) as hashing,
     ):
         idle = [_room(pieces) for _ in range(BUFFERS)]
@@ -121,7 +121,7 @@ def write_stream(
 
 
 @contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
+def workers() -> Iterator[ThreadPoolExecutor]:
     """Threads that compute on one core each: PyTorch's own threads would stand in each other's way.
 
     PyTorch keeps the number for each thread, and one for threads to come, which is put back.
