@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bone_fx.adapters import bat, bone
+from bone_fx.operators.first_order import first_order
 from bone_fx.operators.workspace import workspace
 
 JOINED_METHODS = frozenset({"bone", "bat"})
@@ -50,10 +51,7 @@ class Site(NamedTuple):
 
 
 class JointLinear(torch.autograd.Function):
-    """`y_i = x W_i'ᵀ + b_i` for several layers of one x.
-
-    Second derivatives are refused by autograd (`once_differentiable`).
-    """
+    """`y_i = x W_i'ᵀ + b_i` for several layers of one x; second derivatives are refused."""
 
     @staticmethod
     def forward(
@@ -91,7 +89,10 @@ class JointLinear(torch.autograd.Function):
             shape = [*x.shape[:-1], weight.shape[0]]
             outputs.append(torch.ops.aten._unsafe_view(y_TO.to(x.dtype), shape))
         trains_weight = any(needs[0::3])
-        trains_bat = any(n and s.method == "bat" for n, s in zip(needs[2::3], sites, strict=True))
+        trained = {site.method for n, site in zip(needs[2::3], sites, strict=True) if n}
+        if "bone" not in trained:
+            sums.clear()
+        trains_bat = "bat" in trained
         ctx.rs = tuple(sums)
         ctx.save_for_backward(
             x_TI if trains_weight or trains_bat else None, *sums.values(), *kept, *tensors
@@ -99,7 +100,7 @@ class JointLinear(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x and of the weights, biases and blocks that are asked for."""
         x_TI, *saved = ctx.saved_tensors

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bone_fx.adapters import METHODS, bone
+from bone_fx.errors import UsageError
 from bone_fx.operators import ADAPTED_LINEARS, joint_linear
 from tests.operators.saved import kept, shapes
 from tests.tolerances import assert_agrees
@@ -269,7 +270,7 @@ def test_autocast_computes_in_its_dtype_and_gradients_keep_theirs(case: str) -> 
 def test_second_derivatives_are_refused() -> None:
     problem = make("bone")
     first = torch.autograd.grad(total(problem.run()), problem.blocks[0], create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(UsageError, match="second derivatives"):
         first.sum().backward()
 
 
@@ -295,6 +296,13 @@ def test_bone_keeps_the_shard_sums_once_and_no_input() -> None:
     assert shapes(kept(problem.run, *own(problem))) == [[6, 12], [6, 16]]
     problem.weights[0].requires_grad_()
     assert shapes(kept(problem.run, *own(problem))) == [[6, 12], [6, 16], [6, 48]]
+
+
+def test_nothing_is_kept_for_what_does_not_train() -> None:
+    problem = frozen_base("bone")
+    for block in problem.blocks:
+        block.requires_grad_(False)
+    assert not kept(problem.run, *own(problem))
 
 
 def test_bat_keeps_the_input_and_a_folded_weight_only_if_asked_to() -> None:
