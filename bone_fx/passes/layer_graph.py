@@ -10,6 +10,7 @@ from torch import fx
 from torch.utils.checkpoint import checkpoint
 
 from bone_fx.passes.frame import copy_graph
+from bone_fx.passes.group_heads import group_heads
 from bone_fx.passes.join_sites import join_sites
 from bone_fx.passes.keep_less import keep_less
 
@@ -75,4 +76,5 @@ def lean_form(graph: fx.Graph) -> fx.Graph:
     copied = copy_graph(graph)
     join_sites(copied)
     keep_less(copied)
+    group_heads(copied)
     return copied
