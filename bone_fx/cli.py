@@ -125,6 +125,10 @@ def bone_export(
     last_token_logits: Annotated[
         bool, typer.Option("--last-token-logits", help="Logits of each text's last token only.")
     ] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="int4: a text instead of the built-in one, or none."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python files that come with the base.")
@@ -153,6 +157,7 @@ def bone_export(
         head=head.value,
         embeddings=embeddings.value if embeddings else None,
         last_token_logits=last_token_logits,
+        calibration=calibration,
         revision=revision,
         trust_remote_code=trust_remote_code,
         progress=Silent() if quiet else Lines(),

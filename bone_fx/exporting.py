@@ -68,6 +68,7 @@ def export(
     head: Literal["keep", "int4", "int8"] = "int8",
     embeddings: Literal["keep", "int4", "int8"] | None = None,
     last_token_logits: bool = False,
+    calibration: str | Path | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -98,6 +99,9 @@ def export(
             to a quantized head, which then serves both.
         last_token_logits: Give a decoder's logits of each text's last token only, as a generation
             loop reads them: prefill without a product over the vocabulary for every token.
+        calibration: A text file. int4 counts the errors of a decoder's weights by the inputs that
+            their products see on its first thousand tokens; None takes the built-in text,
+            `"none"` counts all errors alike.
         trust_remote_code: Run Python files that come with the base.
         revision: Branch, tag or commit of a hub id.
         progress: Told about stages and bytes.
@@ -114,6 +118,7 @@ def export(
             found=str(block_size),
         )
     _check_choices(head=(head, PARTS), embeddings=(embeddings or "keep", PARTS))
+    _check_calibration(calibration, dtype)
     target = verify_on or provider
     _check_choices(verify_on=(target, PROVIDERS))
     told = progress or Silent()
@@ -154,6 +159,7 @@ def export(
                 head,
                 embeddings,
                 last_token_logits,
+                calibration,
             )
             build = build_checkpoint(base, folders, options, told)
         else:
@@ -189,6 +195,19 @@ def _finish(
         *(parity.warnings if parity else ["not verified: published with verify='off'"]),
     ]
     return ExportResult(staging.output, parity is not None, content, tuple(warnings))
+
+
+def _check_calibration(calibration: str | Path | None, dtype: str) -> None:
+    if calibration is None or calibration == "none":
+        return
+    if dtype not in PARTS:
+        raise UsageError(
+            f"calibration is for int4, and dtype is {dtype!r}", next_step="export without it"
+        )
+    if not Path(calibration).expanduser().is_file():
+        raise UsageError(
+            f"calibration={str(calibration)!r} is no file", expected="a text file, or none"
+        )
 
 
 def _is_program(base: object) -> bool:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from bone_fx.build.base import Build
+from bone_fx.build.calibrate import OFF, Calibration, calibrate
 from bone_fx.build.options import DTYPES, BuildOptions
 from bone_fx.build.plan import Adapters, Plan, adapted_sites, heads_and_class
 from bone_fx.errors import UsageError
-from bone_fx.onnx.quantize import Quantization, QuantizeWeights
+from bone_fx.onnx.quantize import QuantizeWeights
 from bone_fx.onnx.translate import translate
 from bone_fx.onnx.writer import write_model
 from bone_fx.progress import Progress
@@ -186,7 +187,7 @@ def build_checkpoint(
             "bf16 has no CPU kernels: verification runs an fp32 twin with the rounded weights"
         )
     if options.quantization is not None:
-        _quantize(built, options.quantization, told)
+        _quantize(built, options, recipes, told)
     if options.provider == "cuda" and options.rounded is None:
         other = "--provider cpu" if options.activations == "fp32" else "--dtype fp32"
         built.place_on_cuda(f"export with {other}")
@@ -203,20 +204,36 @@ def _described(scheme: Scheme | None) -> dict[str, Any] | None:
     }
 
 
-def _quantize(build: CheckpointBuild, plan: Quantization, told: Progress) -> None:
+def _quantize(
+    build: CheckpointBuild, options: BuildOptions, recipes: Mapping[str, Recipe], told: Progress
+) -> None:
     """Replace the products of a build by quantized ones, in place."""
+    plan = options.quantization
+    assert plan is not None
+    assert build.checkpoint is not None
+    assert build.plan is not None
+    calibration = Calibration()
+    if build.kind == "decoder" and plan.calibrates and options.calibration != OFF:
+        told.stage("calibrate")
+        calibration = calibrate(build.checkpoint, build.plan, recipes, options.calibration)
     told.stage("quantize into recipes")
-    step = QuantizeWeights(plan)
+    step = QuantizeWeights(plan, calibration.moments)
     step(build.model)
     build.quantization = {
         "weights": _described(plan.weights),
         "head": _described(plan.head),
         "embeddings": _described(plan.embeddings),
         "accuracy_level": plan.accuracy_level,
+        "calibration": calibration.described
+        and {
+            **calibration.described,
+            "products": len(step.done.weighted),
+        },
         "products": len(step.done.products),
         "gathered": sorted(step.done.embeddings),
         "kept": step.done.kept,
     }
+    build.notes += calibration.notes
     build.notes += [f"{name} is not quantized: {why}" for name, why in step.done.kept.items()]
     if not step.done.products:
         build.notes.append("no product of the graph could be quantized")

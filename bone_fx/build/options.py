@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -29,6 +30,8 @@ class BuildOptions:
         embeddings: `keep`, `int4` or `int8`; None keeps them unless they are tied to a quantized
             head, which then serves both.
         last_token_logits: Give a decoder's logits of each text's last token only.
+        calibration: Text file that shows a decoder's inputs to a quantization to 4 bits, `none`, or
+            None for the built-in text.
         rounded: Round every weight to this dtype on its way to `dtype`: a twin of a graph in that
             dtype, of the same operators, to verify it where there are no kernels for it.
     """
@@ -42,6 +45,7 @@ class BuildOptions:
     head: str = "int8"
     embeddings: str | None = None
     last_token_logits: bool = False
+    calibration: str | Path | None = None
     rounded: torch.dtype | None = None
 
     @property

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
+from torch import Tensor
 
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
 from bone_fx.weights.blocks import Scheme
-from bone_fx.weights.quantize import PartName, QuantizedWeight, rows_in_float32
+from bone_fx.weights.quantize import PartName, QuantizedWeight, behind_inputs, rows_in_float32
+from bone_fx.weights.recipes import Recipe
 
 CONTRIB = "com.microsoft"
 PARTS: tuple[PartName, ...] = ("codes", "scales", "zero_points")
@@ -33,12 +36,21 @@ class Quantization:
     follow_head: bool = True
     accuracy_level: int = 0
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether a product gets 4 bits; with 8 there is nothing to gain from a search."""
+        return any(scheme is not None and scheme.bits == 4 for scheme in (self.weights, self.head))
+
 
 @dataclass
 class Quantized:
-    """What a run of the pass did: products and embeddings quantized, and why others were kept."""
+    """What a run of the pass did: products and embeddings quantized, and why others were kept.
+
+    `weighted` are the products whose inputs' mean squares were used.
+    """
 
     products: list[str] = field(default_factory=list)
+    weighted: list[str] = field(default_factory=list)
     embeddings: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
 
@@ -56,11 +68,17 @@ class QuantizeWeights(ir.passes.InPlacePass):
     After:  `Add(MatMulNBits(x, w.codes, …), bias)`
 
     A symmetric weight has no zero points. A weight whose K is no multiple of the block size stays.
+
+    Args:
+        plan: What is quantized, and how.
+        moments: Mean squares of a weight's inputs, float32 `[K]`, by the id of the weight's recipe.
+            A product of 4 bits whose weight is made of such a recipe counts errors by them.
     """
 
-    def __init__(self, plan: Quantization) -> None:
+    def __init__(self, plan: Quantization, moments: Mapping[int, Tensor] | None = None) -> None:
         super().__init__()
         self.plan = plan
+        self.moments = moments or {}
         self.done = Quantized()
         self._made: dict[tuple[int, Scheme], tuple[ir.Value, ...]] = {}
 
@@ -110,14 +128,19 @@ class QuantizeWeights(ir.passes.InPlacePass):
         return False
 
     def _parts(
-        self, graph: ir.Graph, weight: ir.Value, stored: str, scheme: Scheme
+        self,
+        graph: ir.Graph,
+        weight: ir.Value,
+        stored: str,
+        scheme: Scheme,
+        importance: Tensor | None = None,
     ) -> tuple[ir.Value, ...]:
         recipe = recipe_of(weight)
         assert recipe is not None
         key = (id(recipe), scheme)
         if key not in self._made:
             source = rows_in_float32(recipe, transposed=stored == "KN")
-            quantized = QuantizedWeight(source, scheme)
+            quantized = QuantizedWeight(source, scheme, importance)
             suffix = "" if f"{weight.name}.codes" not in graph.initializers else f".{scheme.bits}"
             parts = []
             for name in PARTS[:2] if scheme.symmetric else PARTS:
@@ -138,7 +161,10 @@ class QuantizeWeights(ir.passes.InPlacePass):
         attributes["block_size"] = scheme.block_size
         if self.plan.accuracy_level:
             attributes["accuracy_level"] = self.plan.accuracy_level
-        parts = self._parts(graph, weight, stored, scheme)
+        importance = self._importance(recipe, stored) if scheme.bits == 4 else None
+        if importance is not None:
+            self.done.weighted.append(str(weight.name))
+        parts = self._parts(graph, weight, stored, scheme, importance)
         product = ir.node(
             "MatMulNBits", [node.inputs[0], *parts], attributes, domain=CONTRIB, name=node.name
         )
@@ -149,6 +175,13 @@ class QuantizeWeights(ir.passes.InPlacePass):
             graph, node, [node], made, node.outputs, made[-1].outputs
         )
         self.done.products.append(str(weight.name))
+
+    def _importance(self, recipe: Recipe, stored: str) -> Tensor | None:
+        """The moments of a weight's inputs; weights packed into one product share their inputs."""
+        inputs = stored.index("K")
+        known = (self.moments.get(id(part)) for part in behind_inputs(recipe, inputs))
+        found = next((moments for moments in known if moments is not None), None)
+        return found if found is not None and len(found) == recipe.shape[inputs] else None
 
     def _replace_gather(
         self, graph: ir.Graph, node: ir.Node, weight: ir.Value, scheme: Scheme

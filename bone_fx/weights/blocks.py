@@ -2,7 +2,9 @@
 
 A value is `scale * (code - zero_point)`. Without search the bytes are those of ONNX Runtime's own
 quantizer: round to nearest over the block's range. With search each block takes, of a grid of
-narrower ranges, the one with the smallest squared error.
+narrower ranges, the one with the smallest squared error. With importance the errors of an input
+count as much as its mean square does: the expected squared error of a product is
+`sum_k E[x_k^2] * error_k^2` where inputs are uncorrelated.
 
 Shape letters: N outputs, K inputs, G blocks of a row, B values of a block.
 """
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 _SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.78, 0.74, 0.7)
+_SHIFTS = (-2, -1, 1, 2)
 _CHUNK = 1 << 22
 
 
@@ -67,13 +70,23 @@ class Blocks:
         return (shifted * self.scales.float().unsqueeze(-1)).flatten(1)
 
 
-def quantize(weight_NK: Tensor, scheme: Scheme) -> Blocks:
-    """Quantize a float32 weight `[N, K]`, K a multiple of the block size, rows at a time."""
+def quantize(weight_NK: Tensor, scheme: Scheme, importance_K: Tensor | None = None) -> Blocks:
+    """Quantize a weight, rows at a time.
+
+    Args:
+        weight_NK: The weight, float32 `[N, K]`, K a multiple of the block size.
+        scheme: How.
+        importance_K: What the squared error of each input counts in the search, float32 `[K]`, none
+            negative. With it the search also tries other zero points. None counts all alike.
+    """
     groups = weight_NK.shape[1] // scheme.block_size
     rows = max(1, _CHUNK // weight_NK.shape[1])
+    counts = None if importance_K is None else importance_K.float().view(groups, scheme.block_size)
     parts = [
         _quantize_rows(
-            weight_NK[start : start + rows].float().reshape(-1, groups, scheme.block_size), scheme
+            weight_NK[start : start + rows].float().reshape(-1, groups, scheme.block_size),
+            scheme,
+            counts,
         )
         for start in range(0, weight_NK.shape[0], rows)
     ]
@@ -100,18 +113,26 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :length]
 
 
-def _quantize_rows(weight: Tensor, scheme: Scheme) -> Blocks:
+def _quantize_rows(weight: Tensor, scheme: Scheme, counts: Tensor | None) -> Blocks:
     best = _encode(weight, *_range(weight, scheme, 1.0), scheme)
     if not scheme.search:
         return best
-    error = _error(weight, best)
+    error = _error(weight, best, counts)
+
+    def keep_better(other: Blocks) -> None:
+        nonlocal best, error
+        best, error = _better(weight, best, error, other, counts)
+
     for shrink in _SHRINKS:
         if shrink != 1.0:
-            best, error = _better(
-                weight, best, error, _encode(weight, *_range(weight, scheme, shrink), scheme)
-            )
+            keep_better(_encode(weight, *_range(weight, scheme, shrink), scheme))
     for _ in range(2):
-        best, error = _better(weight, best, error, _refit(weight, best, scheme))
+        keep_better(_refit(weight, best, scheme, counts))
+    if counts is not None and not scheme.symmetric:
+        for shift in _SHIFTS:
+            zero = (best.zeros.float() + shift).clamp(0, scheme.levels)
+            keep_better(_encode(weight, best.scales.float(), zero, scheme))
+            keep_better(_refit(weight, best, scheme, counts))
     return best
 
 
@@ -137,22 +158,28 @@ def _encode(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Bloc
     return Blocks(codes.to(torch.uint8), stored, zero.to(torch.uint8))
 
 
-def _refit(weight: Tensor, blocks: Blocks, scheme: Scheme) -> Blocks:
+def _refit(weight: Tensor, blocks: Blocks, scheme: Scheme, counts: Tensor | None) -> Blocks:
     """The scale of least squares for the codes that a block has, and new codes for it."""
     shifted = blocks.codes.float() - blocks.zeros.float().unsqueeze(-1)
-    square = (shifted * shifted).sum(-1)
+    counted = shifted if counts is None else shifted * counts
+    square = (shifted * counted).sum(-1)
+    # Whole numbers without importance; with it, as small as the inputs are.
+    floor = 1.0 if counts is None else torch.finfo(torch.float32).tiny
     scale = torch.where(
-        square == 0, blocks.scales.float(), (weight * shifted).sum(-1) / square.clamp(min=1)
+        square == 0, blocks.scales.float(), (weight * counted).sum(-1) / square.clamp(min=floor)
     )
     return _encode(weight, scale, blocks.zeros.float(), scheme)
 
 
-def _error(weight: Tensor, blocks: Blocks) -> Tensor:
-    return (blocks.values().view_as(weight) - weight).square().sum(-1)
+def _error(weight: Tensor, blocks: Blocks, counts: Tensor | None) -> Tensor:
+    squares = (blocks.values().view_as(weight) - weight).square()
+    return (squares if counts is None else squares * counts).sum(-1)
 
 
-def _better(weight: Tensor, best: Blocks, error: Tensor, other: Blocks) -> tuple[Blocks, Tensor]:
-    others = _error(weight, other)
+def _better(
+    weight: Tensor, best: Blocks, error: Tensor, other: Blocks, counts: Tensor | None
+) -> tuple[Blocks, Tensor]:
+    others = _error(weight, other, counts)
     wins = others < error
     chosen = Blocks(
         torch.where(wins.unsqueeze(-1), other.codes, best.codes),

@@ -7,6 +7,7 @@ weight is folded and quantized once while a model is written.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Literal
@@ -17,7 +18,8 @@ from torch import Tensor
 from bone_fx.weights.blocks import Scheme, pack, quantize
 from bone_fx.weights.boxes import Box, bands, whole, within
 from bone_fx.weights.fold_recipe import Fold
-from bone_fx.weights.recipes import Concat, Recipe, Transpose, cast, without_cast
+from bone_fx.weights.recipes import Cast, Concat, Recipe, Transpose, cast, without_cast
+from bone_fx.weights.regroup import Regrouped
 
 PartName = Literal["codes", "scales", "zero_points"]
 _BAND_BYTES = 16 << 20
@@ -30,10 +32,12 @@ class QuantizedWeight:
     Attributes:
         source: The weight in float32.
         scheme: How.
+        importance: What the error of each input counts, float32 `[K]`; None counts all alike.
     """
 
     source: Recipe
     scheme: Scheme
+    importance: Tensor | None = None
     _waiting: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False)
 
@@ -53,7 +57,7 @@ class QuantizedWeight:
         bits = self.scheme.bits
         parts: dict[str, list[Tensor]] = {"codes": [], "scales": [], "zero_points": []}
         for band in bands(whole(self.source.shape), _BAND_BYTES, self.source.dtype.itemsize):
-            blocks = quantize(self.source.part(band), self.scheme)
+            blocks = quantize(self.source.part(band), self.scheme, self.importance)
             parts["codes"].append(pack(blocks.codes, bits))
             parts["scales"].append(blocks.scales)
             parts["zero_points"].append(pack(blocks.zeros, bits))
@@ -92,6 +96,8 @@ class Part(Recipe):
         scheme = self.weight.scheme
         kind = "symmetric" if scheme.symmetric else "asymmetric"
         how = f"{self.name} of int{scheme.bits} {kind}, blocks of {scheme.block_size}"
+        if self.weight.importance is not None:
+            how += ", errors weighted by the inputs' mean squares"
         return f"{self.weight.source.describe()} -> {how}"
 
     def inputs(self) -> tuple[Recipe, ...]:  # noqa: D102 - documented on Recipe
@@ -111,6 +117,25 @@ def rows_in_float32(recipe: Recipe, *, transposed: bool) -> Recipe:
     if isinstance(unrounded, Transpose) and unrounded.permutation == (1, 0):
         return unrounded.recipe
     return Transpose(unrounded)
+
+
+def behind_inputs(recipe: Recipe, inputs: int) -> Iterator[Recipe]:
+    """The recipes that a product's weight is made of, down to where its inputs could be reordered.
+
+    Through casts, transpositions, and weights packed or regrouped along the outputs.
+
+    Args:
+        recipe: A weight, a matrix.
+        inputs: The dimension of its inputs, 0 or 1.
+    """
+    yield recipe
+    if isinstance(recipe, Cast):
+        yield from behind_inputs(recipe.recipe, inputs)
+    elif isinstance(recipe, Transpose):
+        yield from behind_inputs(recipe.recipe, recipe.permutation[inputs])
+    elif isinstance(recipe, Concat | Regrouped) and recipe.dim != inputs:
+        for source in recipe.inputs():
+            yield from behind_inputs(source, inputs)
 
 
 def _unrounded(recipe: Recipe) -> Recipe:

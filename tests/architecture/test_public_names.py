@@ -42,6 +42,7 @@ OPTIONS = {
     "head": ["--head"],
     "embeddings": ["--embeddings"],
     "last_token_logits": ["--last-token-logits"],
+    "calibration": ["--calibration"],
     "revision": ["--revision"],
     "trust_remote_code": ["--trust-remote-code"],
     "as_json": ["--json"],

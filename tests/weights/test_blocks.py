@@ -88,3 +88,55 @@ def test_recipes_give_the_parts_of_the_fold_in_float32() -> None:
     assert torch.equal(found["scales"], expected.scales)
     assert torch.equal(found["zero_points"], pack(expected.zeros, 4))
     assert torch.equal(parts["scales"].evaluate(), expected.scales)  # again, from the start
+
+
+def importance() -> Tensor:
+    """Inputs of very different sizes, some of them never seen."""
+    counts = torch.randn(K, generator=torch.Generator().manual_seed(2)).mul(2).exp()
+    counts[5], counts[32:64] = 0.0, 0.0
+    return counts
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_importance_never_costs_weighted_error(symmetric: bool) -> None:
+    w, scheme = weight(), Scheme(4, 32, symmetric)
+
+    def errors(*counts: Tensor) -> Tensor:
+        squares = (quantize(w, scheme, *counts).values() - w).square() * importance()
+        return squares.view(N, -1, 32).sum(-1)
+
+    plain, weighted = errors(), errors(importance())
+    assert float(weighted.sum()) < 0.9 * float(plain.sum())
+    # A search over other errors may end elsewhere in a block, but no row loses.
+    assert bool((weighted.sum(-1) <= plain.sum(-1)).all())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_equal_importance_is_none_and_more_zero_points(symmetric: bool) -> None:
+    w, scheme = weight(), Scheme(4, 16, symmetric)
+    plain, equal = quantize(w, scheme), quantize(w, scheme, torch.ones(K))
+    if symmetric:
+        assert torch.equal(plain.codes, equal.codes)
+        assert torch.equal(plain.scales, equal.scales)
+    before, after = (
+        (blocks.values() - w).view(N, -1, 16).square().sum(-1) for blocks in (plain, equal)
+    )
+    assert bool((after <= before * 1.000001).all())
+    assert symmetric or float(after.sum()) < float(before.sum())
+
+
+def test_importance_has_no_unit() -> None:
+    w, scheme = weight(), Scheme(4, 16)
+    one, other = (quantize(w, scheme, importance() * unit) for unit in (1.0, 2.0**-40))
+    assert torch.equal(one.codes, other.codes)
+    assert torch.equal(one.scales, other.scales)
+
+
+def test_codes_are_nearest_with_importance() -> None:
+    """Verification asks for that: importance moves scales and zero points, not single codes."""
+    w = weight()
+    blocks = quantize(w, Scheme(4, 16), importance())
+    scales = blocks.scales.unsqueeze(-1)
+    places = w.view(N, -1, 16) * torch.where(scales == 0, 0.0, 1 / scales)
+    places = (places + blocks.zeros.unsqueeze(-1).float()).clamp(0, 15)
+    assert float((places - blocks.codes.float()).abs().max()) <= 0.501
