@@ -18,7 +18,7 @@ from torch import Tensor
 
 _SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.78, 0.74, 0.7)
 _SHIFTS = (-2, -1, 1, 2)
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18  # values at a time: what a search compares then stays in a core's caches
 
 
 @dataclass(frozen=True)
