@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -116,10 +117,24 @@ def _size(
 ) -> int | Node:
     if isinstance(size, int):
         return size
+    if axis not in known and (said := _said_size(source, axis)) is not None:
+        known[axis] = said
     if axis not in known:
         known[axis] = graph.call_function(torch.ops.aten.sym_size.int, (source, axis))
         known[axis].meta["val"] = source.meta["val"].shape[axis]
     return known[axis]
+
+
+def _said_size(source: Node, axis: int) -> Node | None:
+    """The size that an operator was given for its output: reading it again costs nodes a layer."""
+    if source.target is not operator.getitem:
+        return None
+    producer, index = source.args
+    if not isinstance(producer, Node) or producer.target is not MULTIPLE:
+        return None
+    shapes: Any = producer.kwargs["shapes"]
+    size = shapes[index][axis]
+    return size if isinstance(size, Node) else None
 
 
 def _sequence(node: Node, name: str) -> list[Any]:
