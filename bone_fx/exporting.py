@@ -101,7 +101,7 @@ def export(
             loop reads them: prefill without a product over the vocabulary for every token.
         calibration: A text file. int4 counts the errors of a decoder's weights by the inputs that
             their products see on its first thousand tokens; None takes the built-in text,
-            `"none"` counts all errors alike.
+            `"none"` rounds to nearest, as ONNX Runtime's quantizer and the builder do.
         trust_remote_code: Run Python files that come with the base.
         revision: Branch, tag or commit of a hub id.
         progress: Told about stages and bytes.

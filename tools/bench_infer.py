@@ -1,7 +1,9 @@
 """Inference: prefill and decode through onnxruntime-genai, of our graph and of the builder's.
 
 Both hold the same merged weights of SmolLM2-135M (a Bone adapter on every linear layer folded in);
-torch eager runs beside them in float32. Every measurement is a process of its own: the second of
+torch eager runs beside them in float32. In int4 ours is written in the builder's format (blocks of
+32, symmetric, rounded to nearest), and once more by default, which is closer to the model and
+larger. Every measurement is a process of its own: the second of
 two generations is timed. Greedy tokens are compared.
 
     python tools/bench_infer.py
@@ -33,6 +35,10 @@ from benching import (
 from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
+AS_THE_BUILDER = {
+    "fp32": [],
+    "int4": ["--block-size", "32", "--symmetric", "--head", "int4", "--calibration", "none"],
+}
 COLUMNS = {
     "runs": "runs",
     "dtype": "dtype",
@@ -88,22 +94,20 @@ def bench(
     console: Console,
 ) -> list[dict[str, Any]]:
     """The rows of one dtype."""
-    ours = arguments.work / f"infer-ours-{dtype}"
     theirs = arguments.work / f"infer-builder-{dtype}"
-    console.print(f"export in {dtype}", style="dim")
+    flags = {"bone_fx": AS_THE_BUILDER[dtype]}
+    if dtype == "int4":
+        flags["bone_fx default"] = []
     provider = arguments.provider
-    export: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "bone_fx",
-        base,
-        "--adapter",
-        adapter,
-        "-o",
-        ours,
-    ]
-    export += ["--overwrite", "--dtype", dtype, "--provider", provider, "--verify", "off", "-q"]
-    measure(export)
+    folders: dict[str, Path] = {}
+    for name, chosen in flags.items():
+        console.print(f"export in {dtype}: {name}", style="dim")
+        folders[name] = arguments.work / f"infer-{name.replace(' ', '-')}-{dtype}"
+        export: list[str | Path] = [sys.executable, "-m", "bone_fx", base, "--adapter", adapter]
+        export += ["-o", folders[name]]
+        export += ["--overwrite", "--dtype", dtype, "--provider", provider, "--verify", "off", "-q"]
+        measure([*export, *chosen])
+    folders["genai builder"] = theirs
     builder: list[str | Path] = [
         sys.executable,
         "-m",
@@ -116,8 +120,7 @@ def bench(
     builder += ["-p", dtype, "-e", provider, "-c", arguments.work / "cache"]
     measure(builder)
     legs: dict[str, Callable[[], dict[str, Any]]] = {
-        "bone_fx": partial(_in_process, "genai", ours, arguments),
-        "genai builder": partial(_in_process, "genai", theirs, arguments),
+        name: partial(_in_process, "genai", folder, arguments) for name, folder in folders.items()
     }
     if dtype == "fp32":
         legs["torch eager"] = partial(_in_process, "torch", merged, arguments)
@@ -125,7 +128,7 @@ def bench(
     reference = runs["genai builder"]
     rows = []
     for name, measured in runs.items():
-        folder = {"bone_fx": ours, "genai builder": theirs}.get(name)
+        folder = folders.get(name)
         same = all(m["sequence"] == r["sequence"] for m, r in zip(measured, reference, strict=True))
         row: dict[str, Any] = {
             "runs": name,

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_infer import AS_THE_BUILDER
 from benching import measure, report, smollm2
 from rich.console import Console
 
@@ -39,7 +40,8 @@ EXPORTS = {
     "fp32": ["--dtype", "fp32"],
     "int4": ["--dtype", "int4"],
     "int4 symmetric": ["--dtype", "int4", "--symmetric"],
-    "int4 without calibration": ["--dtype", "int4", "--calibration", "none"],
+    "int4 to nearest": ["--dtype", "int4", "--calibration", "none"],
+    "int4 as the builder": ["--dtype", "int4", *AS_THE_BUILDER["int4"]],
 }
 PROMPT = "The for statement is used to"
 BATCH, LENGTH, LEARNING_RATE = 4, 128, 3e-4
@@ -110,7 +112,7 @@ def train(base: Path, folder: Path, text: str, steps: int, console: Console) -> 
     config = bone_fx.BoneConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = bone_fx.adapt(model, config, example).train()
     optimizer = torch.optim.AdamW(adapted.parameter_groups(weight_decay=0.0), lr=LEARNING_RATE)
-    for step, part in enumerate(rows.split(BATCH)[:steps]):
+    for step, part in enumerate(torch.split(rows, BATCH)[:steps]):
         optimizer.zero_grad()
         loss = adapted(input_ids=part, labels=part).loss
         loss.backward()
@@ -130,8 +132,8 @@ def trained_exports(work: Path, steps: int, console: Console) -> list[Path]:
         console.print(f"export: {name}", style="dim")
         folders.append(work / "perplexity" / name)
         shutil.rmtree(folders[-1], ignore_errors=True)
-        command = [sys.executable, "-m", "bone_fx", base, "--adapter", adapter, "-o", folders[-1]]
-        measure([*command, *flags, "--verify", "off", "-q"])
+        command: list[str | Path] = [sys.executable, "-m", "bone_fx", base, "--adapter", adapter]
+        measure([*command, "-o", folders[-1], *flags, "--verify", "off", "-q"])
     return folders
 
 

@@ -59,7 +59,7 @@ def calibrate(
         found = measure_inputs(checkpoint, plan.architecture, plan.overrides, recipes, text)
     except CalibrationError as error:
         return Calibration(
-            notes=(f"int4 is not calibrated, and all inputs count alike: {error}",),
+            notes=(f"int4 is not calibrated but rounded to nearest: {error}",),
         )
     moments: dict[int, Tensor] = {}
     for name, mean in found.of_inputs.items():

@@ -38,7 +38,7 @@ class Quantization:
 
     @property
     def calibrates(self) -> bool:
-        """Whether a product gets 4 bits; with 8 there is nothing to gain from a search."""
+        """Whether a product gets 4 bits; with 8 there is nothing to gain from a calibration."""
         return any(scheme is not None and scheme.bits == 4 for scheme in (self.weights, self.head))
 
 

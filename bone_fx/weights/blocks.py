@@ -1,10 +1,11 @@
 """Blocks of a weight as codes of 4 or 8 bits, a scale and a zero point, in ONNX Runtime's format.
 
-A value is `scale * (code - zero_point)`. Without search the bytes are those of ONNX Runtime's own
-quantizer: round to nearest over the block's range. With search each block takes, of a grid of
-narrower ranges, the one with the smallest squared error. With importance the errors of an input
-count as much as its mean square does: the expected squared error of a product is
-`sum_k E[x_k^2] * error_k^2` where inputs are uncorrelated.
+A value is `scale * (code - zero_point)`. Without importance the bytes are those of ONNX Runtime's
+own quantizer: round to nearest over the block's range. With importance each block takes, of a grid
+of narrower ranges and of other zero points, the one with the smallest squared error, in which an
+input counts as much as its mean square does: the expected squared error of a product is
+`sum_k E[x_k^2] * error_k^2` where inputs are uncorrelated. A search that counts all inputs alike is
+no better than none: narrow ranges lose the large weights, which are where the large inputs are.
 
 Shape letters: N outputs, K inputs, G blocks of a row, B values of a block.
 """
@@ -29,14 +30,12 @@ class Scheme:
         bits: 4 or 8.
         block_size: Values that share a scale: a power of two, at least 16.
         symmetric: No zero point: zero is the middle code.
-        search: Look for the range with the smallest error instead of taking the block's own.
         scale_dtype: Dtype of the scales; the codes are chosen for the rounded scale.
     """
 
     bits: int = 4
     block_size: int = 32
     symmetric: bool = False
-    search: bool = True
     scale_dtype: torch.dtype = torch.float32
 
     @property
@@ -76,8 +75,8 @@ def quantize(weight_NK: Tensor, scheme: Scheme, importance_K: Tensor | None = No
     Args:
         weight_NK: The weight, float32 `[N, K]`, K a multiple of the block size.
         scheme: How.
-        importance_K: What the squared error of each input counts in the search, float32 `[K]`, none
-            negative. With it the search also tries other zero points. None counts all alike.
+        importance_K: What the squared error of each input counts, float32 `[K]`, none negative; None
+            rounds to nearest.
     """
     groups = weight_NK.shape[1] // scheme.block_size
     rows = max(1, _CHUNK // weight_NK.shape[1])
@@ -115,7 +114,7 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
 
 def _quantize_rows(weight: Tensor, scheme: Scheme, counts: Tensor | None) -> Blocks:
     best = _encode(weight, *_range(weight, scheme, 1.0), scheme)
-    if not scheme.search:
+    if counts is None:
         return best
     error = _error(weight, best, counts)
 
@@ -128,7 +127,7 @@ def _quantize_rows(weight: Tensor, scheme: Scheme, counts: Tensor | None) -> Blo
             keep_better(_encode(weight, *_range(weight, scheme, shrink), scheme))
     for _ in range(2):
         keep_better(_refit(weight, best, scheme, counts))
-    if counts is not None and not scheme.symmetric:
+    if not scheme.symmetric:
         for shift in _SHIFTS:
             zero = (best.zeros.float() + shift).clamp(0, scheme.levels)
             keep_better(_encode(weight, best.scales.float(), zero, scheme))
@@ -158,26 +157,24 @@ def _encode(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Bloc
     return Blocks(codes.to(torch.uint8), stored, zero.to(torch.uint8))
 
 
-def _refit(weight: Tensor, blocks: Blocks, scheme: Scheme, counts: Tensor | None) -> Blocks:
+def _refit(weight: Tensor, blocks: Blocks, scheme: Scheme, counts: Tensor) -> Blocks:
     """The scale of least squares for the codes that a block has, and new codes for it."""
     shifted = blocks.codes.float() - blocks.zeros.float().unsqueeze(-1)
-    counted = shifted if counts is None else shifted * counts
+    counted = shifted * counts
     square = (shifted * counted).sum(-1)
-    # Whole numbers without importance; with it, as small as the inputs are.
-    floor = 1.0 if counts is None else torch.finfo(torch.float32).tiny
+    floor = torch.finfo(torch.float32).tiny
     scale = torch.where(
         square == 0, blocks.scales.float(), (weight * counted).sum(-1) / square.clamp(min=floor)
     )
     return _encode(weight, scale, blocks.zeros.float(), scheme)
 
 
-def _error(weight: Tensor, blocks: Blocks, counts: Tensor | None) -> Tensor:
-    squares = (blocks.values().view_as(weight) - weight).square()
-    return (squares if counts is None else squares * counts).sum(-1)
+def _error(weight: Tensor, blocks: Blocks, counts: Tensor) -> Tensor:
+    return ((blocks.values().view_as(weight) - weight).square() * counts).sum(-1)
 
 
 def _better(
-    weight: Tensor, best: Blocks, error: Tensor, other: Blocks, counts: Tensor | None
+    weight: Tensor, best: Blocks, error: Tensor, other: Blocks, counts: Tensor
 ) -> tuple[Blocks, Tensor]:
     others = _error(weight, other, counts)
     wins = others < error

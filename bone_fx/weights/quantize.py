@@ -32,7 +32,7 @@ class QuantizedWeight:
     Attributes:
         source: The weight in float32.
         scheme: How.
-        importance: What the error of each input counts, float32 `[K]`; None counts all alike.
+        importance: What the error of each input counts, float32 `[K]`; None rounds to nearest.
     """
 
     source: Recipe

@@ -30,7 +30,7 @@ def weight() -> Tensor:
     ("bits", "size", "symmetric"), list(product((4, 8), (16, 32, 128), (True, False)))
 )
 def test_bytes_of_onnxruntimes_quantizer(bits: int, size: int, symmetric: bool) -> None:
-    blocks = quantize(weight(), Scheme(bits, size, symmetric, search=False))
+    blocks = quantize(weight(), Scheme(bits, size, symmetric))
     groups = K // size
     packed = np.zeros((N, groups, size * bits // 8), np.uint8)
     zeros = np.zeros((N, -(-groups * bits // 8)), np.uint8)
@@ -47,12 +47,12 @@ def test_bytes_of_onnxruntimes_quantizer(bits: int, size: int, symmetric: bool) 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_search_never_loses_to_the_full_range(symmetric: bool) -> None:
-    w = weight()
+    w, scheme = weight(), Scheme(4, 32, symmetric)
     plain, searched = (
-        (quantize(w, Scheme(4, 32, symmetric, search)).values() - w).view(N, -1, 32).norm(dim=-1)
-        for search in (False, True)
+        (blocks.values() - w).view(N, -1, 32).norm(dim=-1)
+        for blocks in (quantize(w, scheme), quantize(w, scheme, torch.ones(K)))
     )
-    assert bool((searched <= plain).all())
+    assert bool((searched <= plain * 1.000001).all())
     assert float(searched.norm()) < 0.98 * float(plain.norm())
 
 
@@ -107,22 +107,7 @@ def test_importance_never_costs_weighted_error(symmetric: bool) -> None:
 
     plain, weighted = errors(), errors(importance())
     assert float(weighted.sum()) < 0.9 * float(plain.sum())
-    # A search over other errors may end elsewhere in a block, but no row loses.
-    assert bool((weighted.sum(-1) <= plain.sum(-1)).all())
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_equal_importance_is_none_and_more_zero_points(symmetric: bool) -> None:
-    w, scheme = weight(), Scheme(4, 16, symmetric)
-    plain, equal = quantize(w, scheme), quantize(w, scheme, torch.ones(K))
-    if symmetric:
-        assert torch.equal(plain.codes, equal.codes)
-        assert torch.equal(plain.scales, equal.scales)
-    before, after = (
-        (blocks.values() - w).view(N, -1, 16).square().sum(-1) for blocks in (plain, equal)
-    )
-    assert bool((after <= before * 1.000001).all())
-    assert symmetric or float(after.sum()) < float(before.sum())
+    assert bool((weighted <= plain * 1.000001).all())
 
 
 def test_importance_has_no_unit() -> None:
