@@ -127,7 +127,9 @@ def bone_export(
     ] = False,
     calibration: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="int4: a text instead of the built-in one; none: to nearest."),
+        typer.Option(
+            metavar="FILE", help="int4: a text instead of the built-in one; none: to nearest."
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     trust_remote_code: Annotated[

@@ -53,6 +53,7 @@ from bone_fx.capture.rotary import RotaryWatcher
 from bone_fx.capture.while_traced import (
     evaluating,
     forward_replaced,
+    graphs_compiled_when_called,
     old_objects_left_alone,
     without_remarks,
 )
@@ -230,7 +231,6 @@ class _Capture:
 
     def run(self) -> DecoderCapture:
         watcher = RotaryWatcher(self.model, self.horizon, self.dtype)
-        call = self._forward(watcher)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(evaluating(self.model))
@@ -253,7 +253,7 @@ class _Capture:
                     self.model, len(self.shapes), self.emitter_of, {PLUS_ONE}
                 )
                 stack.enter_context(layers_once)
-            stack.enter_context(forward_replaced(self.model, call))
+            stack.enter_context(forward_replaced(self.model, self._forward(watcher)))
             program = self._export()
         self._write_own(program)
         constants = name_constants(program, watcher.tables)
@@ -379,7 +379,7 @@ class _Capture:
         arguments = example_inputs(self.inputs, self.dtype, mode)
         shapes = dynamic_shapes(len(self.inputs), self.horizon, related=self.plain)
         try:
-            with without_remarks():
+            with without_remarks(), graphs_compiled_when_called():
                 return torch.export.export(
                     self.model, (), arguments, dynamic_shapes=shapes, strict=False
                 )

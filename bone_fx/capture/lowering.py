@@ -22,7 +22,7 @@ from bone_fx.passes.cancel_reshapes import cancel_reshapes
 from bone_fx.passes.cut_columns import cut_columns
 from bone_fx.passes.flat_products import flat_products
 from bone_fx.passes.flat_rotary import flat_rotary
-from bone_fx.passes.frame import PassResult, compiled_later
+from bone_fx.passes.frame import PassResult, one_after_another
 from bone_fx.passes.fuse_norms import fuse_norms
 from bone_fx.passes.join_projections import join_projections
 from bone_fx.passes.keep_tokens import keep_tokens
@@ -76,7 +76,7 @@ def lower(program: ExportedProgram, shared: SharedPasts | None = None) -> None:
     program.graph.eliminate_dead_code()
     slice_by_constants(program)
     module = program.graph_module
-    with compiled_later():
+    with one_after_another():
         for run in LAYER_PASSES:
             module = run(module).graph_module
         if has_routed_experts(module.graph):

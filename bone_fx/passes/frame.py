@@ -27,9 +27,17 @@ log = logging.getLogger(__name__)
 HISTORY = "bone_fx_passes"
 """Key of `GraphModule.meta` with the names of the passes that ran, in order."""
 
-_DEFERRED = ContextVar("_DEFERRED", default=False)
-
 P = ParamSpec("P")
+
+
+@dataclass
+class _Chain:
+    """Passes that run one after another: `made` is what the last one made, and nobody else has."""
+
+    made: fx.GraphModule | None = None
+
+
+_CHAIN: ContextVar[_Chain | None] = ContextVar("_CHAIN", default=None)
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,10 @@ def graph_pass(
     @functools.wraps(run)
     def framed(gm: fx.GraphModule, /, *args: P.args, **kwargs: P.kwargs) -> PassResult:
         history = [*gm.meta.get(HISTORY, [])]
+        chain = _CHAIN.get()
+        kept = chain is None or chain.made is not gm
+        if not kept:
+            gm.graph.eliminate_dead_code()  # as every pass does, also one that changes nothing
         before = _nodes(gm)
         try:
             result = run(gm, *args, **kwargs)
@@ -75,14 +87,16 @@ def graph_pass(
                 found=f"passes before it: {history or 'none'}",
             ) from error
         after = _nodes(result.graph_module)
-        if (after if result.graph_module is gm else _nodes(gm)) != before:
+        if kept and (after if result.graph_module is gm else _nodes(gm)) != before:
             raise PassError(
                 f"pass {name} edited the graph it was given", found=f"passes before it: {history}"
             )
         if result.modified != (after != before):
             raise PassError(f"pass {name} answered modified={result.modified}, which is not so")
-        if not _DEFERRED.get():
+        if chain is None:
             result.graph_module.recompile()
+        elif result.graph_module is not gm:
+            chain.made = result.graph_module
         result.graph_module.meta[HISTORY] = [*history, name]
         if log.isEnabledFor(logging.DEBUG):
             log.debug("pass %s: %s", name, op_difference(gm, result.graph_module))
@@ -92,13 +106,17 @@ def graph_pass(
 
 
 @contextmanager
-def compiled_later() -> Iterator[None]:
-    """While open, passes leave the Python code of their graphs uncompiled; the caller compiles."""
-    token = _DEFERRED.set(True)
+def one_after_another() -> Iterator[None]:
+    """While open, a pass works on what the pass before it made, and the caller compiles at the end.
+
+    Copying and compiling the graph once a pass is half of the time of the passes. The graph that
+    the first one is given is left as it was.
+    """
+    token = _CHAIN.set(_Chain())
     try:
         yield
     finally:
-        _DEFERRED.reset(token)
+        _CHAIN.reset(token)
 
 
 def op_difference(before: fx.GraphModule, after: fx.GraphModule) -> str:
@@ -116,8 +134,11 @@ def copy_module(gm: fx.GraphModule, *, class_name: str | None = None) -> fx.Grap
 
     Every parameter and buffer keeps its name, tied names stay tied, persistence and parameters that
     the graph does not read are kept. Submodules that the graph calls are copied over
-    the same storage too.
+    the same storage too. Between passes that run `one_after_another` it is the module itself.
     """
+    chain = _CHAIN.get()
+    if chain is not None and chain.made is gm:
+        return gm
     root = nn.Module()
     for name, _ in gm.named_modules(remove_duplicate=False):
         container(root, f"{name}.state" if name else "state")

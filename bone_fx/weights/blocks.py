@@ -75,8 +75,8 @@ def quantize(weight_NK: Tensor, scheme: Scheme, importance_K: Tensor | None = No
     Args:
         weight_NK: The weight, float32 `[N, K]`, K a multiple of the block size.
         scheme: How.
-        importance_K: What the squared error of each input counts, float32 `[K]`, none negative; None
-            rounds to nearest.
+        importance_K: What the squared error of each input counts, float32 `[K]`, none negative.
+            None rounds to nearest.
     """
     groups = weight_NK.shape[1] // scheme.block_size
     rows = max(1, _CHUNK // weight_NK.shape[1])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from bone_fx.onnx.prepare.assertions import remove_assertions
 from bone_fx.onnx.prepare.in_place import make_functional
@@ -36,7 +37,7 @@ def copy_graph(graph_module: GraphModule) -> GraphModule:
     graph.output(graph.graph_copy(graph_module.graph, copies))
     for node, copied in copies.items():
         copied.name = node.name  # a name such as `input`, that Python has too, would get a number
-    return GraphModule(graph_module, graph)
+    return _LazyGraphModule(graph_module, graph)  # not compiled, as it is never called
 
 
 def prepare(graph_module: GraphModule) -> GraphModule:
