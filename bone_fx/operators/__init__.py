@@ -10,6 +10,7 @@ from bone_fx.operators.adapted_linears import ADAPTED_LINEARS
 from bone_fx.operators.cross_entropy import lean_cross_entropy
 from bone_fx.operators.gate_product import ACTIVATIONS, GATE_PRODUCT
 from bone_fx.operators.joint_linear import JOINED_METHODS
+from bone_fx.operators.product import PRODUCT
 from bone_fx.operators.rms_normalise import RMS_NORMALISE
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ADAPTED_LINEARS",
     "GATE_PRODUCT",
     "JOINED_METHODS",
+    "PRODUCT",
     "RMS_NORMALISE",
     "lean_cross_entropy",
 ]

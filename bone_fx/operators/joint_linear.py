@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from bone_fx.adapters import bat, bone
 from bone_fx.operators.first_order import first_order
+from bone_fx.operators.product import times
 from bone_fx.operators.workspace import workspace
 
 JOINED_METHODS = frozenset({"bone", "bat"})
@@ -77,7 +77,7 @@ class JointLinear(torch.autograd.Function):
             assert block is not None
             acting, on_weight = _acting(site, weight, block, x_TI)
             own = None if bias is None else bias.to(acting.dtype)
-            y_TO = functional.linear(x_TI.to(acting.dtype), acting, own)
+            y_TO = times(x_TI.to(acting.dtype), acting, own)
             if site.method == "bone":
                 r = block.shape[0]
                 if r not in sums:
@@ -124,10 +124,7 @@ class JointLinear(torch.autograd.Function):
                 if site.method == "bone" and not on_weight:
                     r, d_RO = block.shape[0], block.to(site.dtype)
                     term = dy_TO.to(site.dtype)
-                    if r in dsums:
-                        dsums[r].addmm_(term, d_RO.t())
-                    else:
-                        dsums[r] = term @ d_RO.t()
+                    dsums[r] = times(term, d_RO, added=dsums.get(r))
             found += _own_gradients(site, needs[i], (x_TI, dy_TO, sums), weight, bias, block)
         if dx is not None:
             for dsum in dsums.values():
@@ -180,7 +177,7 @@ def _acting(
     same = weight.dtype == block.dtype == rows.dtype
     work = rows.shape[0] * block.shape[0] / weight.shape[1]
     if same and work > FOLD_ABOVE.get(weight.device.type, float("inf")):
-        return bone.fold(weight, block), True
+        return bone.fold(weight, block, workspace("folded", tuple(weight.shape), weight)), True
     return weight.to(rows.dtype), False
 
 
@@ -189,13 +186,13 @@ def _product_added(dx_TI: Tensor | None, dy_TO: Tensor, w_OI: Tensor) -> Tensor:
     if dy_TO.dtype != w_OI.dtype:
         added = (dy_TO.to(w_OI.dtype) @ w_OI).to(dy_TO.dtype)
         return added if dx_TI is None else dx_TI.add_(added)
-    return dy_TO @ w_OI if dx_TI is None else dx_TI.addmm_(dy_TO, w_OI)
+    return times(dy_TO, w_OI.t(), added=dx_TI)
 
 
 def _accumulated(y_TO: Tensor, s_TR: Tensor, d_RO: Tensor) -> Tensor:
     """`y + S D`, rounded to `y`'s dtype once."""
     if y_TO.dtype == d_RO.dtype:
-        return y_TO.addmm_(s_TR, d_RO)
+        return times(s_TR, d_RO.t(), added=y_TO)
     return torch.addmm(y_TO.to(d_RO.dtype), s_TR, d_RO).to(y_TO.dtype)
 
 
@@ -219,7 +216,7 @@ def _own_gradients(
         dacting = torch.mm(rows.t(), columns, out=out)
     if needs[2] and site.method == "bone":
         s_TR = sums[block.shape[0]]
-        dblock = (s_TR.t() @ dy_TO.to(s_TR.dtype)).to(block.dtype)
+        dblock = times(s_TR.t(), dy_TO.to(s_TR.dtype).t()).to(block.dtype)
     elif needs[2] and dacting is not None:
         dblock = bat.gradient(weight.to(block.dtype), dacting.to(block.dtype), block.shape[-1])
     if needs[0] and dacting is not None:

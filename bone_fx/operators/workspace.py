@@ -1,7 +1,8 @@
-"""Buffers for weights that live within one operator call, kept from call to call.
+"""Memory that is used again from call to call.
 
-A step of BAT makes and drops two tensors of the size of a weight for every layer. On a CPU the
-allocator gives that memory back to the system and takes it again, page by page.
+A step makes and drops tensors of the size of a weight for every layer, and one of the size of the
+logits. On a CPU the allocator gives that memory back to the system and takes it again, page by
+page.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 LARGEST = 64 << 20
 """Bytes of the largest buffer that is kept; what is larger costs little beside its product."""
+
+LARGEST_RESULT = 256 << 20
+"""Bytes of the largest result whose memory is kept."""
 
 _OWN = threading.local()
 
@@ -29,9 +33,7 @@ def workspace(slot: str, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         like: A tensor of its dtype and device. Only plain tensors on a CPU have buffers, outside
             traces: a trace must not see a tensor that outlives it.
     """
-    size = math.prod(shape) * like.element_size()
-    plain = type(like) in (Tensor, nn.Parameter) and like.device.type == "cpu"
-    if not plain or size > LARGEST or torch._C._len_torch_dispatch_stack():
+    if not _keeps(shape, like, LARGEST):
         return None
     buffers = _OWN.__dict__
     key = f"{slot} {like.dtype}"
@@ -39,3 +41,32 @@ def workspace(slot: str, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
     if kept is None or kept.numel() < math.prod(shape):
         kept = buffers[key] = torch.empty(math.prod(shape), dtype=like.dtype)
     return kept[: math.prod(shape)].view(shape)
+
+
+def result(slot: str, like: Tensor) -> Tensor:
+    """An empty tensor like another one, in the memory of the last such result if all let go of it.
+
+    For what an operator returns and nobody is expected to keep, such as the gradient of the
+    logits: whoever does keep it keeps the memory, and the next result gets its own. Tried with
+    torch 2.13.0, whose count of a storage's holders is not public.
+
+    Args:
+        slot: What it is for.
+        like: A tensor of its shape, dtype and device.
+    """
+    shape = tuple(like.shape)
+    if not like.is_contiguous() or not _keeps(shape, like, LARGEST_RESULT):
+        return torch.empty_like(like)
+    buffers = _OWN.__dict__
+    kept: torch.UntypedStorage | None = buffers.get(slot)
+    free = kept is not None and torch._C._storage_Use_Count(kept._cdata) == 1
+    if kept is None or not free or kept.nbytes() != math.prod(shape) * like.element_size():
+        kept = buffers[slot] = torch.empty_like(like).untyped_storage()
+    return torch.empty(0, dtype=like.dtype).set_(kept, 0, like.size(), like.stride())
+
+
+def _keeps(shape: tuple[int, ...], like: Tensor, largest: int) -> bool:
+    """Whether memory is kept for plain tensors like this one, outside of traces."""
+    plain = type(like) in (Tensor, nn.Parameter) and like.device.type == "cpu"
+    small = math.prod(shape) * like.element_size() <= largest
+    return plain and small and not torch._C._len_torch_dispatch_stack()

@@ -1,0 +1,143 @@
+"""Products by oneDNN and by PyTorch's own choice, against float64; memory that is used again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bone_fx.errors import UsageError
+from bone_fx.operators import PRODUCT, product
+from bone_fx.operators.product import times
+from bone_fx.operators.workspace import LARGEST_RESULT, result
+from tests.operators.saved import kept
+from tests.tolerances import assert_agrees
+
+TOKENS, INPUTS, OUTPUTS = 6, 40, 24
+needs_onednn = pytest.mark.skipif(not torch._C._has_mkldnn, reason="PyTorch without oneDNN")
+
+
+@pytest.fixture(params=[pytest.param(True, marks=needs_onednn), False], ids=["onednn", "torch"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(product, "_faster_here", lambda: request.param)
+    return "onednn" if request.param else "torch"
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("layout", ["rows", "columns", "cut"])
+def test_times(library: str, bias: bool, added: bool, layout: str) -> None:
+    x, b, y = numbers(TOKENS, INPUTS), numbers(OUTPUTS, seed=1), numbers(TOKENS, OUTPUTS, seed=2)
+    w = {
+        "rows": numbers(OUTPUTS, INPUTS, seed=3),
+        "columns": numbers(INPUTS, OUTPUTS, seed=3).t(),
+        "cut": numbers(OUTPUTS, INPUTS + 8, seed=3)[:, :INPUTS],
+    }[layout]
+    expected = x.double() @ w.double().t() + (b.double() if bias else 0)
+    expected = expected + (y.double() if added else 0)
+    found = times(x, w, b if bias else None, added=y.clone() if added else None)
+    assert_agrees(found, expected, "output")
+
+
+@pytest.mark.parametrize("shape", [(INPUTS,), (TOKENS, INPUTS), (2, 3, INPUTS), (0, INPUTS)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_operator_is_a_linear_layer(library: str, shape: tuple[int, ...], bias: bool) -> None:
+    x, w, b = numbers(*shape), numbers(OUTPUTS, INPUTS, seed=1), numbers(OUTPUTS, seed=2)
+    leaves = [t.requires_grad_() for t in (x, w, *([b] if bias else []))]
+    ours = PRODUCT(x, w, b if bias else None)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    theirs = functional.linear(*exact)
+    assert ours.shape == theirs.shape
+    assert_agrees(ours, theirs, "output")
+    weights = numbers(*ours.shape, seed=4)
+    found = torch.autograd.grad(ours, leaves, weights)
+    expected = torch.autograd.grad(theirs, exact, weights.double())
+    for gradient, other in zip(found, expected, strict=True):
+        assert_agrees(gradient, other, "gradient")
+
+
+def test_a_frozen_weight_keeps_no_input(library: str) -> None:
+    x, w = numbers(TOKENS, INPUTS).requires_grad_(), numbers(OUTPUTS, INPUTS, seed=1)
+    assert kept(lambda: PRODUCT(x, w, None), w) == []
+    w.requires_grad_()
+    assert kept(lambda: PRODUCT(x, w, None), x, w) == []
+
+
+def test_results_may_be_changed_in_place(library: str) -> None:
+    x, w = numbers(2, 3, INPUTS).requires_grad_(), numbers(OUTPUTS, INPUTS, seed=1)
+    PRODUCT(x, w, None).relu_().sum().backward()
+    assert_agrees(x.grad, (functional.linear(x, w) > 0).float() @ w, "gradient")
+
+
+@needs_onednn
+def test_second_derivatives_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_faster_here", lambda: True)
+    x, w = numbers(TOKENS, INPUTS).requires_grad_(), numbers(OUTPUTS, INPUTS, seed=1)
+    (dx,) = torch.autograd.grad(PRODUCT(x, w, None).square().sum(), x, create_graph=True)
+    with pytest.raises(UsageError, match="second derivatives"):
+        dx.sum().backward()
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes_and_autocast_are_torchs(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product, "_faster_here", lambda: True)
+    x, w = numbers(TOKENS, INPUTS).to(dtype), numbers(OUTPUTS, INPUTS, seed=1).to(dtype)
+    assert torch.equal(PRODUCT(x, w, None), functional.linear(x, w))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (
+            PRODUCT(numbers(TOKENS, INPUTS), numbers(OUTPUTS, INPUTS), None).dtype == torch.bfloat16
+        )
+
+
+@needs_onednn
+def test_it_compiles_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_faster_here", lambda: True)
+    x, w = numbers(TOKENS, INPUTS).requires_grad_(), nn.Parameter(numbers(OUTPUTS, INPUTS, seed=1))
+    compiled = torch.compile(lambda: PRODUCT(x, w, None), backend="aot_eager", fullgraph=True)
+    assert_agrees(compiled(), functional.linear(x, w), "output")
+
+
+def test_memory_of_a_result_is_used_again_once_nobody_holds_it() -> None:
+    like = numbers(TOKENS, OUTPUTS)
+    first = result("test", like)
+    place = first.data_ptr()
+    view = first[1:]
+    del first
+    assert result("test", like).data_ptr() != place  # the view still reads it
+    held = result("test", like)
+    assert held.shape == like.shape
+    place = held.data_ptr()
+    del held, view
+    assert result("test", like).data_ptr() == place
+    assert result("test", like[:3]).shape == (3, OUTPUTS)
+
+
+def test_a_large_or_foreign_result_is_not_kept() -> None:
+    large = torch.empty(LARGEST_RESULT // 4 + 1)
+    assert result("large", large).untyped_storage().nbytes() == large.untyped_storage().nbytes()
+    place = result("strided", numbers(TOKENS, OUTPUTS).t())
+    assert place.stride() == numbers(TOKENS, OUTPUTS).t().stride()
+
+
+def test_a_gradient_of_the_logits_that_is_kept_stays() -> None:
+    """Two steps of a loss whose logits' gradient somebody keeps."""
+    from bone_fx.operators.cross_entropy import cross_entropy_sum
+
+    target = torch.tensor([1, 2, 3])
+    gradients, copies = [], []
+    for seed in range(3):
+        logits = numbers(3, 50, seed=seed).requires_grad_()
+        cross_entropy_sum(logits, target, -100).backward()
+        assert logits.grad is not None
+        gradients.append(logits.grad)
+        copies.append(logits.grad.clone())
+    for gradient, copied in zip(gradients, copies, strict=True):
+        assert torch.equal(gradient, copied)
