@@ -23,6 +23,8 @@ from bone_fx.operators.first_order import first_order
 from bone_fx.operators.library import register
 
 _PLAIN = (Tensor, nn.Parameter)
+_ONEDNN: Any = torch.ops.mkldnn._linear_pointwise.default if torch._C._has_mkldnn else None
+_ONEDNN_ADDED: Any = torch.ops.mkldnn._linear_pointwise.binary if torch._C._has_mkldnn else None
 
 
 def times(
@@ -37,11 +39,10 @@ def times(
         added: `[T, O]`; its memory may hold the result.
     """
     if _by_onednn(x_TI, w_OI):
-        onednn = torch.ops.mkldnn._linear_pointwise
         if added is None:
-            y_TO: Tensor = onednn.default(x_TI, w_OI, bias, "none", [], "")
+            y_TO: Tensor = _ONEDNN(x_TI, w_OI, bias, "none", [], "")
         else:
-            y_TO = onednn.binary(x_TI, added, w_OI, bias, "add")
+            y_TO = _ONEDNN_ADDED(x_TI, added, w_OI, bias, "add")
         return y_TO
     if added is None:
         return functional.linear(x_TI, w_OI, bias)
@@ -104,7 +105,7 @@ PRODUCT = register("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor", p
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN takes the product, and is the faster."""
-    if torch.compiler.is_compiling() or not _faster_here():
+    if not _faster_here() or torch.compiler.is_compiling():
         return False
     plain = type(x) in _PLAIN and type(weight) in _PLAIN and x.device.type == "cpu"
     whole = x.dtype == weight.dtype == torch.float32

@@ -67,6 +67,8 @@ def result(slot: str, like: Tensor) -> Tensor:
 
 def _keeps(shape: tuple[int, ...], like: Tensor, largest: int) -> bool:
     """Whether memory is kept for plain tensors like this one, outside of traces."""
+    if torch.compiler.is_compiling():
+        return False
     plain = type(like) in (Tensor, nn.Parameter) and like.device.type == "cpu"
     small = math.prod(shape) * like.element_size() <= largest
     return plain and small and not torch._C._len_torch_dispatch_stack()
