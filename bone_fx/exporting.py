@@ -206,7 +206,9 @@ def _check_calibration(calibration: str | Path | None, dtype: str) -> None:
         )
     if not Path(calibration).expanduser().is_file():
         raise UsageError(
-            f"calibration={str(calibration)!r} is no file", expected="a text file, or none"
+            f"calibration={str(calibration)!r} is no file",
+            expected="a text file, or none",
+            next_step="name a file, or leave it out for the built-in text",
         )
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benching import (
+    AS_THE_BUILDER,
     adapted_and_merged,
     count_nodes,
     interleave,
@@ -35,10 +36,6 @@ from benching import (
 from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
-AS_THE_BUILDER = {
-    "fp32": [],
-    "int4": ["--block-size", "32", "--symmetric", "--head", "int4", "--calibration", "none"],
-}
 COLUMNS = {
     "runs": "runs",
     "dtype": "dtype",

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_infer import AS_THE_BUILDER
-from benching import measure, report, smollm2
+from benching import AS_THE_BUILDER, measure, report, smollm2
 from rich.console import Console
 
 from bone_fx.runtime.session import open_session

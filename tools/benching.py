@@ -39,6 +39,12 @@ PACKAGES = (
     "peft",
 )
 
+AS_THE_BUILDER = {
+    "fp32": [],
+    "int4": ["--block-size", "32", "--symmetric", "--head", "int4", "--calibration", "none"],
+}
+"""Flags of bone-export for what onnxruntime-genai's builder writes by default, by dtype."""
+
 # A process starts with the peak memory of the one that started it, so a small one stands between.
 LAUNCHER = """
 import os, subprocess, sys, time

@@ -79,7 +79,12 @@ def _text_of(path: Path) -> Text:
             f"{path} cannot be read as a calibration text",
             expected="a text file in UTF-8, or none",
             found=type(error).__name__,
+            next_step="save it as UTF-8, or leave it out for the built-in text",
         ) from error
     if not content.strip():
-        raise UsageError(f"{path} is empty", expected="a text of some hundred words")
+        raise UsageError(
+            f"{path} is empty",
+            expected="a text of some hundred words",
+            next_step="name another file, or leave it out for the built-in text",
+        )
     return Text(path.name, content)

@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 
 from bone_fx.capture.own_attention import PRESENT, Computed
 from bone_fx.capture.shared_heads import groups_of
-from bone_fx.errors import CaptureError
+from bone_fx.errors import CaptureError, first_line
 from bone_fx.passes.stamp import DOMAIN, EXIT
 from bone_fx.passes.symbolic import attributes, is_operator, operands
 
@@ -245,7 +245,8 @@ def recognise(program: ExportedProgram, region: Region, positions: int) -> Compu
     except _UnlikeError as unlike:
         raise _refuse(region.layer, str(unlike)) from unlike
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
-        raise _refuse(region.layer, f"code that cannot be run: {error}") from error
+        # The model's own operators on inputs that they were not traced with.
+        raise _refuse(region.layer, f"code that cannot be run: {first_line(error)}") from error
 
 
 class _UnlikeError(Exception):

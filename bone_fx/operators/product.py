@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from bone_fx.operators.first_order import first_order
 from bone_fx.operators.library import register
+from bone_fx.operators.plain import on_plain_cpu
 
-_PLAIN = (Tensor, nn.Parameter)
 _ONEDNN: Any = torch.ops.mkldnn._linear_pointwise.default if torch._C._has_mkldnn else None
 _ONEDNN_ADDED: Any = torch.ops.mkldnn._linear_pointwise.binary if torch._C._has_mkldnn else None
 
@@ -105,11 +105,8 @@ PRODUCT = register("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor", p
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN takes the product, and is the faster."""
-    if not _faster_here() or torch.compiler.is_compiling():
-        return False
-    plain = type(x) in _PLAIN and type(weight) in _PLAIN and x.device.type == "cpu"
     whole = x.dtype == weight.dtype == torch.float32
-    return plain and whole and not torch._C._len_torch_dispatch_stack()
+    return whole and _faster_here() and on_plain_cpu(x, weight)
 
 
 @functools.cache

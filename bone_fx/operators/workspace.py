@@ -11,7 +11,9 @@ import math
 import threading
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from bone_fx.operators.plain import on_plain_cpu
 
 LARGEST = 64 << 20
 """Bytes of the largest buffer that is kept; what is larger costs little beside its product."""
@@ -66,9 +68,4 @@ def result(slot: str, like: Tensor) -> Tensor:
 
 
 def _keeps(shape: tuple[int, ...], like: Tensor, largest: int) -> bool:
-    """Whether memory is kept for plain tensors like this one, outside of traces."""
-    if torch.compiler.is_compiling():
-        return False
-    plain = type(like) in (Tensor, nn.Parameter) and like.device.type == "cpu"
-    small = math.prod(shape) * like.element_size() <= largest
-    return plain and small and not torch._C._len_torch_dispatch_stack()
+    return on_plain_cpu(like) and math.prod(shape) * like.element_size() <= largest

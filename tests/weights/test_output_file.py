@@ -60,12 +60,11 @@ def test_a_small_file_stays_in_the_cache(
     assert len(descriptors) == 1
 
 
+@pytest.mark.skipif(not module._DIRECT, reason="no direct writes that could be refused")
 @pytest.mark.parametrize("at_open", [True, False])
 def test_a_file_system_without_direct_writes(
     tmp_path: Path, at_open: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not module._DIRECT:
-        pytest.skip("this system has no direct writes")
     monkeypatch.setattr(module, "_memory", lambda: 0)
     direct: set[int] = set()
     really_open, pwrite = os.open, os.pwrite
