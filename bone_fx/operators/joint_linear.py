@@ -33,7 +33,8 @@ JOINED_METHODS = frozenset({"bone", "bat"})
 FOLD_ABOVE = {"cpu": 40.0, "cuda": 400.0}
 """`T·R / I` from which Bone's weight is folded a step: what the product's rate in operations is to
 the rate at which weights are read and written. On a CPU of two cores in float32 the forms cross at
-25 to 45 (`tools/bench_bone_form.py`); that of a GPU is an estimate for bfloat16."""
+25 to 45 with MKL, at 15 to 55 with oneDNN (`tools/bench_bone_form.py`); that of a GPU is an
+estimate for bfloat16."""
 
 
 class Site(NamedTuple):

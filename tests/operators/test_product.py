@@ -98,6 +98,38 @@ def test_other_dtypes_and_autocast_are_torchs(
 
 
 @needs_onednn
+def test_onednn_is_given_matrices_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of a sum is one number, expanded."""
+    monkeypatch.setattr(product, "_faster_here", lambda: True)
+    multiply, seen = product._ONEDNN, []
+
+    def watched(x: Tensor, w: Tensor, *rest: object) -> Tensor:
+        seen.extend([x, w])
+        result: Tensor = multiply(x, w, *rest)
+        return result
+
+    monkeypatch.setattr(product, "_ONEDNN", watched)
+    x, w = numbers(2, 3, INPUTS).requires_grad_(), numbers(OUTPUTS, INPUTS, seed=1)
+    PRODUCT(x, w, None).sum().backward()
+    assert len(seen) == 4
+    assert all(m.is_contiguous() or m.t().is_contiguous() for m in seen)
+    assert_agrees(x.grad, w.sum(0).expand(2, 3, INPUTS), "gradient")
+
+
+@needs_onednn
+def test_the_switch_of_pytorch_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_faster_here", lambda: True)
+    monkeypatch.setattr(product, "_ONEDNN", None)
+    x, w = numbers(TOKENS, INPUTS), numbers(OUTPUTS, INPUTS, seed=1)
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        assert torch.equal(PRODUCT(x, w, None), functional.linear(x, w))
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+@needs_onednn
 def test_it_compiles_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "_faster_here", lambda: True)
     x, w = numbers(TOKENS, INPUTS).requires_grad_(), nn.Parameter(numbers(OUTPUTS, INPUTS, seed=1))
