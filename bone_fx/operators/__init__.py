@@ -11,7 +11,8 @@ from bone_fx.operators.cross_entropy import lean_cross_entropy
 from bone_fx.operators.gate_product import ACTIVATIONS, GATE_PRODUCT
 from bone_fx.operators.joint_linear import JOINED_METHODS
 from bone_fx.operators.product import PRODUCT
-from bone_fx.operators.rms_normalise import RMS_NORMALISE
+from bone_fx.operators.rms_norm import RMS_NORM
+from bone_fx.operators.rotary import ROTARY
 
 __all__ = [
     "ACTIVATIONS",
@@ -20,6 +21,7 @@ __all__ = [
     "GATE_PRODUCT",
     "JOINED_METHODS",
     "PRODUCT",
-    "RMS_NORMALISE",
+    "RMS_NORM",
+    "ROTARY",
     "lean_cross_entropy",
 ]

@@ -5,6 +5,7 @@ SwiGLU and its kin (arXiv 2002.05202). Autograd keeps the activation's result as
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,15 +18,15 @@ from bone_fx.operators.library import register
 
 _aten = torch.ops.aten
 
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "silu": (functional.silu, _aten.silu_backward.default),
-    "gelu": (functional.gelu, _aten.gelu_backward.default),
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]] = {
+    "silu": (functional.silu, _aten.silu_backward.grad_input),
+    "gelu": (functional.gelu, _aten.gelu_backward.grad_input),
     "gelu_tanh": (
-        lambda gate: functional.gelu(gate, approximate="tanh"),
-        lambda dy, gate: _aten.gelu_backward.default(dy, gate, approximate="tanh"),
+        functools.partial(functional.gelu, approximate="tanh"),
+        functools.partial(_aten.gelu_backward.grad_input, approximate="tanh"),
     ),
 }
-"""Activation and its derivative, `(dy, gate) -> dgate`."""
+"""Activation and its derivative, `(dy, gate, grad_input=) -> dgate`."""
 
 
 class GateProduct(torch.autograd.Function):
@@ -36,7 +37,7 @@ class GateProduct(torch.autograd.Function):
         """In the dtype of the product."""
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return ACTIVATIONS[activation][0](gate) * up
+        return _times(ACTIVATIONS[activation][0](gate), up)
 
     @staticmethod
     @first_order
@@ -46,10 +47,16 @@ class GateProduct(torch.autograd.Function):
         apply, derive = ACTIVATIONS[ctx.activation]
         dgate = dup = None
         if ctx.needs_input_grad[0]:
-            dgate = derive((dy * up).to(gate.dtype), gate)
+            dgate = (dy * up).to(gate.dtype)
+            derive(dgate, gate, grad_input=dgate)
         if ctx.needs_input_grad[1]:
-            dup = apply(gate).mul(dy).to(up.dtype)
+            dup = _times(apply(gate), dy).to(up.dtype)
         return dgate, dup, None
+
+
+def _times(active: Tensor, other: Tensor) -> Tensor:
+    """The product, in the memory of the first factor where it fits."""
+    return active.mul_(other) if active.dtype == other.dtype else active * other
 
 
 def gate_product(gate: Tensor, up: Tensor, activation: str) -> Tensor:

@@ -3,8 +3,9 @@
 PyTorch multiplies float32 on a CPU by MKL, which has its best kernels for Intel's CPUs. oneDNN,
 which it brings along for other dtypes, is a tenth faster on AMD's (measured on an EPYC with AVX-512
 at the shapes of SmolLM2: 212 against 188, 220 against 196 GFLOP/s), and adds to a tensor in the
-same pass. On other machines, in other dtypes and in traces the products are PyTorch's own, and
-everywhere under `torch.backends.mkldnn.flags(enabled=False)`.
+same pass. On other machines, in other dtypes and in exports the products are PyTorch's own, and
+everywhere under `torch.backends.mkldnn.flags(enabled=False)`. What `torch.compile` compiles calls
+`bone_fx::times`, since inductor would choose MKL.
 
 Its sums are longer, so a product's rounding error is 1.5 to 2 times MKL's (5e-7 against 2.6e-7 of
 the result at 1536 inputs).
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bone_fx.operators.first_order import first_order
-from bone_fx.operators.library import register
+from bone_fx.operators.library import register, register_opaque
 from bone_fx.operators.plain import on_plain_cpu
 
 _ONEDNN: Any = torch.ops.mkldnn._linear_pointwise.default if torch._C._has_mkldnn else None
@@ -43,17 +44,33 @@ def times(
         added: `[T, O]`; its memory may hold the result.
     """
     if _by_onednn(x_TI, w_OI):
-        x_TI, w_OI = _dense(x_TI), _dense(w_OI)
-        if added is None:
-            y_TO: Tensor = _ONEDNN(x_TI, w_OI, bias, "none", [], "")
-        else:
-            y_TO = _ONEDNN_ADDED(x_TI, added, w_OI, bias, "add")
+        by = _TIMES if torch.compiler.is_compiling() else _times_by_onednn
+        y_TO: Tensor = by(x_TI, w_OI, bias, added)
         return y_TO
     if added is None:
         return functional.linear(x_TI, w_OI, bias)
     if bias is not None:
         added = added.add_(bias)
     return added.addmm_(x_TI, w_OI.t())
+
+
+def _times_by_onednn(
+    x_TI: Tensor, w_OI: Tensor, bias: Tensor | None, added: Tensor | None
+) -> Tensor:
+    """`x Wᵀ + bias + added`, `[T, O]`, in float32; every argument stays as it is."""
+    x_TI, w_OI = _dense(x_TI), _dense(w_OI)
+    if added is None:
+        y_TO: Tensor = _ONEDNN(x_TI, w_OI, bias, "none", [], "")
+    else:
+        y_TO = _ONEDNN_ADDED(x_TI, added, w_OI, bias, "add")
+    return y_TO
+
+
+_TIMES = register_opaque(
+    "times(Tensor x, Tensor weight, Tensor? bias, Tensor? added) -> Tensor",
+    _times_by_onednn,
+    lambda x, weight, bias, added: x.new_empty(x.shape[0], weight.shape[0]),
+)
 
 
 class Product(torch.autograd.Function):
@@ -119,9 +136,13 @@ def _dense(matrix: Tensor) -> Tensor:
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN takes the product, and is the faster."""
-    whole = x.dtype == weight.dtype == torch.float32
-    enabled = torch._C._get_mkldnn_enabled()
-    return whole and enabled and _faster_here() and on_plain_cpu(x, weight)
+    if not (x.dtype == weight.dtype == torch.float32 and _faster_here()):
+        return False
+    if torch.compiler.is_compiling():
+        here = x.device.type == weight.device.type == "cpu" and not torch.compiler.is_exporting()
+    else:
+        here = on_plain_cpu(x, weight)
+    return here and torch._C._get_mkldnn_enabled()
 
 
 @functools.cache

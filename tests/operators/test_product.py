@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn import functional
 
 from bone_fx.errors import UsageError
@@ -133,8 +137,29 @@ def test_the_switch_of_pytorch_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> 
 def test_it_compiles_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "_faster_here", lambda: True)
     x, w = numbers(TOKENS, INPUTS).requires_grad_(), nn.Parameter(numbers(OUTPUTS, INPUTS, seed=1))
-    compiled = torch.compile(lambda: PRODUCT(x, w, None), backend="aot_eager", fullgraph=True)
-    assert_agrees(compiled(), functional.linear(x, w), "output")
+    seen: list[torch.fx.GraphModule] = []
+
+    def watched(graph: torch.fx.GraphModule, _: object) -> Any:
+        seen.append(graph)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=watched)
+    y = torch.compile(lambda: PRODUCT(x, w, None), backend=backend, fullgraph=True)()
+    assert_agrees(y, functional.linear(x, w), "output")
+    y.sum().backward()
+    assert_agrees(x.grad, w.sum(0).expand(TOKENS, INPUTS), "gradient")
+    forward, backward = seen
+    for graph in (forward, backward):
+        assert any(n.target is torch.ops.bone_fx.times.default for n in graph.graph.nodes)
+
+
+@needs_onednn
+@pytest.mark.parametrize("added", [True, False])
+def test_the_compiled_operator_keeps_the_rules_of_operators(added: bool) -> None:
+    x, w, b = numbers(TOKENS, INPUTS), numbers(INPUTS, OUTPUTS, seed=1).t(), numbers(OUTPUTS)
+    y = numbers(TOKENS, OUTPUTS, seed=2) if added else None
+    torch.library.opcheck(torch.ops.bone_fx.times.default, (x, w, b, y))
 
 
 def test_memory_of_a_result_is_used_again_once_nobody_holds_it() -> None:

@@ -1,4 +1,4 @@
-"""Norms and gated products become operators that keep less, where they compute the same."""
+"""Norms, gated products and rotary embeddings become operators where these compute the same."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from bone_fx.operators import GATE_PRODUCT, RMS_NORMALISE
+from bone_fx.operators import GATE_PRODUCT, RMS_NORM, ROTARY
 from bone_fx.passes.frame import copy_graph
 from bone_fx.passes.keep_less import keep_less
 from tests.tolerances import assert_agrees
 
 aten = torch.ops.aten
+ASSERTION = aten._assert_tensor_metadata.default
 
 
 class Function(nn.Module):
@@ -42,6 +43,8 @@ def trace(
     traced = torch.export.export(Function(run), made, strict=False).module(check_guards=False)
     graph: fx.Graph = traced.graph
     graph.set_codegen(torch.fx.graph.CodeGen())
+    for node in graph.find_nodes(op="call_function", target=ASSERTION):  # a capture has none
+        graph.erase_node(node)
     return fx.GraphModule(traced, graph), made
 
 
@@ -49,10 +52,26 @@ def operators(graph: fx.Graph) -> list[Any]:
     return [node.target for node in graph.nodes if node.op == "call_function"]
 
 
+def turned(x: Tensor, half: int = 5) -> Tensor:
+    return torch.cat([-x[:, half:], x[:, :half]], -1)
+
+
 NORMS: dict[str, Callable[..., Tensor]] = {
     "x first": lambda x, y: x * rate(x) * y,
     "rate first": lambda x, y: y * (rate(x) * x),
     "in float32 already": lambda x, y: (x.float() * rate(x.float())).to(x.dtype) * y,
+}
+GAINS: dict[str, Callable[..., Tensor]] = {
+    "gain first": lambda x, y: y[0] * (x * rate(x)),
+    "gain last": lambda x, y: (x * rate(x)) * y[0],
+    "in float32 already": lambda x, y: y[0] * (x * rate(x)).float(),
+    "one and a gain": lambda x, y: (x * rate(x)) * (1.0 + y[0]),
+    "a gain of another": lambda x, y: y[0] * (x * rate(x)) + y,
+}
+ROTARIES: dict[str, Callable[..., Tensor]] = {
+    "in halves": lambda x, y: x * y.cos() + turned(x) * y.sin(),
+    "tables first": lambda x, y: y.sin() * turned(x) + y.cos() * x,
+    "one table for all": lambda x, y: x * y[:1].cos() + turned(x) * y[1].sin(),
 }
 GATES: dict[str, Callable[..., Tensor]] = {
     "silu": lambda x, y: functional.silu(x) * y,
@@ -73,6 +92,11 @@ OTHERS: dict[str, Callable[..., Tensor]] = {
     "a gate of one column": lambda x, y: functional.silu(x[:, :1]) * y,
     "an up of another dtype": lambda x, y: functional.silu(x) * y.double(),
     "another activation": lambda x, y: torch.relu(x) * y,
+    "a rotary embedding of thirds": lambda x, y: x * y.cos() + turned(x, 4) * y.sin(),
+    "a rotary embedding of another": lambda x, y: y * y.cos() + turned(x) * y.sin(),
+    "one whose halves are read again": lambda x, y: x * y + (t := turned(x)) * y + t,
+    "one that widens": lambda x, y: x[:1] * y + turned(x[:1]) * y,
+    "one turned the other way": lambda x, y: x * y + torch.cat([x[:, 5:], -x[:, :5]], -1) * y,
     "a number": lambda x, y: functional.silu(x) * 2 + y,
 }
 
@@ -83,7 +107,8 @@ def assert_same(run: Callable[..., Tensor], target: Any) -> None:
     assert keep_less(lean) == 1
     lean.lint()
     assert operators(lean).count(target) == 1
-    assert not {aten.rsqrt.default, aten.silu.default, aten.gelu.default} & {*operators(lean)}
+    replaced = {aten.rsqrt.default, aten.silu.default, aten.gelu.default, aten.cat.default}
+    assert not replaced & {*operators(lean)}
     (node,) = (n for n in lean.nodes if n.target is target)
     assert node.meta["val"].shape == (3, 10)
     before = str(lean)
@@ -103,7 +128,21 @@ def assert_same(run: Callable[..., Tensor], target: Any) -> None:
 
 @pytest.mark.parametrize("case", NORMS)
 def test_norms_keep_one_number_a_token(case: str) -> None:
-    assert_same(NORMS[case], RMS_NORMALISE)
+    assert_same(NORMS[case], RMS_NORM)
+
+
+@pytest.mark.parametrize("case", GAINS)
+def test_norms_take_their_gain(case: str) -> None:
+    assert_same(GAINS[case], RMS_NORM)
+    lean = copy_graph(trace(GAINS[case])[0].graph)
+    keep_less(lean)
+    (node,) = (n for n in lean.nodes if n.target is RMS_NORM)
+    assert node.args[1] is not None
+
+
+@pytest.mark.parametrize("case", ROTARIES)
+def test_rotary_embeddings_are_one_operator(case: str) -> None:
+    assert_same(ROTARIES[case], ROTARY)
 
 
 @pytest.mark.parametrize("case", GATES)
