@@ -9,7 +9,7 @@ from bone_fx.operators.adapted_linear import ADAPTED_LINEAR
 from bone_fx.operators.adapted_linears import ADAPTED_LINEARS
 from bone_fx.operators.cross_entropy import lean_cross_entropy
 from bone_fx.operators.gate_product import ACTIVATIONS, GATE_PRODUCT
-from bone_fx.operators.joint_linear import JOINED_METHODS
+from bone_fx.operators.joint_linear import JOINED_METHODS, KEEP_SUMS
 from bone_fx.operators.product import PRODUCT
 from bone_fx.operators.rms_norm import RMS_NORM
 from bone_fx.operators.rotary import ROTARY
@@ -20,6 +20,7 @@ __all__ = [
     "ADAPTED_LINEARS",
     "GATE_PRODUCT",
     "JOINED_METHODS",
+    "KEEP_SUMS",
     "PRODUCT",
     "RMS_NORM",
     "ROTARY",

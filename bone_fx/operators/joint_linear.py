@@ -17,6 +17,7 @@ Shapes: T tokens, I in_features, O out_features, R block size.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +25,15 @@ from torch import Tensor
 
 from bone_fx.adapters import bat, bone
 from bone_fx.operators.first_order import first_order
+from bone_fx.operators.plain import cast
 from bone_fx.operators.product import times
 from bone_fx.operators.workspace import workspace
 
 JOINED_METHODS = frozenset({"bone", "bat"})
 """The methods that are computed here."""
+
+KEEP_SUMS = frozenset({"bone"})
+"""Those that keep the shard sums of x at most, under a frozen weight."""
 
 FOLD_ABOVE = {"cpu": 40.0, "cuda": 400.0}
 """`T·R / I` from which Bone's weight is folded a step: what the product's rate in operations is to
@@ -77,18 +82,18 @@ class JointLinear(torch.autograd.Function):
             assert weight is not None
             assert block is not None
             acting, on_weight = _acting(site, weight, block, x_TI)
-            own = None if bias is None else bias.to(acting.dtype)
-            y_TO = times(x_TI.to(acting.dtype), acting, own)
+            own = None if bias is None else cast(bias, acting.dtype)
+            y_TO = times(cast(x_TI, acting.dtype), acting, own)
             if site.method == "bone":
                 r = block.shape[0]
                 if r not in sums:
-                    sums[r] = bone.shard_sums(x_TI.to(site.dtype), r)
+                    sums[r] = bone.shard_sums(cast(x_TI, site.dtype), r)
                 if not on_weight:
-                    y_TO = _accumulated(y_TO, sums[r], block.to(site.dtype))
+                    y_TO = _accumulated(y_TO, sums[r], cast(block, site.dtype))
             kept.append(acting if site.method == "bat" and not site.recompute else None)
             # Not a view, or autograd would forbid an in-place operator after it.
             shape = [*x.shape[:-1], weight.shape[0]]
-            outputs.append(torch.ops.aten._unsafe_view(y_TO.to(x.dtype), shape))
+            outputs.append(torch.ops.aten._unsafe_view(cast(y_TO, x.dtype), shape))
         trains_weight = any(needs[0::3])
         trained = {site.method for n, site in zip(needs[2::3], sites, strict=True) if n}
         if "bone" not in trained:
@@ -123,8 +128,8 @@ class JointLinear(torch.autograd.Function):
                 dx = _product_added(dx, dy_TO, acting)
                 del acting
                 if site.method == "bone" and not on_weight:
-                    r, d_RO = block.shape[0], block.to(site.dtype)
-                    term = dy_TO.to(site.dtype)
+                    r, d_RO = block.shape[0], cast(block, site.dtype)
+                    term = cast(dy_TO, site.dtype)
                     dsums[r] = times(term, d_RO, added=dsums.get(r))
             found += _own_gradients(site, needs[i], (x_TI, dy_TO, sums), weight, bias, block)
         if dx is not None:
@@ -156,8 +161,8 @@ def joint_linear(
         for method, block in zip(methods, blocks, strict=True)
     )
     tensors = [t for three in zip(weights, biases, blocks, strict=True) for t in three]
-    with torch.autocast(device, enabled=False):
-        outputs = JointLinear.apply(x.to(compute), sites, *tensors)  # type: ignore[no-untyped-call]
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        outputs = JointLinear.apply(cast(x, compute), sites, *tensors)  # type: ignore[no-untyped-call]
     return list(outputs)
 
 
@@ -172,20 +177,20 @@ def _acting(
     if kept is not None:
         return kept, True
     if site.method == "bat":
-        w_OI = weight.to(block.dtype)
+        w_OI = cast(weight, block.dtype)
         out = workspace("folded", tuple(w_OI.shape), w_OI) if site.recompute else None
-        return bat.fold(w_OI, block, out).to(site.dtype), True
+        return cast(bat.fold(w_OI, block, out), site.dtype), True
     same = weight.dtype == block.dtype == rows.dtype
     work = rows.shape[0] * block.shape[0] / weight.shape[1]
     if same and work > FOLD_ABOVE.get(weight.device.type, float("inf")):
         return bone.fold(weight, block, workspace("folded", tuple(weight.shape), weight)), True
-    return weight.to(rows.dtype), False
+    return cast(weight, rows.dtype), False
 
 
 def _product_added(dx_TI: Tensor | None, dy_TO: Tensor, w_OI: Tensor) -> Tensor:
     """`dx + dy W` in `dy`'s dtype, in place if there is a dx."""
     if dy_TO.dtype != w_OI.dtype:
-        added = (dy_TO.to(w_OI.dtype) @ w_OI).to(dy_TO.dtype)
+        added = (cast(dy_TO, w_OI.dtype) @ w_OI).to(dy_TO.dtype)
         return added if dx_TI is None else dx_TI.add_(added)
     return times(dy_TO, w_OI.t(), added=dx_TI)
 
@@ -194,7 +199,7 @@ def _accumulated(y_TO: Tensor, s_TR: Tensor, d_RO: Tensor) -> Tensor:
     """`y + S D`, rounded to `y`'s dtype once."""
     if y_TO.dtype == d_RO.dtype:
         return times(s_TR, d_RO.t(), added=y_TO)
-    return torch.addmm(y_TO.to(d_RO.dtype), s_TR, d_RO).to(y_TO.dtype)
+    return torch.addmm(cast(y_TO, d_RO.dtype), s_TR, d_RO).to(y_TO.dtype)
 
 
 def _own_gradients(
@@ -212,18 +217,20 @@ def _own_gradients(
     if needs[0] or (needs[2] and site.method == "bat"):
         assert x_TI is not None
         dtype = site.dtype if site.method == "bat" else x_TI.dtype
-        rows, columns = dy_TO.to(dtype), x_TI.to(dtype)
+        rows, columns = cast(dy_TO, dtype), cast(x_TI, dtype)
         out = None if needs[0] else workspace("gradient", tuple(weight.shape), rows)
         dacting = torch.mm(rows.t(), columns, out=out)
     if needs[2] and site.method == "bone":
         s_TR = sums[block.shape[0]]
-        dblock = times(s_TR.t(), dy_TO.to(s_TR.dtype).t()).to(block.dtype)
+        dblock = cast(times(s_TR.t(), cast(dy_TO, s_TR.dtype).t()), block.dtype)
     elif needs[2] and dacting is not None:
-        dblock = bat.gradient(weight.to(block.dtype), dacting.to(block.dtype), block.shape[-1])
+        dblock = bat.gradient(
+            cast(weight, block.dtype), cast(dacting, block.dtype), block.shape[-1]
+        )
     if needs[0] and dacting is not None:
-        dw = dacting.to(weight.dtype)
+        dw = cast(dacting, weight.dtype)
         if site.method == "bat":
-            dw = bat.weight_gradient(dacting.to(block.dtype), block).to(weight.dtype)
+            dw = bat.weight_gradient(cast(dacting, block.dtype), block).to(weight.dtype)
     if bias is not None and needs[1]:
         dbias = dy_TO.sum(0).to(bias.dtype)
     return [dw, dbias, dblock]

@@ -1,4 +1,4 @@
-"""Which tensors may be given to what no trace can see: another library, memory that is kept."""
+"""Plain tensors: which of them may be given to what no trace can see, and casts of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from torch import Tensor, nn
 
 def on_plain_cpu(*tensors: Tensor) -> bool:
     """Whether all are ordinary tensors on a CPU, outside of `torch.compile` and of traces."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    return all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    for tensor in tensors:
+        if not tensor.is_cpu or (type(tensor) is not Tensor and type(tensor) is not nn.Parameter):
+            return False
+    return not (torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling())
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, without a call into PyTorch where nothing changes."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

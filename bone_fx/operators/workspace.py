@@ -39,10 +39,11 @@ def workspace(slot: str, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         return None
     buffers = _OWN.__dict__
     key = f"{slot} {like.dtype}"
+    size = math.prod(shape)
     kept: Tensor | None = buffers.get(key)
-    if kept is None or kept.numel() < math.prod(shape):
-        kept = buffers[key] = torch.empty(math.prod(shape), dtype=like.dtype)
-    return kept[: math.prod(shape)].view(shape)
+    if kept is None or kept.numel() < size:
+        kept = buffers[key] = torch.empty(size, dtype=like.dtype)
+    return kept[:size].view(shape)
 
 
 def result(slot: str, like: Tensor) -> Tensor:
@@ -68,4 +69,4 @@ def result(slot: str, like: Tensor) -> Tensor:
 
 
 def _keeps(shape: tuple[int, ...], like: Tensor, largest: int) -> bool:
-    return on_plain_cpu(like) and math.prod(shape) * like.element_size() <= largest
+    return math.prod(shape) * like.element_size() <= largest and on_plain_cpu(like)

@@ -13,6 +13,7 @@ from bone_fx.passes.frame import copy_graph
 from bone_fx.passes.group_heads import group_heads
 from bone_fx.passes.join_sites import join_sites
 from bone_fx.passes.keep_less import keep_less
+from bone_fx.passes.recomputed_part import cut_recomputed
 
 
 class CalledGraph(fx.GraphModule):
@@ -29,7 +30,7 @@ class CalledGraph(fx.GraphModule):
     def recompile(self) -> Any:
         """Compile the running form; the module's own call stays around the generated forward."""
         shown = self._graph
-        self._graph = self._as_it_runs(shown)
+        running = self._graph = self._as_it_runs(shown)
         try:
             code = super().recompile()
         finally:
@@ -38,7 +39,11 @@ class CalledGraph(fx.GraphModule):
         if cls.forward is not cls._call_model:
             cls._graph_forward = cls.forward
             cls.forward = cls._call_model
+        self._compiled(running)
         return code
+
+    def _compiled(self, running: fx.Graph) -> None:
+        """What else is made of the graph that was compiled."""
 
     def _as_it_runs(self, graph: fx.Graph) -> fx.Graph:
         """The graph that is compiled; people and passes see the one it is given."""
@@ -57,11 +62,25 @@ class LayerGraph(CalledGraph):
 
     recomputable: bool = True
     checkpointing: dict[str, Any] | None = None
+    _recomputed_forward: ClassVar[Callable[..., Any]]
+    _rest_forward: ClassVar[Callable[..., Any] | None]
+
+    def _compiled(self, running: fx.Graph) -> None:
+        cls = type(self)
+        parts = cut_recomputed(running)
+        if parts is None:
+            cls._recomputed_forward, cls._rest_forward = cls._graph_forward, None
+            return
+        # The functions find the parameters in this module; the modules that they come from go.
+        recomputed, rest = (type(fx.GraphModule(self, part)).forward for part in parts)
+        cls._recomputed_forward, cls._rest_forward = recomputed, rest
 
     def _call_model(self, *args: Any) -> Any:
         if self.checkpointing is None or not self.recomputable or not torch.is_grad_enabled():
             return self._graph_forward(*args)
-        return checkpoint(self._graph_forward, *args, use_reentrant=False, **self.checkpointing)
+        forward = self._recomputed_forward
+        values = checkpoint(forward, *args, use_reentrant=False, **self.checkpointing)
+        return values if self._rest_forward is None else self._rest_forward(*values)
 
 
 class LeanLayerGraph(LayerGraph):

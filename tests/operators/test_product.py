@@ -24,8 +24,14 @@ needs_onednn = pytest.mark.skipif(not torch._C._has_mkldnn, reason="PyTorch with
 
 @pytest.fixture(params=[pytest.param(True, marks=needs_onednn), False], ids=["onednn", "torch"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(product, "_faster_here", lambda: request.param)
+    everywhere(monkeypatch, onednn=request.param)
     return "onednn" if request.param else "torch"
+
+
+def everywhere(monkeypatch: pytest.MonkeyPatch, *, onednn: bool = True) -> None:
+    """Let oneDNN, or PyTorch's choice, take products of all sizes on any CPU."""
+    monkeypatch.setattr(product, "_faster_here", lambda: onednn)
+    monkeypatch.setattr(product, "FROM", 0)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -80,7 +86,7 @@ def test_results_may_be_changed_in_place(library: str) -> None:
 
 @needs_onednn
 def test_second_derivatives_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product, "_faster_here", lambda: True)
+    everywhere(monkeypatch)
     x, w = numbers(TOKENS, INPUTS).requires_grad_(), numbers(OUTPUTS, INPUTS, seed=1)
     (dx,) = torch.autograd.grad(PRODUCT(x, w, None).square().sum(), x, create_graph=True)
     with pytest.raises(UsageError, match="second derivatives"):
@@ -92,7 +98,7 @@ def test_second_derivatives_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
 def test_other_dtypes_and_autocast_are_torchs(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(product, "_faster_here", lambda: True)
+    everywhere(monkeypatch)
     x, w = numbers(TOKENS, INPUTS).to(dtype), numbers(OUTPUTS, INPUTS, seed=1).to(dtype)
     assert torch.equal(PRODUCT(x, w, None), functional.linear(x, w))
     with torch.autocast("cpu", torch.bfloat16):
@@ -104,7 +110,7 @@ def test_other_dtypes_and_autocast_are_torchs(
 @needs_onednn
 def test_onednn_is_given_matrices_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of a sum is one number, expanded."""
-    monkeypatch.setattr(product, "_faster_here", lambda: True)
+    everywhere(monkeypatch)
     multiply, seen = product._ONEDNN, []
 
     def watched(x: Tensor, w: Tensor, *rest: object) -> Tensor:
@@ -122,7 +128,7 @@ def test_onednn_is_given_matrices_without_gaps(monkeypatch: pytest.MonkeyPatch) 
 
 @needs_onednn
 def test_the_switch_of_pytorch_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product, "_faster_here", lambda: True)
+    everywhere(monkeypatch)
     monkeypatch.setattr(product, "_ONEDNN", None)
     x, w = numbers(TOKENS, INPUTS), numbers(OUTPUTS, INPUTS, seed=1)
     before = torch._C._get_mkldnn_enabled()
@@ -135,7 +141,7 @@ def test_the_switch_of_pytorch_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> 
 
 @needs_onednn
 def test_it_compiles_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product, "_faster_here", lambda: True)
+    everywhere(monkeypatch)
     x, w = numbers(TOKENS, INPUTS).requires_grad_(), nn.Parameter(numbers(OUTPUTS, INPUTS, seed=1))
     seen: list[torch.fx.GraphModule] = []
 
