@@ -28,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The long ones first, or the last of them would run while the other processes wait.
+    items.sort(key=lambda item: item.path.parent.name != "end_to_end")
     if torch.cuda.is_available():
         return
     for item in items:

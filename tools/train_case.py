@@ -4,7 +4,8 @@
                                  "batch": 4, "length": 128, "r": 64, "steps": 9, "rate": 1e-3}'
 
 Cases: `floor`, `PEFT bone|bat|mini|lora`, `bone_fx bone|bat|mini`, and the latter with
-`, compiled`, `, checkpointing` or `, kept` (BAT's folded weights are kept for backward).
+`, compiled`, `, checkpointing` or `, kept` (BAT's folded weights are kept for backward); any with
+`, one ulp`: each number of the base's linear layers is moved to a neighbour that float32 has.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ def contestant(case: str, model: Any, r: int, batch: dict[str, Tensor]) -> nn.Mo
         net: nn.Module = model
         return net
     who, method, *how = case.replace(",", "").split()
+    if "ulp" in how:
+        _move(model)
     fields: dict[str, Any] = {"r": r, "target_modules": TARGETS, "init_weights": True}
     if method in ("bat", "mini"):
         fields["init_weights"] = method
@@ -118,6 +121,17 @@ def contestant(case: str, model: Any, r: int, batch: dict[str, Tensor]) -> nn.Mo
         return peft.get_peft_model(model, lora)
     config = peft.MissConfig if method == "mini" else peft.BoneConfig
     return peft.get_peft_model(model, config(**fields))
+
+
+def _move(model: nn.Module) -> None:
+    """The smallest change that float32 can express, up or down by chance."""
+    generator = torch.Generator().manual_seed(3)
+    for layer in _linears(model):
+        up = torch.rand(layer.weight.shape, generator=generator) < 0.5
+        with torch.no_grad():
+            layer.weight.copy_(
+                torch.nextafter(layer.weight, torch.where(up, torch.inf, -torch.inf))
+            )
 
 
 def _linears(model: nn.Module) -> list[nn.Linear]:
