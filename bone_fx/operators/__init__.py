@@ -2,7 +2,8 @@
 
 All are composite: autograd, autocast, FakeTensor and `torch.compile` see the products they are made
 of, and inductor is free to fuse them. Where autograd would keep more than it must, the composite
-calls an autograd function that keeps less and recomputes the rest in backward.
+calls an autograd function that keeps less and recomputes the rest in backward. One of the products
+may be `bone_fx::times`, which compiled graphs call and do not look into.
 """
 
 from bone_fx.operators.adapted_linear import ADAPTED_LINEAR

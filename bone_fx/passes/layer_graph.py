@@ -67,7 +67,8 @@ class LayerGraph(CalledGraph):
 
     def _compiled(self, running: fx.Graph) -> None:
         cls = type(self)
-        parts = cut_recomputed(running)
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        parts = cut_recomputed(running, trained)
         if parts is None:
             cls._recomputed_forward, cls._rest_forward = cls._graph_forward, None
             return

@@ -17,6 +17,7 @@ its own: an autograd function in Python has computed by the time it says what it
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -30,15 +31,20 @@ aten = torch.ops.aten
 _KEEP_NOTHING = frozenset({aten.add.Tensor, aten.to.dtype})
 
 
-def cut_recomputed(graph: Graph) -> tuple[Graph, Graph] | None:
+def cut_recomputed(graph: Graph, trained: Collection[str] = ()) -> tuple[Graph, Graph] | None:
     """The part of a graph that has to be recomputed, and the rest, which takes what it returns.
 
-    The results of the first are in the order of the second's arguments. None where backward needs
-    all of the graph.
+    Args:
+        graph: Of a layer, in the form that runs; it stays as it was.
+        trained: Names of the parameters that train: a product with one of them keeps its input.
+
+    Returns:
+        Two graphs; the results of the first are in the order of the second's arguments. None where
+        backward needs all of the graph.
     """
     late: set[Node] = set()
     for node in reversed(graph.nodes):
-        if _keeps_little(node) and all(u in late or u.op == "output" for u in node.users):
+        if _keeps_little(node, trained) and all(u in late or u.op == "output" for u in node.users):
             late.add(node)
     late = {node for node in late if _follows_a_product(node, late)}
     if not late:
@@ -50,11 +56,18 @@ def cut_recomputed(graph: Graph) -> tuple[Graph, Graph] | None:
     return _part(graph, late, handed), _rest(graph, late, handed)
 
 
-def _keeps_little(node: Node) -> bool:
+def _keeps_little(node: Node, trained: Collection[str]) -> bool:
     if node.target is ADAPTED_LINEAR:
         arguments = AdaptedArguments.of(node)
-        return KEEP_SUMS.issuperset(arguments.methods) and not arguments.block_inputs
-    return node.target is PRODUCT or node.target in _KEEP_NOTHING
+        few = KEEP_SUMS.issuperset(arguments.methods) and not arguments.block_inputs
+        return few and _is_frozen(arguments.weight, trained)
+    if node.target is PRODUCT:
+        return _is_frozen(node.args[1], trained)
+    return node.target in _KEEP_NOTHING
+
+
+def _is_frozen(weight: Any, trained: Collection[str]) -> bool:
+    return isinstance(weight, Node) and weight.op == "get_attr" and weight.target not in trained
 
 
 def _follows_a_product(node: Node, late: set[Node]) -> bool:
@@ -79,7 +92,7 @@ def _rest(graph: Graph, late: set[Node], handed: list[Node]) -> Graph:
     rest = Graph(tracer_cls=graph._tracer_cls)
     now: dict[Node, Any] = {node: rest.placeholder(node.name) for node in handed}
     for node in graph.nodes:
-        if node.op == "get_attr" and node not in now and any(user in late for user in node.users):
+        if node.op == "get_attr" and any(u in late or u.op == "output" for u in node.users):
             now[node] = rest.node_copy(node)
         elif node in late:
             now[node] = rest.node_copy(node, now.__getitem__)

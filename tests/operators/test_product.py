@@ -1,4 +1,4 @@
-"""Products by oneDNN and by PyTorch's own choice, against float64; memory that is used again."""
+"""Products by oneDNN and by PyTorch's own choice, against float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.nn import functional
 from bone_fx.errors import UsageError
 from bone_fx.operators import PRODUCT, product
 from bone_fx.operators.product import times
-from bone_fx.operators.workspace import LARGEST_RESULT, result
 from tests.operators.saved import kept
 from tests.tolerances import assert_agrees
 
@@ -166,41 +165,3 @@ def test_the_compiled_operator_keeps_the_rules_of_operators(added: bool) -> None
     x, w, b = numbers(TOKENS, INPUTS), numbers(INPUTS, OUTPUTS, seed=1).t(), numbers(OUTPUTS)
     y = numbers(TOKENS, OUTPUTS, seed=2) if added else None
     torch.library.opcheck(torch.ops.bone_fx.times.default, (x, w, b, y))
-
-
-def test_memory_of_a_result_is_used_again_once_nobody_holds_it() -> None:
-    like = numbers(TOKENS, OUTPUTS)
-    first = result("test", like)
-    place = first.data_ptr()
-    view = first[1:]
-    del first
-    assert result("test", like).data_ptr() != place  # the view still reads it
-    held = result("test", like)
-    assert held.shape == like.shape
-    place = held.data_ptr()
-    del held, view
-    assert result("test", like).data_ptr() == place
-    assert result("test", like[:3]).shape == (3, OUTPUTS)
-
-
-def test_a_large_or_foreign_result_is_not_kept() -> None:
-    large = torch.empty(LARGEST_RESULT // 4 + 1)
-    assert result("large", large).untyped_storage().nbytes() == large.untyped_storage().nbytes()
-    place = result("strided", numbers(TOKENS, OUTPUTS).t())
-    assert place.stride() == numbers(TOKENS, OUTPUTS).t().stride()
-
-
-def test_a_gradient_of_the_logits_that_is_kept_stays() -> None:
-    """Two steps of a loss whose logits' gradient somebody keeps."""
-    from bone_fx.operators.cross_entropy import cross_entropy_sum
-
-    target = torch.tensor([1, 2, 3])
-    gradients, copies = [], []
-    for seed in range(3):
-        logits = numbers(3, 50, seed=seed).requires_grad_()
-        cross_entropy_sum(logits, target, -100).backward()
-        assert logits.grad is not None
-        gradients.append(logits.grad)
-        copies.append(logits.grad.clone())
-    for gradient, copied in zip(gradients, copies, strict=True):
-        assert torch.equal(gradient, copied)

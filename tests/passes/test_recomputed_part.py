@@ -94,32 +94,44 @@ def as_tuple(value: Any) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
+@pytest.mark.parametrize("case", ["a product", "Bone"])
+def test_a_weight_that_trains_keeps_its_input(case: str) -> None:
+    whole = graph(CUT[case][0])
+    assert cut_recomputed(whole, {"two", "block"}) is not None
+    assert cut_recomputed(whole, {"one"}) is None
+
+
 @pytest.mark.parametrize("case", WHOLE)
 def test_what_backward_needs_is_recomputed(case: str) -> None:
     assert cut_recomputed(graph(WHOLE[case])) is None
 
 
-def split(method: str) -> tuple[bone_fx.AdaptedModule, list[LayerGraph]]:
+def split(method: str, **options: Any) -> tuple[bone_fx.AdaptedModule, list[LayerGraph]]:
     r, init = (8, "bat") if method == "bat" else (16, True)
     config = bone_fx.BoneConfig(r=r, target_modules="all-linear", init_weights=init)
-    module = bone_fx.adapt(llama(), config, inputs()).train()
+    module = bone_fx.adapt(llama(), config, inputs(), **options).train()
     stir(module, "default")
     return module, module.layer_modules()
 
 
 def test_a_bone_layer_of_a_llama_does_not_recompute_its_last_product() -> None:
-    module, layers = split("bone")
+    _, layers = split("bone")
+    assert all(isinstance(layer, LeanLayerGraph) for layer in layers)
     parts = cut_recomputed(lean_form(layers[0].graph))
     assert parts is not None
     recomputed, rest = parts
     assert [n.target for n in recomputed.nodes].count(GATE_PRODUCT) == 1
     assert [n.target for n in rest.nodes].count(ADAPTED_LINEAR) == 1
+
+
+@pytest.mark.parametrize("freeze_base", [True, False])
+def test_the_input_of_a_last_product_is_not_kept(freeze_base: bool) -> None:
+    module, _ = split("bone", freeze_base=freeze_base)
     module.gradient_checkpointing_enable()
-    assert all(isinstance(layer, LeanLayerGraph) for layer in layers)
     known = [*module.parameters(), *module.buffers()]
-    wide = [t for t in kept(lambda: module(**inputs()).logits.sum(), *known) if t.ndim == 3]
-    widest = max(t.shape[-1] for t in wide)
-    assert widest <= 64, "the input of the last product is kept"
+    widths = {t.shape[-1] for t in kept(lambda: module(**inputs()).logits.sum(), *known)}
+    assert 48 in widths
+    assert 80 not in widths
 
 
 @pytest.mark.parametrize("method", ["bone", "bat"])
