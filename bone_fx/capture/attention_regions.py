@@ -181,6 +181,10 @@ def _of_mask(node: Node) -> bool:
     return True
 
 
+class _UnlikeError(Exception):
+    """A region computes something else than the definition."""
+
+
 class Runner:
     """Runs parts of a program on values given for some of its nodes."""
 
@@ -199,7 +203,11 @@ class Runner:
     def run(
         self, wanted: Sequence[Node], given: Mapping[Node, Tensor], mask: Tensor, tokens: int
     ) -> list[Tensor]:
-        """The values of some nodes, for a mask [B, T] and a number S of new tokens."""
+        """The values of some nodes, for a mask [B, T] and a number S of new tokens.
+
+        Raises:
+            _UnlikeError: They cannot be had from what is given, or not for these sizes.
+        """
         batch, total = mask.shape
         sizes: dict[Any, int] = {}
         for node, shape in (
@@ -215,14 +223,23 @@ class Runner:
             if node not in values:
                 known = node.meta.get("val")
                 if isinstance(known, SymInt):
-                    values[node] = int(known.node.expr.xreplace(sizes))
+                    size = known.node.expr.xreplace(sizes)
+                    if getattr(size, "free_symbols", ()):  # a symbol alone became a number
+                        raise _UnlikeError(f"{node.name}, a size of {size}")
+                    values[node] = int(size)
                 elif node.op != "call_function" or is_operator(node, DOMAIN, PRESENT):
-                    raise ValueError(f"{node.name} has no value")
+                    raise _UnlikeError(f"{node.name}, which depends on more than the attention")
                 else:
                     for source in node.all_input_nodes:
                         value(source)
                     args, kwargs = map_arg((node.args, node.kwargs), value)
-                    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    try:
+                        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    except (RuntimeError, IndexError) as error:  # PyTorch's operators raise these
+                        raise _UnlikeError(
+                            f"{node.name}, which cannot be run with {tokens} of {total} tokens: "
+                            f"{first_line(error)}"
+                        ) from error
             return values[node]
 
         with torch.no_grad():
@@ -244,13 +261,6 @@ def recognise(program: ExportedProgram, region: Region, positions: int) -> Compu
         return _Probe(program, region).computed(positions)
     except _UnlikeError as unlike:
         raise _refuse(region.layer, str(unlike)) from unlike
-    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
-        # The model's own operators on inputs that they were not traced with.
-        raise _refuse(region.layer, f"code that cannot be run: {first_line(error)}") from error
-
-
-class _UnlikeError(Exception):
-    """A region computes something else than the definition."""
 
 
 class _Probe:
@@ -262,6 +272,8 @@ class _Probe:
         self.kv_heads = int(key.shape[1])
         self.value_size = int(region.value.meta["val"].shape[3])
         self.dtype = query.dtype
+        if self.heads % self.kv_heads:
+            raise _UnlikeError(f"{self.heads} heads of queries over {self.kv_heads} of keys")
         found = [n for n in self._inside(region.output) if n.target in SOFTMAX or n.target is FUSED]
         if len(found) != 1:
             raise _UnlikeError(f"{len(found)} softmaxes")
@@ -309,6 +321,8 @@ class _Probe:
             weights = (products * scale + bias).masked_fill(~allowed[:, None], -torch.inf)
             expected = (weights.softmax(-1) @ wide[1]).transpose(1, 2).flatten(2)
             (found,) = self.runner.run([self.region.output], given, mask, tokens)
+            if found.shape != expected.shape:
+                raise _UnlikeError(f"an output of shape {tuple(found.shape)}")
             far = (found.float() - expected)[mask[:, -tokens:] > 0].abs().max()
             if not float(far) <= TOLERANCE[self.dtype]:
                 raise _UnlikeError(f"an output that differs by {float(far):.1e}")
@@ -336,6 +350,9 @@ class _Probe:
             (scores,) = self.runner.run([source], given, mask, tokens)
         else:
             scores = self._fused_scores(given, mask, tokens)
+        each = self.heads * tokens * total
+        if scores.numel() not in (each, batch * each):
+            raise _UnlikeError(f"scores of shape {tuple(scores.shape)} for {total} tokens")
         return scores.reshape(-1, self.heads, tokens, total).expand(batch, -1, -1, -1).float()
 
     def _fused_scores(self, given: Mapping[Node, Tensor], mask: Tensor, tokens: int) -> Tensor:

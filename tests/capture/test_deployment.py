@@ -252,11 +252,16 @@ def test_alibi_of_another_slope_is_seen() -> None:
         assert max(differences(model, steeper, session).values()) <= TOLERANCE
 
 
+FOUR = torch.zeros(4)
+
+
 @pytest.mark.parametrize(
     ("place", "spoil", "reason"),
     [
         ("softmax", lambda x: torch.where(x < -1e9, x, x.tanh()), "an output that differs"),
         ("softmax", lambda x: x * x.shape[2], "position of the key alone"),
+        ("softmax", lambda x: x.add(FOUR[torch.arange(x.shape[-1])]), "cannot be run with 1 of"),
+        ("sink", lambda x: torch.cat([x, x[..., :1]], -1), "scores of shape"),
         ("mask", lambda x: x.clamp(min=-5.0), "lets later tokens"),
     ],
 )
@@ -269,12 +274,18 @@ def test_attention_that_is_something_else_is_refused(
     space = sys.modules[type(model).__module__]
     softmax, mask = functional.softmax, space.create_causal_mask  # type: ignore[attr-defined]  # bloom has it
     with pytest.MonkeyPatch.context() as patch:
-        if place == "softmax":
-            patch.setattr(functional, "softmax", lambda x, **given: softmax(spoil(x), **given))
-        else:
+        if place == "mask":
             patch.setattr(space, "create_causal_mask", lambda **given: spoil(mask(**given)))
-        with pytest.raises(CaptureError, match=reason):
+        else:
+            patch.setattr(
+                functional,
+                "softmax",
+                lambda x, **given: softmax(spoil(x), **given)[..., : x.shape[-1]],
+            )
+        with pytest.raises(CaptureError, match=reason) as refused:
             capture_decoder(model)
+    assert "layer 0" in str(refused.value)
+    assert refused.value.next_step
 
 
 def test_a_module_without_a_configuration_is_refused() -> None:
