@@ -4,8 +4,9 @@
                                  "batch": 4, "length": 128, "r": 64, "steps": 9, "rate": 1e-3}'
 
 Cases: `floor`, `PEFT bone|bat|mini|lora`, `bone_fx bone|bat|mini`, and the latter with
-`, compiled`, `, checkpointing` or `, kept` (BAT's folded weights are kept for backward); any with
-`, one ulp`: each number of the base's linear layers is moved to a neighbour that float32 has.
+`, compiled`, `, checkpointing` or `, kept` (BAT's folded weights are kept for backward); those of
+PEFT and of bone_fx with `, one ulp` (each number of the base's linear layers is moved to one of its
+neighbours in float32).
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from torch.fx.node import map_arg
 from bone_fx.capture.attention_regions import LAYOUT, Region, Runner
 from bone_fx.capture.own_attention import Computed
 from bone_fx.capture.shared_heads import each_once
+from bone_fx.passes.frame import erase_unread
 from bone_fx.passes.stamp import DOMAIN, EXIT
 from bone_fx.passes.symbolic import (
     CONTRIB,
@@ -157,18 +158,7 @@ def _replace(graph: Graph, region: Region, output: Node, presents: Sequence[Node
             if user.op == "output" or is_operator(user, DOMAIN, EXIT):
                 user.replace_input_with(mark, present)
     region.output.replace_all_uses_with(output)
-    _erase(graph, region.output)
-
-
-def _erase(graph: Graph, node: Node) -> None:
-    """Erases what nobody reads, operators that draw random numbers (attention may) included."""
-    waiting = [node]
-    while waiting:
-        node = waiting.pop()
-        if node.op == "call_function" and not node.users and not node._erased:
-            sources = node.all_input_nodes
-            graph.erase_node(node)
-            waiting += sources
+    erase_unread(graph, region.output)
 
 
 def _sizes(program: ExportedProgram) -> list[Node]:

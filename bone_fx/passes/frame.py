@@ -186,6 +186,17 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
+def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node that nobody reads, and what nobody reads then, random draws included."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if node.users or node._erased or node.op in ("placeholder", "output"):
+            continue
+        waiting += node.all_input_nodes
+        graph.erase_node(node)
+
+
 def container(root: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that owns a dotted name and the leaf name.
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from bone_fx.passes.frame import erase_unread
+
 aten = torch.ops.aten
 
 _TO_THE_END = 1 << 62
@@ -40,7 +42,7 @@ def group_heads(graph: Graph) -> int:
         node.args = (query, *grouped, *rest)
         node.kwargs = {**node.kwargs, "enable_gqa": True}
         for repeated in (key, value):
-            _erase_unread(graph, repeated)
+            erase_unread(graph, repeated)
         changed += 1
     return changed
 
@@ -89,13 +91,3 @@ def _heads(node: Any) -> str | None:
 def _on_cpu(node: Any) -> bool:
     value: Any = node.meta.get("val") if isinstance(node, Node) else None
     return value is not None and value.device.type == "cpu"
-
-
-def _erase_unread(graph: Graph, node: Any) -> None:
-    waiting = [node]
-    while waiting:
-        dead = waiting.pop()
-        if dead.users or dead.op == "placeholder" or dead not in graph.nodes:
-            continue
-        waiting += dead.all_input_nodes
-        graph.erase_node(dead)

@@ -1,4 +1,4 @@
-"""Writes products of activations so that backward keeps less of them.
+"""Writes chains over activations as operators: backward keeps less, or they are read less often.
 
 Before:
     %p = aten.pow(%x, 2); %m = aten.mean(%p, [-1], True); %a = aten.add(%m, 1e-5)
@@ -30,6 +30,7 @@ import torch
 from torch.fx import Graph, Node
 
 from bone_fx.operators import GATE_PRODUCT, PRODUCT, RMS_NORM, ROTARY
+from bone_fx.passes.frame import erase_unread
 
 aten = torch.ops.aten
 
@@ -192,10 +193,4 @@ def _replace(graph: Graph, old: Node, target: Any, arguments: tuple[Any, ...]) -
         new = graph.call_function(target, arguments)
     new.meta.update(old.meta)
     old.replace_all_uses_with(new)
-    waiting = [old]
-    while waiting:
-        node = waiting.pop()
-        if node.users or node.op == "placeholder":
-            continue
-        waiting += node.all_input_nodes
-        graph.erase_node(node)
+    erase_unread(graph, old)
