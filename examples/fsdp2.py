@@ -5,6 +5,7 @@ Run: torchrun --nproc-per-node 2 examples/fsdp2.py BASE OUTPUT_FOLDER [STEPS]
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -52,3 +53,4 @@ def main(base: str, output: str, steps: int = 4) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
+    os._exit(0)  # PyTorch 2.13: a thread of gloo's that frees a tensor while Python ends aborts

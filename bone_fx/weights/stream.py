@@ -84,7 +84,8 @@ def write_stream(
         workers() as pool,
         ThreadPoolExecutor(1) as hashing,
     ):
-        idle = [_room(pieces) for _ in range(BUFFERS)]
+        cut = list(_cut(pieces))
+        idle = [_room(cut) for _ in range(BUFFERS)]
         waiting: deque[tuple[int, Future[Tensor]]] = deque()
 
         def put(content: Tensor) -> None:
@@ -106,7 +107,7 @@ def write_stream(
         try:
             if head:
                 put(torch.frombuffer(bytearray(head), dtype=torch.uint8))
-            for offset, piece, at in _cut(pieces):
+            for offset, piece, at in cut:
                 if not idle:
                     write_first()
                 place = len(head) + offset
@@ -134,8 +135,11 @@ def workers() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def _cut(pieces: Sequence[Piece]) -> Iterator[tuple[int, Piece, Box]]:
-    """Every band with the offset of its first byte."""
+_Band = tuple[int, Piece, Box]
+"""The offset of its first byte, the constant and where in it."""
+
+
+def _cut(pieces: Sequence[Piece]) -> Iterator[_Band]:
     for piece in pieces:
         recipe = piece.recipe
         box = whole(recipe.shape)
@@ -151,10 +155,14 @@ def _cut(pieces: Sequence[Piece]) -> Iterator[tuple[int, Piece, Box]]:
             yield piece.offset + band[0][0] * row, piece, band
 
 
-def _room(pieces: Sequence[Piece]) -> Tensor:
+def _room(bands: Sequence[_Band]) -> Tensor:
     """A buffer that is long enough from the start, so that its pages are not exchanged."""
-    longest = max((piece.end - piece.offset for piece in pieces), default=0)
+    longest = max((_nbytes(piece.recipe, at) for _, piece, at in bands), default=0)
     return buffer_of(min(longest, TRANSPOSED_BAND_BYTES))
+
+
+def _nbytes(recipe: Recipe, at: Box) -> int:
+    return math.prod(sizes(at)) * recipe.dtype.itemsize
 
 
 def _is_transposed(recipe: Recipe) -> bool:
@@ -163,14 +171,10 @@ def _is_transposed(recipe: Recipe) -> bool:
 
 def _compute(piece: Piece, at: Box, place: int, buffer: Tensor, refuse: Refuse | None) -> Tensor:
     """The bytes of a band that goes to a place of the file, in a buffer if it is long enough."""
-    shape, dtype = sizes(at), piece.recipe.dtype
-    band = aligned(
-        buffer,
-        math.prod(shape) * dtype.itemsize,
-        place if place % dtype.itemsize == 0 else 0,
-    )
+    dtype = piece.recipe.dtype
+    band = aligned(buffer, _nbytes(piece.recipe, at), place if place % dtype.itemsize == 0 else 0)
     try:
-        piece.recipe.fill(band.view(dtype).view(shape), at)
+        piece.recipe.fill(band.view(dtype).view(sizes(at)), at)
     except CastOverflowError:
         if refuse is not None:
             refuse(piece)

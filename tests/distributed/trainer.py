@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import bone_fx
+from tests.distributed.two_processes import leave
 from tests.end_to_end.test_trainer import adapted_llama, arguments, losses, rows
 
 
@@ -26,3 +27,4 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

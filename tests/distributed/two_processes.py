@@ -6,6 +6,7 @@ Run as `torchrun --nproc-per-node 2 -m tests.distributed.two_processes OUT`.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -99,5 +100,17 @@ def main(out: Path) -> None:
     dist.destroy_process_group()
 
 
+def leave() -> None:
+    """End this process without Python's own end.
+
+    FSDP2 keeps a gloo group's threads alive, and one that frees a tensor while Python ends aborts
+    (PyTorch 2.13: a thread that waits for the interpreter is unwound through a C++ destructor).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

@@ -7,6 +7,7 @@ tensor of 200 MB and what it is in float32 would take 600 MB.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -90,7 +91,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def run(inputs: tuple[Path, Path], output: Path, how: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", PROGRAM, *map(str, inputs), str(output), how]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # every thread's stack counts
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def folded_rows(inputs: tuple[Path, Path], rows: slice) -> torch.Tensor:
