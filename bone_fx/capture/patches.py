@@ -1,7 +1,7 @@
 """Everything that touches `transformers.exporters`, which calls itself experimental.
 
 Tried with transformers 5.23.0 (range: >= 5.23, < 5.24) and torch 2.13.0. What is used of it: the
-reversible patches of model code that `torch.export` cannot trace (`apply_patches("dynamo")`), the
+reversible patches of model code that `torch.export` cannot trace (its registry's "dynamo"), the
 pytree registration of caches, and the reset of tensors that modules keep between calls. Its
 `prepare_for_export` is not used: it edits the model and the inputs in place and refuses labels,
 which are taken out before (`capture.examples`).
@@ -70,8 +70,31 @@ def traceable(model: torch.nn.Module) -> Iterator[None]:
         register_cache_pytrees_for_model,
         reset_model_state,
     )
-    from transformers.exporters.utils import apply_patches
 
     register_cache_pytrees_for_model(cast("PreTrainedModel", model))
-    with apply_patches("dynamo"), reset_model_state(model), without_cache(model):
+    with _patched(), reset_model_state(model), without_cache(model):
         yield
+
+
+@contextmanager
+def _patched() -> Iterator[None]:
+    """What `apply_patches("dynamo")` does, without importing every model that has a patch.
+
+    Only models that are loaded are patched: the others are not what is traced, and importing the
+    hundred of them takes longer than the patches.
+    """
+    from transformers.exporters.utils import _PATCHES, import_dotted_path, patch_attributes
+
+    loaded = [patch for patch in _PATCHES["dynamo"] if _is_loaded(patch[0])]
+    found = [(import_dotted_path(path, missing_ok=True), *rest) for path, *rest in loaded]
+    with patch_attributes([patch for patch in found if patch[0] is not None]):
+        yield
+
+
+def _is_loaded(path: str) -> bool:
+    """Whether a dotted path leads into no model's package, or into one that is imported."""
+    package, _, inside = path.partition("transformers.models.")
+    if package:
+        return True
+    module = ".".join(inside.split(".")[:2])
+    return f"transformers.models.{module}" in sys.modules

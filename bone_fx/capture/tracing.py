@@ -92,7 +92,17 @@ def _choices(
 def _export(model: torch.nn.Module, examples: Examples, shapes: dict[str, Any]) -> ExportedProgram:
     inputs = {name: copy.copy(value) for name, value in examples.inputs.items()}
     with traceable(model), flat_forward(model, examples), torch.enable_grad():
-        return torch.export.export(model, (), inputs, strict=False, dynamic_shapes=shapes)
+        try:
+            return torch.export.export(model, (), inputs, strict=False, dynamic_shapes=shapes)
+        finally:
+            _let_go()
+
+
+def _let_go() -> None:
+    """PyTorch 2.13 holds on to the nodes of the last trace, and through them to its graph."""
+    from torch.fx.experimental import proxy_tensor
+
+    getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
 
 
 def _shapes(examples: Examples, hint: Any) -> dict[str, Any]:

@@ -45,6 +45,9 @@ _TRACE_CHECKS = frozenset(
     }
 )
 
+_READ_LATER = ("val", "nn_module_stack", "stack_trace")
+"""What is kept of a node's metadata: the rest is how the trace came about, in every copy."""
+
 
 @dataclass(frozen=True)
 class TrainingCapture:
@@ -126,6 +129,8 @@ def _plain_graph(program: torch.export.ExportedProgram) -> GraphModule:
     # A module of our own around the graph: on what `module()` gives, train() and eval() raise.
     graph_module = GraphModule(unlifted, unlifted.graph)
     _remove_trace_checks(graph_module)
+    for node in graph_module.graph.nodes:
+        node.meta = {key: node.meta[key] for key in _READ_LATER if key in node.meta}
     return graph_module
 
 

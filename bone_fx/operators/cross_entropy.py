@@ -1,13 +1,15 @@
 """Cross entropy of many classes that keeps the logits and one number a row.
 
 PyTorch's keeps the log-softmax beside the logits and forms two gradients of their size; a
-vocabulary of 49152 makes each of them larger than a layer's activations.
+vocabulary of 49152 makes each of them larger than a layer's activations. Here there is one, and
+where a product with the head's weight is all that reads it, none (`logit_gradient`).
 
 Shapes: T rows, V classes.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,42 +21,60 @@ from torch.overrides import TorchFunctionMode
 
 from bone_fx.operators.first_order import first_order
 from bone_fx.operators.library import register
-
-_CHUNK = 1 << 20
-"""Numbers computed at a time: few enough to stay in a cache."""
+from bone_fx.operators.logit_gradient import GradientParts, rows_at_a_time
 
 
 class CrossEntropy(torch.autograd.Function):
     """Sum over the rows of `logsumexp(x) - x[target]`; second derivatives are refused."""
 
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, target_T: Tensor, ignore_index: int) -> Tensor:
+    def forward(
+        ctx: Any, logits_TV: Tensor, target_T: Tensor, ignore_index: int, anchor: Tensor
+    ) -> Tensor:
         """A sum without dimensions, in the dtype of the logits."""
         counted = target_T != ignore_index
         index = torch.where(counted, target_T, 0).unsqueeze(1)
         total_T = _logsumexp(logits_TV)
         ctx.save_for_backward(logits_TV, total_T, index, counted)
+        ctx.seen = [weakref.ref(t) for t in (logits_TV, logits_TV._base) if t is not None]
         lost_T = total_T - logits_TV.gather(1, index).squeeze(1)
         return lost_T.masked_fill_(~counted, 0).sum()
 
     @staticmethod
-    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """`softmax(x) - onehot(target)`, in one tensor."""
-        logits_TV, total_T, index, counted = ctx.saved_tensors
-        scale = (counted * dy).unsqueeze(1)
-        size = _rows(logits_TV)
-        dx = torch.empty_like(logits_TV)
-        parts = [torch.split(t, size) for t in (dx, logits_TV, total_T.unsqueeze(1), scale)]
-        for out, rows, total, factor in zip(*parts, strict=True):
-            torch.sub(rows, total, out=out).exp_().mul_(factor)
-        dx.scatter_add_(1, index, -scale)
-        return dx, None, None
+        """`softmax(x) - onehot(target)`: a `LogitGradient` where nobody looks at it."""
+        if torch.is_grad_enabled() or _is_looked_at(ctx):
+            return _whole_gradient(ctx, dy)
+        parts = _parts_of_gradient(ctx, dy)
+        return parts.gradient(parts.logits_TV.shape), None, None, None
+
+
+@first_order
+def _whole_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return _parts_of_gradient(ctx, dy).whole(), None, None, None
+
+
+def _parts_of_gradient(ctx: Any, dy: Tensor) -> GradientParts:
+    logits_TV, total_T, index, counted = ctx.saved_tensors
+    return GradientParts(logits_TV, total_T.unsqueeze(1), index, (counted * dy).unsqueeze(1))
+
+
+def _is_looked_at(ctx: Any) -> bool:
+    """Whether someone may see the gradient: as that of a leaf, by a hook, or from `autograd.grad`.
+
+    A call that names what it wants gradients of does not reach the anchor.
+    """
+    for reference in ctx.seen:
+        logits = reference()
+        if logits is not None and (logits.is_leaf or logits.retains_grad or logits._backward_hooks):
+            return True
+    anchor = ctx.next_functions[-1][0]
+    return anchor is None or not torch._C._will_engine_execute_node(anchor)
 
 
 def _logsumexp(logits_TV: Tensor) -> Tensor:
     """`[T]`, with one buffer for all parts."""
-    size = _rows(logits_TV)
+    size = rows_at_a_time(logits_TV.shape[1])
     total_T = logits_TV.new_empty(logits_TV.shape[0])
     buffer = torch.empty_like(logits_TV[:size])
     for rows, out in zip(torch.split(logits_TV, size), torch.split(total_T, size), strict=True):
@@ -76,7 +96,8 @@ def cross_entropy_sum(logits: Tensor, target: Tensor, ignore_index: int) -> Tens
     Returns:
         A tensor without dimensions.
     """
-    y: Tensor = CrossEntropy.apply(logits, target, ignore_index)  # type: ignore[no-untyped-call]
+    anchor = torch.zeros((), requires_grad=True).clone()
+    y: Tensor = CrossEntropy.apply(logits, target, ignore_index, anchor)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -125,10 +146,6 @@ def _answer(
     if reduction == "sum":
         return total
     return total / (target != ignore_index).sum()
-
-
-def _rows(logits_TV: Tensor) -> int:
-    return max(1, _CHUNK // max(1, logits_TV.shape[1]))
 
 
 @contextmanager
