@@ -7,23 +7,11 @@ import sys
 
 import torch
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from bone_fx.capture.patches import traceable
 from bone_fx.capture.training import capture_training
-
-
-def llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=96,
-    )
-    return LlamaForCausalLM(config)
+from tests.end_to_end.test_adapted import llama
 
 
 def test_models_that_are_loaded_are_patched_and_no_other_is_loaded() -> None:

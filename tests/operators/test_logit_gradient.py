@@ -92,7 +92,7 @@ def test_a_weight_that_trains_has_its_gradient(head: Head) -> None:
     assert_agrees(w.grad, dw, "weight")
 
 
-@pytest.mark.parametrize("how", ["retain_grad", "hook", "grad"])
+@pytest.mark.parametrize("how", ["retain_grad", "hook", "hook on what is let go", "grad"])
 def test_who_looks_at_the_gradient_sees_a_tensor(
     how: str, head: Head, formed: list[GradientParts]
 ) -> None:
@@ -103,8 +103,10 @@ def test_who_looks_at_the_gradient_sees_a_tensor(
     seen: list[Tensor] = []
     if how == "grad":
         seen += torch.autograd.grad(loss, [logits])
-    elif how == "hook":
+    elif how.startswith("hook"):
         logits.register_hook(seen.append)
+        if how != "hook":
+            del logits
         loss.backward()
     else:
         logits.retain_grad()
