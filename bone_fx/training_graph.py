@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
 
+from bone_fx.capture.signature import LOSS_OPTIONS
 from bone_fx.errors import UsageError
 from bone_fx.model_graph import ModelGraph
 from bone_fx.mounting import Origin
+from bone_fx.operators import loss_follows
+from bone_fx.passes.defer_logits import defer_logits
 from bone_fx.passes.layer_graph import LayerGraph, LeanLayerGraph, lean_form
 from bone_fx.passes.split_layers import layers_of, split_in_place
-
-_LOSS_OPTIONS = ("num_items_in_batch",)
-"""Arguments of a call that are for the model's loss function."""
 
 
 class TrainingGraph(ModelGraph):
@@ -150,20 +151,25 @@ class TrainingGraph(ModelGraph):
 
     def _call_model(self, *args: Any, **kwargs: Any) -> Any:
         origin = self._origin
-        packed = origin.signature.pack(self._graph_forward(*origin.signature.bind(*args, **kwargs)))
+        inputs = origin.signature.bind(*args, **kwargs)
         labels = origin.signature.labels_of(*args, **kwargs)
         if not labels:
-            return packed
+            return origin.signature.pack(self._graph_forward(*inputs))
         if origin.loss is None:
             raise UsageError(
                 f"the loss of {type(origin.model).__name__} is not known",
                 next_step="leave the labels out and compute the loss on the output",
             )
-        options = {name: kwargs[name] for name in _LOSS_OPTIONS if kwargs.get(name) is not None}
+        options = {name: kwargs[name] for name in LOSS_OPTIONS if kwargs.get(name) is not None}
+        # FSDP2 sets a hook on the logits, so their gradient would be formed after all.
+        with nullcontext() if self.is_sharded else loss_follows():
+            packed = origin.signature.pack(self._graph_forward(*inputs))
         return origin.loss.attach(packed, labels, **options)
 
     def _as_it_runs(self, graph: fx.Graph) -> fx.Graph:
-        return lean_form(graph)
+        running = lean_form(graph)
+        defer_logits(running)
+        return running
 
     def _set_split(self, split: bool) -> None:
         if self.is_sharded:

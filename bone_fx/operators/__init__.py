@@ -8,9 +8,10 @@ may be `bone_fx::times`, which compiled graphs call and do not look into.
 
 from bone_fx.operators.adapted_linear import ADAPTED_LINEAR
 from bone_fx.operators.adapted_linears import ADAPTED_LINEARS
-from bone_fx.operators.cross_entropy import lean_cross_entropy
 from bone_fx.operators.gate_product import ACTIVATIONS, GATE_PRODUCT
+from bone_fx.operators.head import HEAD, loss_follows
 from bone_fx.operators.joint_linear import JOINED_METHODS, KEEP_SUMS
+from bone_fx.operators.lean_loss import lean_cross_entropy
 from bone_fx.operators.product import PRODUCT
 from bone_fx.operators.rms_norm import RMS_NORM
 from bone_fx.operators.rotary import ROTARY
@@ -20,10 +21,12 @@ __all__ = [
     "ADAPTED_LINEAR",
     "ADAPTED_LINEARS",
     "GATE_PRODUCT",
+    "HEAD",
     "JOINED_METHODS",
     "KEEP_SUMS",
     "PRODUCT",
     "RMS_NORM",
     "ROTARY",
     "lean_cross_entropy",
+    "loss_follows",
 ]

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 def on_plain_cpu(*tensors: Tensor) -> bool:
     """Whether all are ordinary tensors on a CPU, outside of `torch.compile` and of traces."""
     for tensor in tensors:
-        if not tensor.is_cpu or (type(tensor) is not Tensor and type(tensor) is not nn.Parameter):
+        if not tensor.is_cpu:
+            return False
+    return is_plain(*tensors)
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether all are ordinary tensors, outside of `torch.compile` and of traces."""
+    for tensor in tensors:
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
             return False
     return not (torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling())
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 import bone_fx
 from bone_fx.errors import UsageError
+from bone_fx.operators import deferred_loss, head
+from bone_fx.operators.deferred import DeferredTensor
 from tests.end_to_end.test_adapted import BAT, CONFIG, Headed, inputs, llama, logits, stir
 
 
@@ -63,6 +65,29 @@ def _bytes_kept(adapted: bone_fx.AdaptedModule) -> int:
         output = adapted(**inputs())
     del output
     return sum(kept.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_logits_are_left_to_the_loss(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = bone_fx.adapt(llama(), CONFIG, inputs(), gradient_checkpointing=checkpointing).train()
+    stir(adapted, "default")
+    loss, gradients = _step(adapted)
+    labels = inputs()["input_ids"]
+    plain = adapted(**inputs(), labels=labels).logits
+    assert type(plain) is Tensor
+    monkeypatch.setattr(head, "AT_A_TIME", 0)
+    monkeypatch.setattr(deferred_loss, "AT_A_TIME", 3 * plain.shape[-1])
+    again, regained = _step(adapted)
+    torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
+    assert regained.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(regained[name], gradient, rtol=1e-4, atol=1e-6)
+    output = adapted(**inputs(), labels=labels)
+    assert isinstance(output.logits, DeferredTensor)
+    assert torch.equal(output.logits.detach(), plain.detach())
+    assert type(adapted(**inputs()).logits) is Tensor
+    with torch.no_grad():
+        assert type(adapted(**inputs(), labels=labels).logits) is Tensor
 
 
 def test_verbs_work_on_a_split_module() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bone_fx.errors import UsageError
-from bone_fx.operators import lean_cross_entropy, logit_gradient
+from bone_fx.operators import cross_entropy, lean_cross_entropy
 from bone_fx.operators.cross_entropy import CROSS_ENTROPY_SUM
 from tests.operators.saved import kept, shapes
 from tests.tolerances import assert_agrees
@@ -60,7 +60,7 @@ def is_ours(logits: Tensor, target: Tensor, **options: Any) -> bool:
 def test_loss_and_gradient_are_pytorchs(
     dtype: torch.dtype, reduction: str, ignored: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logit_gradient, "CHUNK", chunk)
+    monkeypatch.setattr(cross_entropy, "CHUNK", chunk)
     logits, target = rows(dtype=dtype)
     target[target == -100] = ignored
     options = {"reduction": reduction, "ignore_index": ignored}
