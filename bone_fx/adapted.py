@@ -47,7 +47,7 @@ class AdaptedModule(TrainingGraph):
     Attributes:
         config: The base model's own configuration, if it has one.
         active_adapters: Names of the adapters in the graph, in the order in which they apply.
-        refused: Targets of the last inserted adapter that could not be adapted.
+        refused: Targets of the adapters that could not be adapted.
     """
 
     active_adapters: list[str]

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import sys
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, cast
@@ -145,25 +146,26 @@ def bone_export(
     from bone_fx.exporting import export
     from bone_fx.progress import Lines, Silent
 
-    result = export(
-        base,
-        output=output,
-        adapters=adapter or (),
-        dtype=dtype.value,
-        provider=provider.value,
-        verify=verify.value,
-        verify_on=verify_on.value if verify_on else None,
-        overwrite=overwrite,
-        block_size=block_size,
-        symmetric=symmetric,
-        head=head.value,
-        embeddings=embeddings.value if embeddings else None,
-        last_token_logits=last_token_logits,
-        calibration=calibration,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        progress=Silent() if quiet else Lines(),
-    )
+    with nullcontext(Silent()) if quiet else Lines() as told:
+        result = export(
+            base,
+            output=output,
+            adapters=adapter or (),
+            dtype=dtype.value,
+            provider=provider.value,
+            verify=verify.value,
+            verify_on=verify_on.value if verify_on else None,
+            overwrite=overwrite,
+            block_size=block_size,
+            symmetric=symmetric,
+            head=head.value,
+            embeddings=embeddings.value if embeddings else None,
+            last_token_logits=last_token_logits,
+            calibration=calibration,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=told,
+        )
     for warning in result.warnings:
         typer.echo(f"note: {warning}", err=True)
     if as_json:
@@ -218,15 +220,16 @@ def bone_export_fold(
     from bone_fx.folding import fold_checkpoint
     from bone_fx.progress import Lines, Silent
 
-    result = fold_checkpoint(
-        base,
-        adapters=adapter,
-        output=output,
-        overwrite=overwrite,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        progress=Silent() if quiet else Lines(),
-    )
+    with nullcontext(Silent()) if quiet else Lines() as told:
+        result = fold_checkpoint(
+            base,
+            adapters=adapter,
+            output=output,
+            overwrite=overwrite,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=told,
+        )
     for warning in result.warnings:
         typer.echo(f"note: {warning}", err=True)
     if as_json:
@@ -236,22 +239,19 @@ def bone_export_fold(
     typer.echo(f"{result.output}: {len(result.folded)} weights folded and read back")
 
 
-def _is_fold(arguments: list[str]) -> bool:
-    """Whether the arguments are `fold BASE …`; `fold` with options only is a base of that name."""
-    if arguments[:1] != ["fold"] or len(arguments) < 2:
-        return False
-    return not arguments[1].startswith("-") or arguments[1] in ("-h", "--help")
-
-
 def main() -> None:
-    """Run `bone-export` with the arguments of the process, and raise SystemExit."""
+    """Run `bone-export` with the arguments of the process, and raise SystemExit.
+
+    A first argument `fold` is the command; a base of that name is `./fold`.
+    """
     as_json = "--json" in sys.argv
+    folds = sys.argv[1:2] == ["fold"]
     # The process lives for one command: collecting garbage among the graphs takes an eighth of it.
     gc.disable()
     try:
         # typer answers Ctrl-C with this status as its return value; the command itself returns
         # None.
-        if _is_fold(sys.argv[1:]):
+        if folds:
             code = fold_app(sys.argv[2:], standalone_mode=False, prog_name="bone-export fold") or 0
         else:
             code = app(standalone_mode=False) or 0
@@ -262,12 +262,9 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = _fail(_INTERRUPTION, INTERRUPTED, "Interrupted", as_json=as_json)
     except _WRONG_USAGE as error:
-        code = _fail(
-            f"{error.format_message()}\n  next:     bone-export --help",
-            2,
-            "UsageError",
-            as_json=as_json,
-        )
+        help_of = "bone-export fold --help" if folds else "bone-export --help"
+        message = f"{error.format_message()}\n  next:     {help_of}"
+        code = _fail(message, 2, "UsageError", as_json=as_json)
     except MemoryError:
         code = _fail(
             "out of memory; nothing was published", INTERNAL, "MemoryError", as_json=as_json

@@ -7,6 +7,7 @@ verified.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from bone_fx.build import Build
 
 DTYPES = ("fp32", "fp16", "bf16", "int4", "int8")
+QUANTIZED = ("int4", "int8")
 PARTS = ("keep", "int4", "int8")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 PROVIDERS = ("cpu", "cuda")
@@ -86,8 +88,9 @@ def export(
             products and compute in fp32 on the CPU, fp16 on CUDA. A module of your own keeps the
             dtype it has.
         provider: What the graph is written for.
-        verify: `"full"` runs the model three ways, `"fast"` compares the written weights with
-            torch's fold and runs the graph once, `"off"` publishes unverified and says so.
+        verify: `"full"` compares the written weights with torch's fold and runs the model three
+            ways, `"fast"` does so for fewer of a decoder's cases, `"off"` publishes unverified and
+            says so. All but `"off"` load the model in float32.
         verify_on: Provider to verify on, if not `provider`; recorded in the manifest.
         overwrite: Replace an earlier output, once the new one is verified.
         example_inputs: Arguments of one call of your own module, by position or name.
@@ -118,6 +121,8 @@ def export(
             found=str(block_size),
         )
     _check_choices(head=(head, PARTS), embeddings=(embeddings or "keep", PARTS))
+    if dtype not in QUANTIZED:
+        _refuse_quantization(dtype, block_size, symmetric, head, embeddings)
     _check_calibration(calibration, dtype)
     target = verify_on or provider
     _check_choices(verify_on=(target, PROVIDERS))
@@ -126,6 +131,10 @@ def export(
     if own and example_inputs is None and not _is_program(base):
         raise UsageError(
             "a module of your own needs example_inputs", next_step="pass the arguments of one call"
+        )
+    if own and dtype in QUANTIZED:
+        raise UsageError(
+            f"dtype={dtype!r} goes with a checkpoint", next_step="export the module as it is"
         )
     if own and last_token_logits:
         raise UsageError(
@@ -200,7 +209,7 @@ def _finish(
 def _check_calibration(calibration: str | Path | None, dtype: str) -> None:
     if calibration is None or calibration == "none":
         return
-    if dtype not in PARTS:
+    if dtype != "int4":
         raise UsageError(
             f"calibration is for int4, and dtype is {dtype!r}", next_step="export without it"
         )
@@ -209,6 +218,26 @@ def _check_calibration(calibration: str | Path | None, dtype: str) -> None:
             f"calibration={str(calibration)!r} is no file",
             expected="a text file, or none",
             next_step="name a file, or leave it out for the built-in text",
+        )
+
+
+def _refuse_quantization(
+    dtype: str, block_size: int, symmetric: bool, head: str, embeddings: str | None
+) -> None:
+    """Refuse choices that only a quantized export has."""
+    defaults = inspect.signature(export).parameters
+    given = {
+        "block_size": block_size,
+        "symmetric": symmetric,
+        "head": head,
+        "embeddings": embeddings,
+    }
+    chosen = [name for name, value in given.items() if value != defaults[name].default]
+    if chosen:
+        raise UsageError(
+            f"{', '.join(chosen)} goes with a quantized export, and dtype is {dtype!r}",
+            expected="dtype " + " or ".join(QUANTIZED),
+            next_step="leave it out, or choose such a dtype",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from bone_fx.adapters import METHODS
@@ -88,7 +88,8 @@ def is_target(config: BoneConfig, name: str) -> bool:
 def is_saved_module(config: BoneConfig, name: str) -> bool:
     """Whether `name` lies in one of `modules_to_save`."""
     return any(
-        re.match(rf"(^|.*\.){module}($|\..*)", name) for module in config.modules_to_save or ()
+        _match(module, rf"(^|.*\.){module}($|\..*)", name)
+        for module in config.modules_to_save or ()
     )
 
 
@@ -180,10 +181,7 @@ def _listed(entries: list[str] | str | None, name: str) -> bool:
     if not entries:
         return False
     if isinstance(entries, str):
-        try:
-            return re.fullmatch(entries, name) is not None
-        except re.error as error:
-            raise SiteError(f"{entries!r} is not a regular expression", found=str(error)) from None
+        return _match(entries, entries, name, whole=True) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
@@ -198,11 +196,23 @@ def _in_layers(config: BoneConfig, name: str) -> bool:
             if isinstance(config.layers_pattern, str)
             else config.layers_pattern
         )
-    match: Callable[[str], re.Match[str] | None] = lambda p: re.match(rf".*\.{p}\.(\d+)\.", name)  # noqa: E731 - one use
-    found = next((m for m in map(match, patterns) if m), None)
+    matches = (_match(p, rf".*\.{p}\.(\d+)\.", name) for p in patterns)
+    found = next((match for match in matches if match), None)
     return found is not None and int(found.group(1)) in (
         [wanted] if isinstance(wanted, int) else wanted
     )
+
+
+def _match(given: str, pattern: str, name: str, *, whole: bool = False) -> re.Match[str] | None:
+    """The match of a pattern that was made of what a configuration gives."""
+    try:
+        return re.fullmatch(pattern, name) if whole else re.match(pattern, name)
+    except re.error as error:
+        raise SiteError(
+            f"{given!r} is not a regular expression",
+            found=str(error),
+            next_step="correct it in the adapter's configuration",
+        ) from None
 
 
 def _examples(sites: list[LinearSite]) -> str:

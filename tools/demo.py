@@ -11,6 +11,7 @@ three still know the capital of France.
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import contextlib
 import io
@@ -247,4 +248,7 @@ def report(
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     sys.exit(main())

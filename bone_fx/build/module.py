@@ -18,6 +18,13 @@ from bone_fx.errors import UsageError
 from bone_fx.progress import Progress
 from bone_fx.verify.parity import Parity
 
+_DTYPES = {
+    ir.DataType.FLOAT16: "fp16",
+    ir.DataType.BFLOAT16: "bf16",
+    ir.DataType.FLOAT: "fp32",
+    ir.DataType.DOUBLE: "fp64",
+}
+
 
 @dataclass
 class ModuleBuild(Build):
@@ -104,7 +111,7 @@ def _evaluated(module: nn.Module) -> Callable[..., Any]:
 
 
 def _dtype_of(model: ir.Model) -> str:
-    kinds = {value.dtype for value in model.graph.inputs} | {
-        v.dtype for v in model.graph.initializers.values()
-    }
-    return "fp16" if ir.DataType.FLOAT16 in kinds else "fp32"
+    """The narrowest floating dtype of the inputs and constants."""
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    kinds = {value.dtype for value in values}
+    return next((name for kind, name in _DTYPES.items() if kind in kinds), "fp32")

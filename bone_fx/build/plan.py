@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from bone_fx.checkpoint import AdapterFolder
-from bone_fx.errors import CaptureError
+from bone_fx.errors import AdapterError
 from bone_fx.sites import LinearSite
 
 if TYPE_CHECKING:
@@ -50,8 +50,10 @@ def heads_and_class(
     for _, adapter in adapters:
         heads.update(adapter.modules_to_save)
     if len(tasks) > 1:
-        raise CaptureError(
-            f"the adapters were trained for different tasks: {', '.join(sorted(tasks))}"
+        raise AdapterError(
+            f"the adapters were trained for different tasks: {', '.join(sorted(tasks))}",
+            expected="one task",
+            next_step="export them one by one",
         )
     task = next(iter(tasks), None)
     names = checkpoint.config.architectures

@@ -147,6 +147,12 @@ def open_base(
     _refuse_quantized(folder, raw)
     tensors = read_tensors(files)
     check_index(files, tensors)
+    if not tensors:
+        raise BaseModelError(
+            f"{folder} holds no weights",
+            found=f"no tensor in {', '.join(file.name for file in files)}",
+            next_step="download the model again",
+        )
     from bone_fx.capture.architectures import load_config
 
     config = load_config(folder, trust_remote_code=trust_remote_code)
@@ -174,7 +180,7 @@ def skeleton(
         untie: Parameters that get a tensor of their own though the model ties them.
 
     Returns:
-        The model; its parameters are FakeTensors of `skeleton.fake_mode_of(model)`.
+        The model; its parameters are FakeTensors of one FakeTensorMode.
 
     Raises:
         BaseModelError: The model cannot be built.
@@ -227,12 +233,7 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
 
 
 def _looks_like_path(base: str) -> bool:
-    return (
-        base.startswith((".", "/", "~"))
-        or base.count("/") > 1
-        or base.endswith((".gguf", "/"))
-        or os.sep * 2 in base
-    )
+    return base.startswith((".", "/", "~")) or base.count("/") > 1 or base.endswith((".gguf", "/"))
 
 
 def _gguf_in(path: Path) -> Path | None:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
-import torch
 from torch import Tensor
 
-from bone_fx.errors import ExportError, VerificationError
+from bone_fx.errors import ExportError
 from bone_fx.onnx.data_layout import Placement, external, lay_out
 from bone_fx.onnx.recipe_tensor import RecipeTensor
-from bone_fx.weights.recipes import Cast, CastOverflowError
+from bone_fx.weights.overflow import refuse_overflow
+from bone_fx.weights.recipes import CastOverflowError
 from bone_fx.weights.stream import Piece, write_stream
 
 MODEL_FILE = "model.onnx"
@@ -122,35 +122,15 @@ def _write_data(path: Path, placements: list[Placement], progress: Progress | No
             progress(done, total)
 
     pieces = [Piece(p.values[0].name or "", p.recipe, p.offset) for p in placements]
-    return write_stream(path, pieces, refuse=_refuse_overflow, advance=advance)
+    return write_stream(path, pieces, refuse=refuse_overflow, advance=advance)
 
 
 def _evaluate(piece: Piece) -> Tensor:
     try:
         return piece.recipe.evaluate()
     except CastOverflowError:
-        _refuse_overflow(piece)
+        refuse_overflow(piece)
         raise
-
-
-def _refuse_overflow(piece: Piece) -> None:
-    """Says which cast of a constant made values infinite."""
-    waiting = [piece.recipe]
-    while waiting:
-        recipe = waiting.pop()
-        waiting += recipe.inputs()
-        if not isinstance(recipe, Cast):
-            continue
-        before = recipe.recipe.evaluate()
-        overflown = torch.isfinite(before) & ~torch.isfinite(before.to(recipe.to))
-        if overflown.any():
-            largest = before[overflown].abs().max().item()
-            raise VerificationError(
-                f"{int(overflown.sum())} values of {piece.name!r} overflow {recipe.to}",
-                expected=f"values up to {torch.finfo(recipe.to).max:.6g}",
-                found=f"{largest:.6g} in {recipe.recipe.describe()}",
-                next_step="export in fp32",
-            )
 
 
 def _require_space(folder: Path, needed: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,9 @@ def open_session(model: str | Path | bytes, provider: str = "cpu") -> onnxruntim
         )
     except Exception as error:
         raise ExportError(
-            "ONNX Runtime does not load the model", found=str(error).splitlines()[0]
+            "ONNX Runtime does not load the model",
+            found=str(error).splitlines()[0],
+            next_step="choose another dtype or provider; please report it if none works",
         ) from error
     if session.get_providers()[0] != wanted:
         raise _not_here(provider)
@@ -63,7 +66,7 @@ def require_provider(provider: str) -> None:
     wanted = PROVIDERS[provider]
     if wanted not in ort.get_available_providers():
         raise _not_here(provider)
-    with _quiet_stderr():
+    with contextlib.redirect_stdout(io.StringIO()), _quiet_stderr():
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
         options = ort.SessionOptions()
@@ -100,7 +103,7 @@ def _tiny_model() -> bytes:
     return bytes(model.SerializeToString())
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
     """C++ reports missing provider libraries on file descriptor 2, whatever the log level."""
     sys.stderr.flush()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bone_fx.errors import VerificationError
 
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+TOLERANCE = {"fp64": 1e-6, "fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Largest difference allowed by export dtype, relative to max(1, the largest reference value)."""
 
 DIFFERS_FROM_BASE = 100
@@ -24,7 +24,9 @@ class Parity:
     Attributes:
         tolerance: Largest difference allowed between ONNX Runtime and torch.
         figures: Largest relative difference by pair: `onnx_vs_unmerged`, `onnx_vs_folded`,
-            `unmerged_vs_folded`, `adapter_effect`.
+            `unmerged_vs_folded`, `adapter_effect`; where weights were quantized or rounded also
+            `onnx_vs_written`, and `rounded_activations` where the graph rounds those too; for a
+            user's own module `onnx_vs_torch` alone.
         cases: Names of the comparisons that were made.
         warnings: What a person should know though it is no failure.
     """

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from bone_fx.weights.overflow import refuse_overflow
 from bone_fx.weights.recipes import Recipe
 from bone_fx.weights.safetensors_file import DTYPES
 from bone_fx.weights.stream import Piece, write_stream
@@ -27,6 +28,9 @@ def write_safetensors(
 
     Returns:
         SHA-256 of the file.
+
+    Raises:
+        VerificationError: A value that was finite is not in the dtype that it is written in.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     pieces: list[Piece] = []
@@ -42,4 +46,4 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     head = len(text).to_bytes(8, "little") + text
-    return write_stream(path, pieces, advance=advance, head=head)
+    return write_stream(path, pieces, refuse=refuse_overflow, advance=advance, head=head)

@@ -55,6 +55,10 @@ def _header_only(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"\xff" * 8 + b"{}")
 
 
+def _no_tensors(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+
+
 def _loose_shards(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
 
@@ -94,6 +98,7 @@ REFUSED: list[tuple[Callable[[Path], None], str]] = [
     (_pickles, "only as pickle files"),
     (_truncated, "cut off"),
     (_header_only, "claims"),
+    (_no_tensors, "holds no weights"),
     (_loose_shards, "model-00001-of-00002"),
     (_index(), "no weight_map"),
     (_index(a="../part.safetensors"), "points out of its folder"),

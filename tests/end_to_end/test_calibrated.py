@@ -78,5 +78,6 @@ def test_refusals(folders: tuple[Path, Path], tmp_path: Path) -> None:
         export(folders, tmp_path / "out", calibration=empty)
     with pytest.raises(UsageError, match="no file"):
         export(folders, tmp_path / "out", calibration=tmp_path / "missing.txt")
-    with pytest.raises(UsageError, match="fp16"):
-        export(folders, tmp_path / "out", calibration=empty, dtype="fp16")
+    for dtype in ("fp16", "int8"):
+        with pytest.raises(UsageError, match=dtype):
+            export(folders, tmp_path / "out", calibration=empty, dtype=dtype)

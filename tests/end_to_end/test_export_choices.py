@@ -6,6 +6,8 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
+from torch import nn
 
 import bone_fx
 from bone_fx.errors import UsageError
@@ -41,3 +43,24 @@ def test_an_encoder_has_no_last_token(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="last_token_logits is for decoders"):
         bone_fx.export(tmp_path / "base", output=tmp_path / "out", last_token_logits=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_choices_of_a_quantized_export_are_refused_in_others(tmp_path: Path) -> None:
+    BY_NAME["llama"].build().save_pretrained(tmp_path / "base")
+    for choice in ({"block_size": 32}, {"symmetric": True}, {"head": "keep"}):
+        with pytest.raises(UsageError, match=f"{next(iter(choice))} goes with a quantized export"):
+            bone_fx.export(tmp_path / "base", output=tmp_path / "out", **choice)  # type: ignore[arg-type]
+    inputs = (torch.zeros(2, 4),)
+    with pytest.raises(UsageError, match="goes with a checkpoint"):
+        bone_fx.export(
+            nn.Linear(4, 4), output=tmp_path / "out", example_inputs=inputs, dtype="int4"
+        )
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float64, "fp64"), (torch.float16, "fp16")])
+def test_a_module_of_your_own_is_published_in_its_dtype(
+    dtype: torch.dtype, name: str, tmp_path: Path
+) -> None:
+    module, inputs = nn.Linear(4, 4).to(dtype), (torch.randn(2, 4, dtype=dtype),)
+    result = bone_fx.export(module, output=tmp_path / "out", example_inputs=inputs)
+    assert result.manifest["dtype"] == name

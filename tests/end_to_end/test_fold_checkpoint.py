@@ -20,7 +20,7 @@ from transformers import (
 
 import bone_fx
 from bone_fx.cli import main
-from bone_fx.errors import AdapterError, UsageError
+from bone_fx.errors import AdapterError, SiteError, UsageError, VerificationError
 from bone_fx.weights import safetensors_writer
 from tests.end_to_end.test_peft import METHODS, TARGETS, in_peft, llama
 
@@ -110,6 +110,24 @@ def test_a_trained_head_comes_along(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-6)
 
 
+def test_a_head_that_overflows_is_told(tmp_path: Path) -> None:
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    wrapped = adapter_of(
+        adapter,
+        checkpoint(base, torch.float16).float(),
+        "bone",
+        modules_to_save=["lm_head"],
+        task_type="CAUSAL_LM",
+    )
+    saved = wrapped.get_output_embeddings().modules_to_save["default"].weight
+    with torch.no_grad():
+        saved[3, 4] = 1e5
+    wrapped.save_pretrained(adapter, save_embedding_layers=False)
+    with pytest.raises(VerificationError, match=r"1 values of 'lm_head\.weight' overflow"):
+        bone_fx.fold_checkpoint(base, adapters=[adapter], output=out)
+    assert not out.exists()
+
+
 def test_refusals_leave_nothing(tmp_path: Path) -> None:
     base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
     model = checkpoint(base, torch.float32)
@@ -119,6 +137,10 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="overlaps"):
         bone_fx.fold_checkpoint(base, adapters=[adapter], output=base)
     config = json.loads((adapter / "adapter_config.json").read_text())
+    for wrong in ({"modules_to_save": ["("]}, {"layers_to_transform": 0, "layers_pattern": "(("}):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | wrong))
+        with pytest.raises(SiteError, match="not a regular expression"):
+            bone_fx.fold_checkpoint(base, adapters=[adapter], output=out)
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": 7}))
     with pytest.raises(AdapterError):
         bone_fx.fold_checkpoint(base, adapters=[adapter], output=out)
@@ -165,7 +187,8 @@ def test_the_command(
     assert "exists" in capsys.readouterr().err
     assert run(["fold", "--help"], monkeypatch) == 0
     assert "--adapter" in capsys.readouterr().out
-    # `fold` with options only is a base of that name.
-    monkeypatch.chdir(tmp_path)
-    assert run(["fold", "-o", tmp_path / "other"], monkeypatch) == 3
-    assert "fold" in capsys.readouterr().err
+    other = tmp_path / "other"
+    assert run(["fold", "--adapter", adapter, base, "-o", other, "-q"], monkeypatch) == 0
+    assert other.is_dir()
+    assert run(["fold", "-o", tmp_path / "third"], monkeypatch) == 2
+    assert "bone-export fold --help" in capsys.readouterr().err
