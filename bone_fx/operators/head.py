@@ -5,6 +5,7 @@ Shapes: T tokens, V classes, I in_features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -86,7 +87,7 @@ def _may_wait(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not any(tensor.requires_grad for tensor in fixed)
         and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
         and all(tensor.dtype == x.dtype for tensor in fixed)
-        and x.numel() // x.shape[-1] * len(weight) > AT_A_TIME
+        and x.numel() // x.shape[-1] * len(weight) > AT_A_TIME.get(x.device.type, math.inf)
         and not torch.is_autocast_enabled(x.device.type)
         and is_plain(x, *fixed)
     )

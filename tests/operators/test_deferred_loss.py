@@ -24,8 +24,8 @@ ROWS, CLASSES, INPUTS = (2, 5), 13, 8
 @pytest.fixture(autouse=True, params=["torch", pytest.param("onednn", marks=needs_onednn)])
 def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of every size are deferred, and taken four rows at a time."""
-    monkeypatch.setattr(head, "AT_A_TIME", 0)
-    monkeypatch.setattr(deferred_loss, "AT_A_TIME", 4 * CLASSES)
+    monkeypatch.setattr(head, "AT_A_TIME", {"cpu": 0})
+    monkeypatch.setattr(deferred_loss, "AT_A_TIME", {"cpu": 4 * CLASSES})
     everywhere(monkeypatch, onednn=request.param == "onednn")
 
 
@@ -264,7 +264,7 @@ def test_when_they_are_not_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append(logits_of(x, w, b))
     found += [HEAD(x, w, b), logits_of(x.detach(), w, b), logits_of(x, w_trains, b)]
     found += [logits_of(x, w, b.clone().requires_grad_()), logits_of(*half)]
-    monkeypatch.setattr(head, "AT_A_TIME", 10 * CLASSES)
+    monkeypatch.setattr(head, "AT_A_TIME", {"cpu": 10 * CLASSES})
     found.append(logits_of(x, w, b))
     assert not any(isinstance(tensor, DeferredTensor) for tensor in found)
     loss_of(found[4], target).backward()
