@@ -51,7 +51,6 @@ class AttentionLayer:
         scale: Factor of the scores.
         window: Number of keys a token sees, itself included; None for all.
         softcap: Limit of the scores; 0 for none.
-        sinks: Whether each head has a learned sink.
         plain: Why the operator cannot take this layer; None where it does.
     """
 
@@ -63,7 +62,6 @@ class AttentionLayer:
     scale: float
     window: int | None
     softcap: float
-    sinks: bool
     plain: str | None
 
 
@@ -129,7 +127,6 @@ class AttentionEmitter:
             scale=float(query.shape[3] ** -0.5 if scaling is None else scaling),
             window=attention_mask.window,
             softcap=float(softcap or 0.0),
-            sinks=s_aux is not None,
             plain=self._unfused or why_plain(int(key.shape[3]), int(value.shape[3])),
         )
         self.layers.append(facts)

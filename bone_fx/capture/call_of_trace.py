@@ -16,7 +16,8 @@ from bone_fx.capture.nesting import Nesting
 from bone_fx.capture.patches import is_transformers_model
 from bone_fx.capture.positions import largest_lengths
 from bone_fx.capture.signature import LABEL_NAMES, Argument, CallSignature
-from bone_fx.capture.tracing import Trace, fixed_size
+from bone_fx.capture.tracing import Trace
+from bone_fx.capture.varying import fixed_size
 
 
 def call_of_trace(model: torch.nn.Module, trace: Trace, graph_module: GraphModule) -> CallSignature:

@@ -34,7 +34,6 @@ class Examples:
     Attributes:
         inputs: The arguments that become inputs of the graph, in order.
         constants: The arguments whose values become part of the graph.
-        labels: The labels that were taken out.
         varying: For each input, its dimensions that vary: `{dimension: role}`, the role "batch" or
             "length".
         ones_like: For each 2-D attention mask, the input whose first two sizes a mask of ones
@@ -46,7 +45,6 @@ class Examples:
 
     inputs: dict[str, Any]
     constants: dict[str, Any] = field(default_factory=dict)
-    labels: dict[str, Any] = field(default_factory=dict)
     varying: dict[str, dict[int, str]] = field(default_factory=dict)
     ones_like: dict[str, str] = field(default_factory=dict)
     positional: tuple[str, ...] = ()
@@ -56,6 +54,17 @@ class Examples:
     def keywords(self) -> dict[str, Any]:
         """The inputs and constants as keyword arguments."""
         return {**self.inputs, **self.constants}
+
+    def dynamic_shapes(self, dim: Any) -> dict[str, Any]:
+        """`torch.export`'s own, with `dim` wherever a size is to vary; None: nothing varies."""
+
+        def of(name: str) -> Any:
+            varying = self.varying.get(name)
+            if varying and dim is not None:
+                return dict.fromkeys(varying, dim)
+            return pytree.tree_map_only(torch.Tensor, lambda _: None, self.inputs[name])
+
+        return {name: of(name) for name in self.inputs}
 
 
 def read_examples(
@@ -97,7 +106,6 @@ def read_examples(
     return Examples(
         inputs=_without_ones(inputs, varying),
         constants=constants,
-        labels=labels,
         varying=varying,
         ones_like=ones_like,
         positional=positional,

@@ -24,9 +24,9 @@ from bone_fx.capture.patches import is_transformers_model, traceable
 from bone_fx.capture.unchanged import unchanged
 from bone_fx.capture.varying import (
     Roles,
-    first_line,
     fixed_dims,
     name_dims,
+    reason_line,
     roles_of,
     user_inputs,
 )
@@ -108,9 +108,9 @@ def _capture(
     if dynamic_shapes is not None:
         attempts = [(as_given, _by_input(examples, dynamic_shapes))]
     else:
-        attempts = [(examples, _shapes(examples, dim)) for dim in (Dim.DYNAMIC, Dim.AUTO)]
+        attempts = [(examples, examples.dynamic_shapes(dim)) for dim in (Dim.DYNAMIC, Dim.AUTO)]
         if not transformers:
-            attempts.append((as_given, _shapes(examples, None)))
+            attempts.append((as_given, examples.dynamic_shapes(None)))
     roles: Roles = examples.varying if dynamic_shapes is None else roles_of(attempts[0][1])
     first: Exception | None = None
     for choice, shapes in attempts:
@@ -130,7 +130,7 @@ def _capture(
     assert first is not None
     asked = f" with dynamic_shapes {dynamic_shapes}" if dynamic_shapes is not None else ""
     raise CaptureError(
-        f"{type(model).__name__} cannot be captured{asked}: {first_line(first)}",
+        f"{type(model).__name__} cannot be captured{asked}: {reason_line(first)}",
         next_step="see the error that this one comes from for the line in the model",
     ) from first
 
@@ -190,18 +190,6 @@ def _by_input(examples: Examples, dynamic_shapes: DynamicShapes) -> dict[str, An
     else:
         given = dict(zip(examples.inputs, dynamic_shapes, strict=False))
     return {name: given.get(name) for name in examples.inputs}
-
-
-def _shapes(examples: Examples, dim: Any) -> dict[str, Any]:
-    """`dynamic_shapes` with `dim` wherever a size is to vary; without one, nothing varies."""
-
-    def of(name: str) -> Any:
-        varying = examples.varying.get(name)
-        if varying and dim is not None:
-            return dict.fromkeys(varying, dim)
-        return pytree.tree_map_only(torch.Tensor, lambda _: None, examples.inputs[name])
-
-    return {name: of(name) for name in examples.inputs}
 
 
 def evaluation_copy(graph_module: GraphModule) -> GraphModule:

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-CONTRIB = "com.microsoft"
+from bone_fx.passes.symbolic import CONTRIB
+
 OWN = "bone_fx"
 """Domain of nodes that a pass replaces before the translation."""
 

@@ -204,6 +204,5 @@ def facts_of(
         scale=size**-0.5 if known is None else known.scale,
         window=None,
         softcap=0.0,
-        sinks=False,
         plain=unfused or why_plain(size, value_size),
     )

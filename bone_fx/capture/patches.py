@@ -1,8 +1,8 @@
 """Everything that touches `transformers.exporters`, which calls itself experimental.
 
-Tried with transformers 5.23.0 (range: >= 5.23, < 5.24) and torch 2.13.0. What is used of it: the
-reversible patches of model code that `torch.export` cannot trace (its registry's "dynamo"), the
-pytree registration of caches, and the reset of tensors that modules keep between calls. Its
+Tried with transformers 5.23.0 and torch 2.13.0; `pyproject.toml` allows others too. What is used of
+it: the reversible patches of model code that `torch.export` cannot trace (its registry's "dynamo"),
+the pytree registration of caches, and the reset of tensors that modules keep between calls. Its
 `prepare_for_export` is not used: it edits the model and the inputs in place and refuses labels,
 which are taken out before (`capture.examples`).
 """
@@ -18,9 +18,6 @@ import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-TESTED_TRANSFORMERS = ("5.23.0", "5.24.0")
-"""The first version tried, and the first that was not."""
 
 
 def is_transformers_model(model: torch.nn.Module) -> bool:

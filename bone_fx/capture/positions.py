@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from bone_fx.capture.signature import CallSignature
+from bone_fx.capture.state import attribute_at
 
 _MOST_NODES = 60
 """A lookup whose indices take more nodes than that is not one of positions."""
@@ -59,13 +60,7 @@ def _lookups(graph_module: GraphModule) -> Iterator[tuple[int, Node]]:
         else:
             continue
         if table.op == "get_attr" and isinstance(indices, Node) and indices.op == "call_function":
-            yield int(_attribute(graph_module, str(table.target)).shape[0]), indices
-
-
-def _attribute(root: Any, target: str) -> Any:
-    for part in target.split("."):
-        root = getattr(root, part)
-    return root
+            yield int(attribute_at(graph_module, str(table.target)).shape[0]), indices
 
 
 def _ancestors(node: Node) -> list[Node] | None:
@@ -131,7 +126,7 @@ def _largest_index(
                 value = 1 if name.endswith("mask") else token
                 values[node] = torch.full(wanted, value, dtype=example.dtype, device=example.device)
             elif node.op == "get_attr":
-                values[node] = _attribute(graph_module, str(node.target))
+                values[node] = attribute_at(graph_module, str(node.target))
             else:
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 try:

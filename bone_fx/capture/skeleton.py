@@ -16,7 +16,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -51,7 +51,7 @@ def skeleton_from_config(
     attn_implementation: str | None = None,
     untie: Collection[str] = (),
 ) -> PreTrainedModel:
-    """A model in eval mode whose parameters are FakeTensors of one mode (`fake_mode_of`).
+    """A model in eval mode whose parameters are FakeTensors of one FakeTensorMode.
 
     Args:
         config: The model's configuration; it is copied.
@@ -92,12 +92,6 @@ def skeleton_from_config(
     _make_fake(model, in_checkpoint)
     nn.Module.eval(model)
     return model
-
-
-def fake_mode_of(model: nn.Module) -> FakeTensorMode:
-    """The FakeTensorMode of a skeleton's parameters."""
-    fakes = (tensor for tensor in model.parameters() if isinstance(tensor, FakeTensor))
-    return next(fakes).fake_mode
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -19,7 +21,7 @@ def mount_state(graph_module: GraphModule, model: torch.nn.Module) -> None:
     constants: dict[str, torch.Tensor] = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):
         if node.target not in known and node.target.partition(".")[0] not in subgraphs:
-            value = _attribute(graph_module, node.target)
+            value = attribute_at(graph_module, node.target)
             if isinstance(value, torch.Tensor):
                 constants[node.target] = value
     for name in {target.partition(".")[0] for target in constants}:
@@ -115,7 +117,8 @@ def _has_state(module: torch.nn.Module) -> bool:
     return any(m._parameters or m._buffers for m in module.modules())
 
 
-def _attribute(root: object, target: str) -> object:
+def attribute_at(root: Any, target: str) -> Any:
+    """What a dotted name leads to, such as the tensor that a `get_attr` node reads."""
     for part in target.split("."):
         root = getattr(root, part)
     return root

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
 from bone_fx.capture.examples import Examples
 from bone_fx.capture.flat_forward import flat_forward
 from bone_fx.capture.modes import settings_to_blame
 from bone_fx.capture.patches import is_transformers_model, traceable
+from bone_fx.capture.varying import fixed_size
 from bone_fx.errors import CaptureError, first_line
 
 DynamicShapes = Mapping[str, Any] | Sequence[Any]
@@ -82,10 +82,10 @@ def _choices(
         )
         as_given = replace(examples, inputs=examples.as_given)
         return [(as_given, {name: given.get(name) for name in names})]
-    choices = [(examples, _shapes(examples, Dim.DYNAMIC)), (examples, _shapes(examples, Dim.AUTO))]
+    choices = [(examples, examples.dynamic_shapes(dim)) for dim in (Dim.DYNAMIC, Dim.AUTO)]
     if not is_transformers_model(model):
         static = replace(examples, inputs=examples.as_given, varying={})
-        choices.append((static, _shapes(static, None)))
+        choices.append((static, static.dynamic_shapes(None)))
     return choices
 
 
@@ -105,16 +105,6 @@ def _let_go() -> None:
     getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
 
 
-def _shapes(examples: Examples, hint: Any) -> dict[str, Any]:
-    def of(name: str) -> Any:
-        dimensions = examples.varying.get(name)
-        if dimensions and hint is not None:
-            return dict.fromkeys(dimensions, hint)
-        return pytree.tree_map_only(torch.Tensor, lambda _: None, examples.inputs[name])
-
-    return {name: of(name) for name in examples.inputs}
-
-
 def _fixed(examples: Examples, program: ExportedProgram, reason: Exception) -> list[str]:
     """Says which dimensions that were meant to vary do not."""
     placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
@@ -132,11 +122,6 @@ def _fixed(examples: Examples, program: ExportedProgram, reason: Exception) -> l
             if (fixed := fixed_size(value.shape[axis])) is not None
         )
     return notes
-
-
-def fixed_size(size: int | torch.SymInt) -> int | None:
-    """The size, if the trace fixed it: a number, or a symbol that can only be one number."""
-    return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
 
 
 def _line_of(error: Exception) -> str:

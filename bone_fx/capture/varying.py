@@ -65,7 +65,7 @@ def fixed_dims(
     inputs: Mapping[str, torch.Tensor], roles: Roles, reason: Exception | None
 ) -> tuple[str, ...]:
     """Says which dimensions that were to vary do not."""
-    because = f": {first_line(reason)}" if reason is not None else " by the model's own code"
+    because = f": {reason_line(reason)}" if reason is not None else " by the model's own code"
     return tuple(
         f"dimension {axis} of {name} ({role or 'dynamic'}) is fixed at {size}{because}"
         for name, wanted in roles.items()
@@ -77,12 +77,10 @@ def fixed_dims(
 
 def fixed_size(size: int | torch.SymInt) -> int | None:
     """The number that a traced size is, also where a symbol turned out to have one value."""
-    if isinstance(size, int):
-        return size
-    return int(size.node.expr) if size.node.expr.is_number else None
+    return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
 
 
-def first_line(error: Exception) -> str:
+def reason_line(error: Exception) -> str:
     """The class of an error that `torch.export` raised, and its reason or else its first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = next((line.removeprefix("- ") for line in lines if line.startswith("- ")), None)

@@ -40,10 +40,10 @@ def module_type(node: fx.Node, site_name: str) -> str | None:
     for path, kind in stack.values():
         if path.removeprefix("L['self'].") == site_name:
             return str(kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
-    return _innermost_other(stack, site_name)
+    return _innermost_other(stack)
 
 
-def _innermost_other(stack: dict[str, tuple[str, object]], site_name: str) -> str | None:
+def _innermost_other(stack: dict[str, tuple[str, object]]) -> str | None:
     """A weight that is read outside the module that owns it belongs to no layer call.
 
     Name the reader's class.

@@ -1,7 +1,7 @@
 """`call_module` of `nn.Linear` and of Hugging Face's `Conv1D`, from `torch.fx.symbolic_trace`.
 
-`Conv1D` is recognised by its parts (a 2-D weight `[I, O]`, a bias `[O]`, `nf == O`), so that
-transformers stays optional.
+`Conv1D` is recognised by the name of its class and its parts (a 2-D weight `[I, O]`, `nf == O`), so
+that transformers stays optional.
 """
 
 from __future__ import annotations

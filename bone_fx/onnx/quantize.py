@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 from torch import Tensor
 
+from bone_fx.onnx.kernels import CONTRIB
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
 from bone_fx.weights.blocks import Scheme
 from bone_fx.weights.quantize import PartName, QuantizedWeight, behind_inputs, rows_in_float32
 from bone_fx.weights.recipes import Recipe
 
-CONTRIB = "com.microsoft"
 PARTS: tuple[PartName, ...] = ("codes", "scales", "zero_points")
 
 

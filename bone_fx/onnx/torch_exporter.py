@@ -32,9 +32,6 @@ from bone_fx.onnx.prepare.decompose import decompose_nodes
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-TESTED_TORCH = ("2.13.0", "2.14.0")
-"""The first version tried, and the first that was not."""
-
 OPSET = 18
 """Opset of torchlib, for which no CUDA kernel is missing."""
 
@@ -89,7 +86,9 @@ def _contrib(
     import onnx_ir as ir
     from torch.onnx._internal.exporter import _core
 
-    node = ir.node(op_type, inputs, attributes, domain="com.microsoft", version=1)
+    from bone_fx.onnx.kernels import CONTRIB
+
+    node = ir.node(op_type, inputs, attributes, domain=CONTRIB, version=1)
     node.outputs[0].dtype = dtype
     assert _core.current_tracer is not None
     _core.current_tracer.nodes.append(node)

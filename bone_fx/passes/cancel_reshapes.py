@@ -23,15 +23,13 @@ from bone_fx.passes.frame import PassResult, copy_module, graph_pass
 
 aten = torch.ops.aten
 
+VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 RESHAPES = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
+    *VIEWS,
     aten.unsqueeze.default,
     aten.squeeze.dim,
     aten.flatten.using_ints,
 }
-VIEWS = {aten.view.default, aten._unsafe_view.default}
 COPIES = {aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default}
 
 

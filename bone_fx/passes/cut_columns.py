@@ -15,10 +15,10 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument
 
+from bone_fx.passes.cancel_reshapes import VIEWS
 from bone_fx.passes.frame import PassResult, copy_module, graph_pass
 
 aten = torch.ops.aten
-VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
 @graph_pass

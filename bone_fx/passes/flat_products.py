@@ -16,10 +16,10 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from bone_fx.passes.cancel_reshapes import VIEWS
 from bone_fx.passes.frame import PassResult, copy_module, graph_pass
 
 aten = torch.ops.aten
-VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
 @graph_pass

@@ -20,7 +20,7 @@ from typing import Any, Concatenate, ParamSpec, cast
 import torch
 from torch import fx, nn
 
-from bone_fx.errors import BoneFxError, PassError
+from bone_fx.errors import BoneFxError, PassError, first_line
 from bone_fx.sites import LinearSite, Refusal
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def graph_pass(
             raise
         except Exception as error:
             raise PassError(
-                f"pass {name} failed: {_first_line(error)}",
+                f"pass {name} failed: {first_line(error)}",
                 found=f"passes before it: {history or 'none'}",
             ) from error
         after = _nodes(result.graph_module)
@@ -129,7 +129,7 @@ def op_difference(before: fx.GraphModule, after: fx.GraphModule) -> str:
     )
 
 
-def copy_module(gm: fx.GraphModule, *, class_name: str | None = None) -> fx.GraphModule:
+def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy to work on: its own graph, module tree and `Parameter` objects over the same storage.
 
     Every parameter and buffer keeps its name, tied names stay tied, persistence and parameters that
@@ -167,7 +167,7 @@ def copy_module(gm: fx.GraphModule, *, class_name: str | None = None) -> fx.Grap
         elif node.op == "get_attr":
             _copy_plain_attribute(gm, root, target)
     # With an empty graph first: each assignment of a graph compiles it, and the frame does that.
-    copied = fx.GraphModule(root, fx.Graph(), class_name or type(gm).__name__)
+    copied = fx.GraphModule(root, fx.Graph(), type(gm).__name__)
     copied._graph, graph.owning_module = graph, copied
     adopt_state(copied, root)
     copied.meta.update(gm.meta)
@@ -247,8 +247,3 @@ def fake_like(node: fx.Node, tensor: torch.Tensor) -> object | None:
     """
     mode = getattr(node.meta.get("val"), "fake_mode", None)
     return None if mode is None else mode.from_tensor(tensor, static_shapes=True)
-
-
-def _first_line(error: Exception) -> str:
-    """What went wrong, without the whole graph that a lint error carries."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -22,11 +22,10 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from bone_fx.passes.cancel_reshapes import same_size
+from bone_fx.passes.cancel_reshapes import VIEWS, same_size
 from bone_fx.passes.frame import PassResult, copy_module, graph_pass
 
 aten = torch.ops.aten
-VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 BY_ROW = {aten.linear.default, aten.layer_norm.default}
 """Operators on the last axis of their first argument; the others are weights."""

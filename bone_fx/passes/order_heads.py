@@ -27,12 +27,12 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument
 
+from bone_fx.passes.cancel_reshapes import VIEWS
 from bone_fx.passes.frame import PassResult, copy_module, graph_pass
 from bone_fx.passes.pack_projections import columns_of
 from bone_fx.passes.symbolic import CONTRIB, is_operator, operands
 
 aten = torch.ops.aten
-VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 MOVES = {
     *VIEWS,
     aten.flatten.using_ints,

@@ -53,7 +53,7 @@ def untie_weights(gm: fx.GraphModule, sites: list[LinearSite], *, untie: bool) -
         for node in readers:
             with gm.graph.inserting_before(node):
                 own = gm.graph.get_attr(others[0])
-            node.replace_input_with(_reading(gm, node, site.weight_name), own)
+            node.replace_input_with(_reading(node, site.weight_name), own)
         owner, leaf = container(gm, site.weight_name)
         owner.register_parameter(
             leaf, nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
@@ -61,7 +61,7 @@ def untie_weights(gm: fx.GraphModule, sites: list[LinearSite], *, untie: bool) -
     return gm
 
 
-def _reading(gm: fx.GraphModule, node: fx.Node, name: str) -> fx.Node:
+def _reading(node: fx.Node, name: str) -> fx.Node:
     return next(n for n in node.all_input_nodes if n.op == "get_attr" and str(n.target) == name)
 
 

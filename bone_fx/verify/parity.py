@@ -25,8 +25,8 @@ class Parity:
         tolerance: Largest difference allowed between ONNX Runtime and torch.
         figures: Largest relative difference by pair: `onnx_vs_unmerged`, `onnx_vs_folded`,
             `unmerged_vs_folded`, `adapter_effect`; where weights were quantized or rounded also
-            `onnx_vs_written`, and `rounded_activations` where the graph rounds those too; for a
-            user's own module `onnx_vs_torch` alone.
+            `onnx_vs_written`, and where the graph rounds activations too `rounded_activations`; for
+            a user's own module `onnx_vs_torch` alone.
         cases: Names of the comparisons that were made.
         warnings: What a person should know though it is no failure.
     """

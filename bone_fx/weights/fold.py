@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from bone_fx.adapters import METHODS
@@ -33,20 +32,19 @@ def fold_recipes(
     recipes: Mapping[str, Recipe],
     sites: Mapping[str, LinearSite],
     adapters: Sequence[tuple[str, Adapter]],
-    dtype: torch.dtype | None = None,
     rounding: Rounding | None = None,
 ) -> dict[str, Recipe]:
     """Recipes with adapters folded in; the given ones stay as they are.
 
     Folding starts from the stored bytes: a cast at the end of a base recipe is taken off, blocks
-    act in float32 in the order of the list, and the result is rounded once.
+    act in float32 in the order of the list, and the result is rounded once, to the recipe's
+    dtype.
 
     Args:
         recipes: Recipe by parameter name.
         sites: The sites that the adapters target, by name.
         adapters: Name and content of each adapter, in the order in which they act (bat depends on
             it).
-        dtype: Dtype of the folded weights; each weight's own if None.
         rounding: Told what the cast of each folded weight costs.
 
     Raises:
@@ -69,7 +67,7 @@ def fold_recipes(
             if name in adapter.blocks
         )
         folded[site.weight_name] = Fold(
-            without_cast(base), steps, site.transposed, dtype or base.dtype, name, rounding
+            without_cast(base), steps, site.transposed, base.dtype, name, rounding
         )
     return folded
 

@@ -17,7 +17,6 @@ ENOUGH = 0.9
 """A layer that keeps less of the adapter's effect is worth a warning."""
 
 Corner = tuple[int, int]
-Squares = tuple[float, float]
 _BETTER = {"bfloat16": "fp16", "float16": "fp32"}
 
 

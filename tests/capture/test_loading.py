@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from bone_fx.capture import loading
 from bone_fx.capture.loading import architecture_for_task, open_base, skeleton
-from bone_fx.capture.skeleton import fake_mode_of, skeleton_from_config
+from bone_fx.capture.skeleton import skeleton_from_config
 from bone_fx.errors import BaseModelError, InputRefusedError
 from bone_fx.weights.checkpoint import recipes_for
 from tests.capture.architectures import BY_NAME
@@ -43,6 +43,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
+def mode_of(model: torch.nn.Module) -> FakeTensorMode:
+    parameter = next(model.parameters())
+    assert isinstance(parameter, FakeTensor)
+    return parameter.fake_mode
+
+
 def test_what_a_base_knows(folder: Path) -> None:
     base = open_base(folder)
     assert base.folder == folder
@@ -57,7 +63,7 @@ def test_what_a_base_knows(folder: Path) -> None:
 def test_skeleton_has_no_weights_and_true_buffers(folder: Path) -> None:
     model = skeleton(open_base(folder), torch.float16)
     assert not model.training
-    mode = fake_mode_of(model)
+    mode = mode_of(model)
     for parameter in model.parameters():
         assert isinstance(parameter, FakeTensor)
         assert isinstance(parameter, torch.nn.Parameter)
@@ -75,7 +81,7 @@ def test_skeleton_has_no_weights_and_true_buffers(folder: Path) -> None:
 
 def test_skeleton_runs_in_its_mode(folder: Path) -> None:
     model = skeleton(open_base(folder), torch.float32)
-    with fake_mode_of(model), torch.no_grad():
+    with mode_of(model), torch.no_grad():
         logits = model(input_ids=torch.zeros(2, 5, dtype=torch.long)).logits
     assert isinstance(logits, FakeTensor)
     assert logits.shape == (2, 5, 99)

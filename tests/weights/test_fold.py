@@ -51,7 +51,7 @@ def test_gives_the_weights_that_peft_merged(file: Path) -> None:
     }
     recipes = recipes_for(model, base, extra=extra)
     sites = _sites(model, {name for _, adapter in adapters for name in adapter.blocks})
-    folded = fold_recipes(recipes, sites, adapters, torch.float32)
+    folded = fold_recipes(recipes, sites, adapters)
     merged = {
         k.removeprefix("merged."): v for k, v in load_file(file).items() if k.startswith("merged.")
     }
@@ -79,7 +79,7 @@ def test_same_bytes_as_the_fold_of_tensors(
     }
     sites = _sites(model, names)
     adapter = _adapter(method, sites)
-    folded = fold_recipes(recipes, sites, [("tuned", adapter)], dtype)
+    folded = fold_recipes(recipes, sites, [("tuned", adapter)])
     real = base.architecture.from_pretrained(tmp_path).state_dict()
     for name, site in sites.items():
         w_OI = real[site.weight_name].t() if site.transposed else real[site.weight_name]
@@ -98,9 +98,7 @@ def test_folds_from_the_stored_bytes(tmp_path: Path) -> None:
     site = LinearSite("l", "l.weight", 1, 1)
     adapter = _adapter("bone", {"l": site}, r=1)
     adapter.blocks["l"] = torch.tensor([[-1.0]])
-    folded = fold_recipes(rounded, {"l": site}, [("a", adapter)], torch.float16)[
-        "l.weight"
-    ].evaluate()
+    folded = fold_recipes(rounded, {"l": site}, [("a", adapter)])["l.weight"].evaluate()
     assert folded.item() == pytest.approx(2.0**-11 + 2.0**-20, rel=1e-3)
 
 
@@ -131,7 +129,7 @@ def layer() -> tuple[dict[str, Recipe], dict[str, LinearSite]]:
 def test_several_adapters(layer: tuple[dict[str, Recipe], dict[str, LinearSite]]) -> None:
     recipes, sites = layer
     adapters = [("a", _adapter("bone", sites)), ("b", _adapter("bat", sites))]
-    recipe = fold_recipes(recipes, sites, adapters, torch.float32)["up.weight"]
+    recipe = fold_recipes(recipes, sites, adapters)["up.weight"]
     assert isinstance(recipe, Fold)
     assert recipe.describe().endswith("-> fold bone(a) -> fold bat(b)")
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from bone_fx.onnx.cleanup.merge_transposes import permutation
+from bone_fx.onnx.kernels import CONTRIB
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
 from bone_fx.weights.recipes import Recipe, Transpose
-
-CONTRIB = "com.microsoft"
 
 
 class AbsorbTransposes(ir.passes.InPlacePass):

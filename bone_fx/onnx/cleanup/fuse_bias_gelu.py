@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from bone_fx.onnx.cleanup.fuse_skip_norms import CONTRIB, product_bias
+from bone_fx.onnx.cleanup.fuse_skip_norms import product_bias
+from bone_fx.onnx.kernels import CONTRIB
 
 _WITH_BIAS = {"Gelu": "BiasGelu", "FastGelu": "FastGelu"}
 

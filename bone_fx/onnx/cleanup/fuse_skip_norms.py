@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from bone_fx.onnx.cleanup.shapes import equal_shapes
+from bone_fx.onnx.kernels import CONTRIB
 
-CONTRIB = "com.microsoft"
 _KERNELS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -63,9 +63,9 @@ def _fuse(graph: ir.Graph, norm: ir.Node) -> bool:
     )
     graph.insert_before(add, fused)
     result = norm.outputs[0]
-    _replace(graph, result, fused.outputs[0])
+    _replace(result, fused.outputs[0])
     if others:
-        _replace(graph, total, fused.outputs[3])
+        _replace(total, fused.outputs[3])
         for unused in fused.outputs[1:3]:
             unused.name = ""
     graph.remove([norm, add], safe=True)
@@ -107,7 +107,7 @@ def _is_over_last_axis(norm: ir.Node, total: ir.Value) -> bool:
     )
 
 
-def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+def _replace(old: ir.Value, new: ir.Value) -> None:
     """Gives `new` the place, the name and the shape of `old`."""
     new.shape, new.type = old.shape, old.type
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
