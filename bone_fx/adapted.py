@@ -68,7 +68,6 @@ class AdaptedModule(TrainingGraph):
         self.active_adapters = []
         self._disabled = False
         self._merged: list[str] = []
-        self._frozen: set[str] = set()
         self._rebuild()
 
     @property
@@ -131,7 +130,8 @@ class AdaptedModule(TrainingGraph):
             raise UsageError(f"an adapter is named twice: {names}")
         with self._change():
             self.active_adapters, self._merged = names, []
-            self._frozen = set(names) - set(trained)
+            for name, adapter in self._adapters.items():
+                adapter.train(name in trained)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its blocks; the others stay as they are."""
@@ -282,11 +282,15 @@ class AdaptedModule(TrainingGraph):
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedModule:
         copied = AdaptedModule(copy.copy(self._origin))
         for name, parameter in self._base.named_parameters(remove_duplicate=False):
-            copied._base.get_parameter(name).data = parameter.data.clone()
+            twin = copied._base.get_parameter(name)
+            twin.data = parameter.data.clone()
+            twin.requires_grad_(parameter.requires_grad)
+        for name, buffer in self.named_buffers(remove_duplicate=False):
+            owner, leaf = container(copied, name)
+            owner._buffers[leaf] = buffer.clone()
         copied._adapters.update(copy.deepcopy(self._adapters, memo))
         copied.active_adapters = list(self.active_adapters)
         copied._merged, copied._disabled = list(self._merged), self._disabled
-        copied._frozen = set(self._frozen)
         copied._every = self._every
         copied._split, copied._checkpointing = self._split, copy.copy(self._checkpointing)
         copied.training = self.training
@@ -338,14 +342,15 @@ class AdaptedModule(TrainingGraph):
         if self.is_sharded:
             raise UsageError("a sharded module keeps its adapters", next_step="shard it last")
         before = dict(self._adapters), self.active_adapters, self._merged, self._disabled
-        frozen = self._frozen
+        trains = [(p, p.requires_grad) for a in self._adapters.values() for p in a.parameters()]
         try:
             yield
             self._rebuild()
         except BaseException:
             self.__dict__["_adapters"] = before[0]
             self.active_adapters, self._merged, self._disabled = before[1:]
-            self._frozen = frozen
+            for parameter, trained in trains:
+                parameter.requires_grad_(trained)
             raise
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -354,7 +359,7 @@ class AdaptedModule(TrainingGraph):
         mounted = {id(parameter) for parameter in self.parameters()}
         waiting = list(self._base.parameters())
         for adapter in self._adapters.values():
-            waiting += [*adapter.blocks.values(), *adapter.saved.values()]
+            waiting += adapter.parameters()
         with torch.no_grad():
             for parameter in {id(p): p for p in waiting if id(p) not in mounted}.values():
                 parameter.data = fn(parameter.data)
@@ -379,8 +384,7 @@ class AdaptedModule(TrainingGraph):
                 s.weight_name: gm.get_parameter(s.weight_name) for s in self._touched(self._merged)
             }
         root = copy_module(gm)
-        trained = [name for name in self.active_adapters if name not in self._frozen]
-        mount_parameters(root, find_sites(self._base).sites, self._adapters, trained)
+        mount_parameters(root, find_sites(self._base).sites, self._adapters)
         for name, parameter in own.items():
             owner, leaf = container(root, name)
             owner.register_parameter(leaf, parameter)

@@ -25,4 +25,4 @@ class FoldedModule(ModelGraph):
         self.train(training)
 
     def _call_model(self, *args: Any, **kwargs: Any) -> Any:
-        return self.signature.pack(self._graph_forward(*self.signature.bind(*args, **kwargs)))
+        return self.signature.pack(self._run(*self.signature.bind(*args, **kwargs)))

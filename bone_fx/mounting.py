@@ -43,6 +43,15 @@ class MountedAdapter:
     saved: dict[str, nn.Parameter]
     refused: tuple[Refusal, ...] = ()
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Its blocks, and its copies of parameters in `modules_to_save`."""
+        return [*self.blocks.values(), *self.saved.values()]
+
+    def train(self, trains: bool) -> None:
+        """Choose whether its parameters require gradients."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(trains)
+
 
 @dataclass
 class Origin:
@@ -85,11 +94,21 @@ def saved_parameters(
         `classifier` and `score` for a classification task).
 
     Raises:
-        AdapterError: A trained value belongs to no parameter, or has another shape.
+        AdapterError: A trained value belongs to no parameter, or has another shape; a module has
+            statistics, which an adapter folder does not hold.
     """
+    statistics = [
+        n for n, _ in base.named_buffers() if is_saved_module(config, n.rpartition(".")[0])
+    ]
+    if any(name.endswith("running_mean") for name in statistics):
+        raise AdapterError(
+            f"{where}: modules_to_save would lose the statistics {', '.join(statistics[:3])}",
+            expected="modules whose state is parameters",
+            next_step="leave the batch norm out of modules_to_save",
+        )
     trained = {
         name: nn.Parameter(parameter.detach().clone())
-        for name, parameter in base.named_parameters()
+        for name, parameter in base.named_parameters(remove_duplicate=False)
         if is_saved_module(config, name.rpartition(".")[0])
     }
     known = dict(base.named_parameters(remove_duplicate=False))
@@ -134,15 +153,10 @@ def insert_mounted(
 
 
 def mount_parameters(
-    root: nn.Module,
-    sites: Sequence[LinearSite],
-    adapters: Mapping[str, MountedAdapter],
-    active: Sequence[str],
+    root: nn.Module, sites: Sequence[LinearSite], adapters: Mapping[str, MountedAdapter]
 ) -> None:
-    """Put every adapter's blocks under their names; those of active adapters train."""
+    """Put every adapter's blocks under their names."""
     for name, adapter in adapters.items():
-        for parameter in (*adapter.blocks.values(), *adapter.saved.values()):
-            parameter.requires_grad_(name in active)
         for site in sites:
             if site.name in adapter.blocks:
                 owner, leaf = container(root, f"{site.block_owner}.{BLOCK}.{name}")
@@ -260,7 +274,9 @@ def new_adapter(
     }
     given = folder.modules_to_save if folder else {}
     saved, absent = saved_parameters(base, config, given, str(folder.path) if folder else name)
-    return MountedAdapter(config, blocks, saved, (*result.refused, *absent))
+    adapter = MountedAdapter(config, blocks, saved, (*result.refused, *absent))
+    adapter.train(False)  # until it is active
+    return adapter
 
 
 def delta_weight(

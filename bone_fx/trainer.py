@@ -14,6 +14,7 @@ import torch
 from transformers import Trainer
 
 from bone_fx.adapted import AdaptedModule
+from bone_fx.errors import UsageError
 
 
 class AdapterTrainer(Trainer):
@@ -22,6 +23,16 @@ class AdapterTrainer(Trainer):
     `save_steps` and `save_model` write what `AdaptedModule.save_pretrained` writes, and
     `resume_from_checkpoint` and `load_best_model_at_end` read it.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.neftune_noise_alpha is not None:
+            raise UsageError(
+                "neftune_noise_alpha needs a model's embedding layer, and a graph has none",
+                next_step="leave it out",
+            )
+        if self.args.label_names is None:
+            self.label_names = list(self._adapted().label_names)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None

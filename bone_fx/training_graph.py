@@ -10,7 +10,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
-from bone_fx.capture.signature import LOSS_OPTIONS
 from bone_fx.errors import UsageError
 from bone_fx.model_graph import ModelGraph
 from bone_fx.mounting import Origin
@@ -34,10 +33,20 @@ class TrainingGraph(ModelGraph):
         """The base model's configuration, or None."""
         return getattr(self._origin.model, "config", None)
 
+    def _get_name(self) -> str:
+        """The base model's class: `transformers.Trainer` decides by it whether labels shift."""
+        model = self._origin.model
+        return type(self if model is None else model).__name__
+
     @property
     def loss_type(self) -> str | None:
         """Which of transformers' losses the model has; `Trainer` counts a batch's items by it."""
         return getattr(self._origin.model, "loss_type", None)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The labels that the model's loss takes; none where it is not known."""
+        return () if self._origin.loss is None else self._origin.loss.label_names
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -149,22 +158,40 @@ class TrainingGraph(ModelGraph):
             f"trainable%: {100 * trainable / total:.4f}"
         )
 
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Read parameters and buffers into those that are here.
+
+        Raises:
+            UsageError: `assign=True`: adapters and the optimizers' parameters are these objects.
+        """
+        if assign:
+            raise UsageError(
+                "an adapted module keeps the parameters that it has",
+                next_step="leave assign=True out: the values are copied",
+            )
+        return super().load_state_dict(state_dict, strict=strict)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise UsageError(
+            "torch.nn.DataParallel copies a module without its adapters",
+            next_step="use DistributedDataParallel, one process a GPU",
+        )
+
     def _call_model(self, *args: Any, **kwargs: Any) -> Any:
         origin = self._origin
         inputs = origin.signature.bind(*args, **kwargs)
         labels = origin.signature.labels_of(*args, **kwargs)
         if not labels:
-            return origin.signature.pack(self._graph_forward(*inputs))
+            return origin.signature.pack(self._run(*inputs))
         if origin.loss is None:
             raise UsageError(
                 f"the loss of {type(origin.model).__name__} is not known",
                 next_step="leave the labels out and compute the loss on the output",
             )
-        options = {name: kwargs[name] for name in LOSS_OPTIONS if kwargs.get(name) is not None}
         # FSDP2 sets a hook on the logits, so their gradient would be formed after all.
         with nullcontext() if self.is_sharded else loss_follows():
-            packed = origin.signature.pack(self._graph_forward(*inputs))
-        return origin.loss.attach(packed, labels, **options)
+            packed = origin.signature.pack(self._run(*inputs))
+        return origin.loss.attach(packed, labels, **origin.signature.loss_options_of(kwargs))
 
     def _as_it_runs(self, graph: fx.Graph) -> fx.Graph:
         running = lean_form(graph)

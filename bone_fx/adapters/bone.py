@@ -65,7 +65,7 @@ def shard_sums(x_TI: Tensor, r: int) -> Tensor:
         x_TI = functional.pad(x_TI, (0, -in_features % r))
     if x_TI.shape[-1] == r:
         return x_TI
-    return x_TI.reshape(*x_TI.shape[:-1], -1, r).sum(-2)
+    return x_TI.reshape(*x_TI.shape[:-1], x_TI.shape[-1] // r, r).sum(-2)
 
 
 def spread_sums_(dx_TI: Tensor, dsum_TR: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def spread_sums_(dx_TI: Tensor, dsum_TR: Tensor) -> Tensor:
     in_features = dx_TI.shape[-1]
     whole = in_features // r * r
     if whole:
-        dx_TI[:, :whole].view(-1, whole // r, r).add_(dsum_TR.unsqueeze(1))
+        dx_TI[:, :whole].view(len(dx_TI), whole // r, r).add_(dsum_TR.unsqueeze(1))
     if whole < in_features:
         dx_TI[:, whole:].add_(dsum_TR[:, : in_features - whole])
     return dx_TI

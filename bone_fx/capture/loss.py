@@ -90,8 +90,8 @@ def loss_for(model: torch.nn.Module) -> ModelLoss | None:
 
     forward = inspect.unwrap(type(model).forward)
     uses = set(forward.__code__.co_names) | set(forward.__code__.co_varnames)
-    if uses & {"shift_logits", "shift_labels"}:
-        return None  # a loss of its own that shifts by the attention mask
+    if uses & {"shift_logits", "shift_labels", "_compute_loss"}:
+        return None  # a loss of its own, such as one that shifts by the attention mask
     for parent in type(model).__mro__:
         for task, label_names, compute in _TASKS:
             classes = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values()

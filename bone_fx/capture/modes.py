@@ -127,6 +127,46 @@ def refuse_draws(model: torch.nn.Module) -> Iterator[None]:
         )
 
 
+@contextmanager
+def refuse_own_backward(model: torch.nn.Module) -> Iterator[None]:
+    """While open, refuses what changes gradients: a graph holds the forward, and derives those.
+
+    PyTorch's own functions are let through.
+
+    Raises:
+        CaptureError: A module has a backward hook, or the forward calls a `torch.autograd.Function`
+            or hooks a tensor.
+    """
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise _own_backward(model, f"{name or 'the model'} has a backward hook")
+    function, tensor = torch.autograd.Function, torch.Tensor
+    before = function.__dict__["apply"], tensor.__dict__["register_hook"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            raise _own_backward(model, f"its forward calls {cls.__module__}.{cls.__qualname__}")
+        return before[0].__get__(None, cls)(*args, **kwargs)
+
+    def register_hook(self: torch.Tensor, hook: Any) -> Any:
+        raise _own_backward(model, "its forward hooks the gradient of a tensor")
+
+    function.apply = classmethod(apply)  # type: ignore[assignment]
+    tensor.register_hook = register_hook  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        function.apply, tensor.register_hook = before  # type: ignore[method-assign]
+
+
+def _own_backward(model: torch.nn.Module, found: str) -> CaptureError:
+    return CaptureError(
+        f"{type(model).__name__} has a backward of its own, and its graph would not: {found}",
+        expected="gradients that follow from the forward",
+        next_step="write it with detach(), as in x + (f(x) - x).detach(), or leave it out",
+    )
+
+
 def _generators() -> tuple[Any, ...]:
     import numpy as np
 

@@ -34,7 +34,7 @@ LABEL_NAMES = (
 _NO_EFFECT = {"use_cache": False, "return_dict": True}
 """Arguments that change nothing about a training graph, with the only value they can have."""
 
-LOSS_OPTIONS = ("num_items_in_batch",)
+_LOSS_OPTIONS = ("num_items_in_batch",)
 """Arguments of the call that are for the loss."""
 
 
@@ -150,6 +150,10 @@ class CallSignature:
         given = {**dict(zip(self.positional, args, strict=False)), **kwargs}
         return {name: given[name] for name in self.ignored if given.get(name) is not None}
 
+    def loss_options_of(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a call says about the loss besides the labels, by name."""
+        return {name: kwargs[name] for name in _LOSS_OPTIONS if kwargs.get(name) is not None}
+
     def _by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if len(args) > len(self.positional):
             raise UsageError(
@@ -179,7 +183,7 @@ class CallSignature:
                         f"{name}={value!r} is not possible in a captured graph",
                         expected=_NO_EFFECT[name],
                     )
-            elif value is not None and value is not False and name not in LOSS_OPTIONS:
+            elif value is not None and value is not False and name not in _LOSS_OPTIONS:
                 raise UsageError(
                     f"{name} is not an input of the captured graph",
                     expected=", ".join(self.input_names),
@@ -192,13 +196,15 @@ class CallSignature:
         """Fills in what a model derives when it is left out: decoder inputs, and masks of ones."""
         names = self.input_names
         labels = given.get("labels")
-        if (
-            self.decoder_inputs is not None
-            and labels is not None
-            and "decoder_input_ids" in names
-            and given.get("decoder_input_ids") is None
-        ):
-            given["decoder_input_ids"] = self.decoder_inputs(labels)
+        decoder = ("decoder_input_ids", "decoder_inputs_embeds")
+        if self.decoder_inputs is not None and labels is not None:
+            if not any(name in names for name in decoder):
+                raise UsageError(
+                    "the graph makes its decoder's inputs from input_ids, the model from labels",
+                    next_step="capture again with labels or decoder_input_ids among the examples",
+                )
+            if decoder[0] in names and given.get(decoder[0]) is None:
+                given[decoder[0]] = self.decoder_inputs(labels)
         for argument in self.arguments:
             if argument.ones_like is None or given.get(argument.name) is not None:
                 continue

@@ -59,6 +59,8 @@ def trace(
         notes = () if first is None else tuple(_fixed(choice, program, first))
         return Trace(program, choice, notes)
     assert first is not None
+    if isinstance(first, CaptureError):
+        raise first
     why, avoid = first_line(first), "see the error that this one comes from"
     if type(first).__name__ == "GuardOnDataDependentSymNode":
         why = f"its forward branches on the values of a tensor{_line_of(first)}"

@@ -26,7 +26,12 @@ from torch.fx.graph import CodeGen
 from bone_fx.capture.call_of_trace import call_of_trace
 from bone_fx.capture.examples import read_examples
 from bone_fx.capture.loss import ModelLoss, loss_for
-from bone_fx.capture.modes import refuse_checkpointing, refuse_draws, require_same_evaluation
+from bone_fx.capture.modes import (
+    refuse_checkpointing,
+    refuse_draws,
+    refuse_own_backward,
+    require_same_evaluation,
+)
 from bone_fx.capture.signature import CallSignature
 from bone_fx.capture.state import mount_state, name_as_used
 from bone_fx.capture.tracing import DynamicShapes, trace
@@ -107,7 +112,7 @@ def capture_training(
     refuse_checkpointing(model)
     with unchanged(model):
         model.train()
-        with refuse_draws(model):
+        with refuse_draws(model), refuse_own_backward(model):
             traced = trace(model, read_examples(model, example_inputs), dynamic_shapes)
         graph_module = _plain_graph(traced.program)
         name_as_used(graph_module, model)

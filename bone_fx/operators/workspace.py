@@ -29,10 +29,13 @@ def workspace(slot: str, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         slot: What it is for.
         shape: Its shape.
         like: A tensor of its dtype and device. Only plain tensors on a CPU have buffers, outside
-            traces: a trace must not see a tensor that outlives it.
+            traces: a trace must not see a tensor that outlives it. Nor is there one under
+        `torch.inference_mode`: what is made there cannot be written to anywhere else.
     """
     size = math.prod(shape)
     if size * like.element_size() > LARGEST or not on_plain_cpu(like):
+        return None
+    if torch.is_inference_mode_enabled():
         return None
     buffers = _OWN.__dict__
     key = f"{slot} {like.dtype}"

@@ -10,7 +10,7 @@ adapters.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -82,6 +82,7 @@ def insert_adapters(
     fresh = {} if blocks else new_blocks(config, _in_module_order(gm, chosen))
     for site in chosen:
         check_fit(config, site)
+        _refuse_both_ways(site, search.uses)
         given = fresh[site.name] if not blocks else _given(blocks, site, config)
         _mount(result, site, adapter_name, given)
     names = {site.name for site in chosen}
@@ -90,6 +91,17 @@ def insert_adapters(
         if use is not None:
             _rewrite(result, use, config, adapter_name, recompute=recompute)
     return PassResult(result, True, tuple(chosen), tuple(refused))
+
+
+def _refuse_both_ways(site: LinearSite, uses: Iterable[LinearUse]) -> None:
+    """One block cannot be added to a weight and to its transpose."""
+    ways = {use.site.transposed for use in uses if use.site.weight_name == site.weight_name}
+    if len(ways) > 1:
+        raise SiteError(
+            f"{site.name}: its weight is used as it is and transposed",
+            expected="one way",
+            next_step="leave it out with exclude_modules",
+        )
 
 
 def new_blocks(config: BoneConfig, sites: list[LinearSite]) -> dict[str, Tensor]:

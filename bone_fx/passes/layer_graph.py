@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -15,6 +16,8 @@ from bone_fx.passes.join_sites import join_sites
 from bone_fx.passes.keep_less import keep_less
 from bone_fx.passes.recomputed_part import cut_recomputed
 
+_REVISIONS = itertools.count()
+
 
 class CalledGraph(fx.GraphModule):
     """A GraphModule whose call is `_call_model`, around the generated forward.
@@ -26,6 +29,7 @@ class CalledGraph(fx.GraphModule):
 
     _graph_forward: ClassVar[Callable[..., Any]]
     _call_model: Callable[..., Any]
+    _revision: int
 
     def recompile(self) -> Any:
         """Compile the running form; the module's own call stays around the generated forward."""
@@ -36,11 +40,22 @@ class CalledGraph(fx.GraphModule):
         finally:
             self._graph = shown
         cls = type(self)
+        self._revision = next(_REVISIONS)
         if cls.forward is not cls._call_model:
             cls._graph_forward = cls.forward
             cls.forward = cls._call_model
         self._compiled(running)
         return code
+
+    def _run(self, *args: Any) -> Any:
+        """The graph as it is now.
+
+        What `torch.compile` made of an earlier one must not run: it does not watch functions of a
+        class, but it does watch the numbers that a call reads.
+        """
+        if self._revision < 0:
+            raise AssertionError
+        return self._graph_forward(*args)
 
     def _compiled(self, running: fx.Graph) -> None:
         """What else is made of the graph that was compiled."""
@@ -78,7 +93,9 @@ class LayerGraph(CalledGraph):
 
     def _call_model(self, *args: Any) -> Any:
         if self.checkpointing is None or not self.recomputable or not torch.is_grad_enabled():
-            return self._graph_forward(*args)
+            return self._run(*args)
+        if self._revision < 0:  # as in _run
+            raise AssertionError
         forward = self._recomputed_forward
         values = checkpoint(forward, *args, use_reentrant=False, **self.checkpointing)
         return values if self._rest_forward is None else self._rest_forward(*values)

@@ -48,7 +48,7 @@ MAY_KNOW: dict[str, set[str]] = {
     },
     "model_graph": {"passes"},
     "folded": {"capture", "model_graph", "passes"},
-    "training_graph": {"errors", "model_graph", "mounting", "passes"},
+    "training_graph": {"errors", "model_graph", "mounting", "operators", "passes"},
     "adapted": {
         "checkpoint",
         "config",
@@ -61,7 +61,7 @@ MAY_KNOW: dict[str, set[str]] = {
         "training_graph",
     },
     "adapting": {"adapted", "capture", "checkpoint", "config", "mounting"},
-    "trainer": {"adapted"},
+    "trainer": {"adapted", "errors"},
     "build": {
         "adapted",
         "adapting",

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import bone_fx
-from bone_fx.errors import FoldError, SiteError, UsageError
+from bone_fx.errors import AdapterError, CaptureError, FoldError, SiteError, UsageError
 
 Q = "model.layers.0.self_attn.q_proj"
 CONFIG = bone_fx.BoneConfig(r=20, target_modules=["q_proj", "down_proj"])
@@ -320,3 +329,138 @@ def test_a_classification_task_trains_the_head() -> None:
     adapted = bone_fx.adapt(BertForSequenceClassification(config).eval(), adapter, inputs())
     assert adapted.get_parameter("classifier.weight").requires_grad
     assert adapter.modules_to_save is None
+
+
+def test_a_tied_head_in_modules_to_save_is_a_copy_that_trains(tmp_path: Path) -> None:
+    config = bone_fx.BoneConfig(r=16, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = llama()
+    adapted = bone_fx.adapt(model, config, inputs()).train()
+    assert not adapted.refused
+    optimizer = torch.optim.SGD(adapted.parameter_groups(), lr=0.5)
+    adapted(**inputs(), labels=inputs()["input_ids"]).loss.backward()
+    optimizer.step()
+    adapted.eval()
+    head, embedding = (
+        adapted.get_parameter(f"{name}.weight") for name in ("lm_head", "model.embed_tokens")
+    )
+    assert not torch.equal(head, embedding)
+    assert torch.equal(embedding, model.get_input_embeddings().weight)
+    trained = logits(adapted)
+    torch.testing.assert_close(logits(adapted.fold()), trained, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(adapted.merge_and_unload()), trained, rtol=0, atol=1e-5)
+    adapted.save_pretrained(tmp_path)
+    again = bone_fx.adapt(llama(), tmp_path, inputs()).eval()
+    torch.testing.assert_close(logits(again), trained, rtol=0, atol=1e-6)
+
+
+def test_what_a_person_froze_stays_frozen() -> None:
+    adapted = bone_fx.adapt(llama(), CONFIG, inputs())
+    blocks = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    first = next(iter(blocks))
+    blocks[first].requires_grad_(False)
+    adapted.gradient_checkpointing_enable()
+    with adapted.disable_adapter():
+        pass
+    trains = {n for n, p in adapted.named_parameters() if p.requires_grad}
+    assert trains == set(blocks) - {first}
+    copied = copy.deepcopy(adapted)
+    assert {n for n, p in copied.named_parameters() if p.requires_grad} == trains
+
+
+def test_a_copy_has_the_statistics() -> None:
+    net, x = (
+        nn.Sequential(nn.Linear(48, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)),
+        3 + inputs_of_net(),
+    )
+    config = bone_fx.BoneConfig(r=8, target_modules=["0"])
+    adapted = bone_fx.adapt(net, config, (x,)).train()
+    adapted(x)
+    adapted.eval()
+    assert torch.equal(copy.deepcopy(adapted)(x), adapted(x))
+    with pytest.raises(AdapterError, match="statistics"):
+        bone_fx.adapt(net, replace(config, modules_to_save=["1"]), (x,))
+
+
+def inputs_of_net() -> Tensor:
+    return torch.randn(6, 48, generator=torch.Generator().manual_seed(1))
+
+
+def test_what_would_lose_adapters_is_refused() -> None:
+    adapted = bone_fx.adapt(llama(), CONFIG, inputs())
+    with pytest.raises(UsageError, match="assign"):
+        adapted.load_state_dict(adapted.state_dict(), assign=True)
+    adapted.load_state_dict(adapted.state_dict())
+    with pytest.raises(UsageError, match="DistributedDataParallel"):
+        adapted._replicate_for_data_parallel()
+
+
+class _Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return -dy
+
+
+class OwnBackward(nn.Module):
+    """Changes a gradient in one of three ways, or uses a weight in both."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.body, self.how = nn.Linear(48, 48), how
+        if how == "module hook":
+            self.body.register_full_backward_hook(lambda *_: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x))
+        if self.how == "function":
+            hidden = _Reversed.apply(hidden)  # type: ignore[no-untyped-call]
+        elif self.how == "hook" and hidden.requires_grad:
+            hidden.register_hook(torch.neg)
+        return hidden @ self.body.weight if self.how == "both ways" else hidden
+
+
+@pytest.mark.parametrize("how", ["function", "hook", "module hook"])
+def test_a_backward_of_its_own_is_refused(how: str) -> None:
+    apply = torch.autograd.Function.__dict__["apply"]
+    with pytest.raises(CaptureError, match="backward"):
+        bone_fx.adapt(
+            OwnBackward(how), bone_fx.BoneConfig(r=8, target_modules=["body"]), (inputs_of_net(),)
+        )
+    assert torch.autograd.Function.__dict__["apply"] is apply
+
+
+def test_a_weight_that_is_used_both_ways_is_refused() -> None:
+    with pytest.raises(SiteError, match="transposed"):
+        bone_fx.adapt(
+            OwnBackward("both ways"),
+            bone_fx.BoneConfig(r=8, target_modules=["body"]),
+            (inputs_of_net(),),
+        )
+
+
+def test_evaluation_in_inference_mode_leaves_training_possible() -> None:
+    config = bone_fx.BoneConfig(r=8, target_modules="all-linear", init_weights="bat")
+    adapted = bone_fx.adapt(llama(), config, inputs()).train()
+    with torch.inference_mode():
+        adapted(**inputs())
+    adapted(**inputs(), labels=inputs()["input_ids"]).loss.backward()
+
+
+def test_no_rows() -> None:
+    net, x = nn.Sequential(nn.Linear(48, 8)), inputs_of_net()
+    adapted = bone_fx.adapt(net, bone_fx.BoneConfig(r=16, target_modules=["0"]), (x,)).train()
+    y = adapted(x[:0])
+    assert y.shape == (0, 8)
+    y.sum().backward()
+
+
+def test_a_decoder_that_was_traced_without_labels_takes_none() -> None:
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    config = BartConfig(vocab_size=96, d_model=16, max_position_embeddings=32, **sizes)
+    model = BartForConditionalGeneration(config)
+    adapted = bone_fx.adapt(model, bone_fx.BoneConfig(r=8, target_modules=["q_proj"]), inputs())
+    with pytest.raises(UsageError, match="capture again with labels"):
+        adapted(**inputs(), labels=inputs()["input_ids"])

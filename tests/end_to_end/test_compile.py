@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import bone_fx
 from bone_fx.errors import InputRefusedError
@@ -17,6 +17,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "bone": {"r": 16, "init_weights": True},
     "bat": {"r": 8, "init_weights": "bat"},
 }
+
+METHOD_CONFIG = bone_fx.BoneConfig(r=16, target_modules="all-linear")
 
 
 def step(adapted: bone_fx.AdaptedModule, call: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -52,3 +54,29 @@ def test_sizes_that_do_not_fit_are_refused_by_a_compiled_call() -> None:
     call(**inputs())
     with pytest.raises(InputRefusedError, match="disagree"):
         call(input_ids=ids, attention_mask=torch.ones(2, 6, dtype=torch.long))
+
+
+def test_a_compiled_module_follows_its_verbs() -> None:
+    adapted = bone_fx.adapt(llama(attention_dropout=0.5), METHOD_CONFIG, inputs()).train()
+    stir(adapted, "default")
+    call = compiled(adapted)
+    call(**inputs())
+    adapted.eval()
+    torch.testing.assert_close(call(**inputs()).logits, adapted(**inputs()).logits)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(call(**inputs()).logits, adapted(**inputs()).logits)
+    adapted.merge_adapter()
+    torch.testing.assert_close(call(**inputs()).logits, adapted(**inputs()).logits)
+
+
+def test_a_compiled_graph_without_layers_follows_its_mode() -> None:
+    net = nn.Sequential(nn.Linear(48, 16), nn.Dropout(0.5), nn.Linear(16, 4))
+    x = torch.randn(3, 48)
+    config = bone_fx.BoneConfig(r=8, target_modules=["0"], init_weights=False)
+    adapted = bone_fx.adapt(net.train(), config, (x,)).train()
+    call = compiled(adapted)
+    call(x)
+    adapted.eval()
+    torch.testing.assert_close(call(x), adapted(x))
+    with adapted.disable_adapter():
+        torch.testing.assert_close(call(x), net.eval()(x))
