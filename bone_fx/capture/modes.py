@@ -127,11 +127,15 @@ def refuse_draws(model: torch.nn.Module) -> Iterator[None]:
         )
 
 
+_DERIVATIVES = frozenset({"transformers.models.bloom.modeling_bloom.GeLUFunction"})
+"""Functions whose backward is the derivative of their forward."""
+
+
 @contextmanager
 def refuse_own_backward(model: torch.nn.Module) -> Iterator[None]:
     """While open, refuses what changes gradients: a graph holds the forward, and derives those.
 
-    PyTorch's own functions are let through.
+    PyTorch's own functions are let through, and those of `_DERIVATIVES`.
 
     Raises:
         CaptureError: A module has a backward hook, or the forward calls a `torch.autograd.Function`
@@ -144,8 +148,9 @@ def refuse_own_backward(model: torch.nn.Module) -> Iterator[None]:
     before = function.__dict__["apply"], tensor.__dict__["register_hook"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch."):
-            raise _own_backward(model, f"its forward calls {cls.__module__}.{cls.__qualname__}")
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        if not name.startswith("torch.") and name not in _DERIVATIVES:
+            raise _own_backward(model, f"its forward calls {name}")
         return before[0].__get__(None, cls)(*args, **kwargs)
 
     def register_hook(self: torch.Tensor, hook: Any) -> Any:
