@@ -80,8 +80,9 @@ class LogitGradient(Deferred):
         self._rows = total_T, index_T1, scale_T
 
     def _form(self) -> Tensor:
-        logits_TV = self._logits.whole()
-        return logit_gradient(torch.empty_like(logits_TV), logits_TV, *self._rows)
+        # Formed for this alone: those that someone read may have been changed in place.
+        logits_TV = self._logits._form().to(self._logits.dtype)
+        return logit_gradient(logits_TV, logits_TV, *self._rows)
 
 
 class DeferredCrossEntropy(torch.autograd.Function):
@@ -151,16 +152,7 @@ def _is_looked_at(ctx: Any) -> bool:
 
 
 def deferred_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """`cross_entropy_sum` of `Logits` that are not formed.
-
-    Args:
-        logits: `[T, V]`.
-        target: `[T]`, classes, int64.
-        ignore_index: The target of rows that do not count.
-
-    Returns:
-        A tensor without dimensions.
-    """
+    """`cross_entropy_sum` of `Logits` that are not formed, `[T, V]`."""
     anchor = torch.zeros((), requires_grad=True).clone()
     apply: Any = DeferredCrossEntropy.apply
     y: Tensor = apply(logits, target, ignore_index, anchor)

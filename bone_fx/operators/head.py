@@ -58,16 +58,7 @@ def loss_follows() -> Iterator[None]:
 
 
 def head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`bone_fx::product` whose result only the model's output has: may be deferred.
-
-    Args:
-        x: `[..., I]`.
-        weight: `[V, I]`.
-        bias: `[V]` or None.
-
-    Returns:
-        `[..., V]`.
-    """
+    """`product` whose result, `[..., V]`, only the model's output has: it may be deferred."""
     if not _LOSS_FOLLOWS.get() or not _may_wait(x, weight, bias):
         return product(x, weight, bias)
     y: Tensor = Head.apply(x, weight, bias)  # type: ignore[no-untyped-call]

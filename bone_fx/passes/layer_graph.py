@@ -48,14 +48,17 @@ class CalledGraph(fx.GraphModule):
         return code
 
     def _run(self, *args: Any) -> Any:
-        """The graph as it is now.
+        """The graph as it is now."""
+        self._watch()
+        return self._graph_forward(*args)
 
-        What `torch.compile` made of an earlier one must not run: it does not watch functions of a
-        class, but it does watch the numbers that a call reads.
+    def _watch(self) -> None:
+        """Let `torch.compile` compile again when the graph was written anew.
+
+        It does not watch functions of a class, but it does watch the numbers that a call reads.
         """
         if self._revision < 0:
             raise AssertionError
-        return self._graph_forward(*args)
 
     def _compiled(self, running: fx.Graph) -> None:
         """What else is made of the graph that was compiled."""
@@ -94,8 +97,7 @@ class LayerGraph(CalledGraph):
     def _call_model(self, *args: Any) -> Any:
         if self.checkpointing is None or not self.recomputable or not torch.is_grad_enabled():
             return self._run(*args)
-        if self._revision < 0:  # as in _run
-            raise AssertionError
+        self._watch()
         forward = self._recomputed_forward
         values = checkpoint(forward, *args, use_reentrant=False, **self.checkpointing)
         return values if self._rest_forward is None else self._rest_forward(*values)

@@ -147,4 +147,7 @@ def test_subclass_with_another_name_has_its_parents_loss() -> None:
 def test_no_loss_where_none_is_known() -> None:
     assert loss_for(torch.nn.Linear(2, 2)) is None
     assert loss_for(BY_NAME["wav2vec2"].build()) is None
+    sizes = {"hidden_size": 16, "num_encoder_layers": 1, "num_decoder_layers": 1}
+    config = transformers.ProphetNetConfig(vocab_size=32, max_position_embeddings=16, **sizes)
+    assert loss_for(transformers.ProphetNetForConditionalGeneration(config)) is None
     assert loss_for(transformers.BertModel(transformers.BertConfig(**_BERT))) is None

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.end_to_end.tiny import tiny_adapter, tiny_base
@@ -123,6 +124,12 @@ def test_errors_as_json(work: Path) -> None:
     content = json.loads(result.stdout)
     assert content["exit_code"] == result.returncode == 3
     assert "nowhere" in content["message"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the provider is here")
+def test_json_is_all_that_stdout_has_where_a_provider_is_missing(work: Path) -> None:
+    result = run(work / "base", "-o", work / "out", "--provider", "cuda", "--json")
+    assert json.loads(result.stdout)["exit_code"] == result.returncode == 7
 
 
 def test_overwrite_keeps_the_earlier_output_until_the_new_one_is_good(work: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import (
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     Seq2SeqTrainer,
@@ -19,8 +20,10 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import LabelSmoother
 
 import bone_fx
+from bone_fx.errors import UsageError
 from tests.end_to_end.test_adapted import CONFIG, inputs, llama
 
 RATE = 1e-2
@@ -256,3 +259,37 @@ def test_accelerate_runs_the_plain_loop() -> None:
         found.append(float(loss.detach()))
     assert accelerator.unwrap_model(prepared) is adapted
     assert found == pytest.approx(plain(adapted_llama(), data), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Trainer, bone_fx.AdapterTrainer])
+def test_labels_of_a_causal_model_shift_under_label_smoothing(
+    kind: type[Trainer], tmp_path: Path
+) -> None:
+    adapted, data = adapted_llama(), rows(4)
+    given = batch_of(data)
+    labels = given.pop("labels")
+    expected = LabelSmoother(epsilon=0.1)(adapted(**given), labels, shift_labels=True)
+    trainer = kind(adapted, arguments(tmp_path, label_smoothing_factor=0.1), train_dataset=data)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_question_answering_has_a_loss_in_evaluation(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    model = BertForQuestionAnswering(BertConfig(vocab_size=96, num_hidden_layers=1, **sizes))
+    config = bone_fx.BoneConfig(r=8, target_modules=["query"])
+    adapted = bone_fx.adapt(model, config, inputs())
+    data = [
+        {"input_ids": row["input_ids"], "start_positions": torch.tensor(1)}
+        | {"attention_mask": row["attention_mask"], "end_positions": torch.tensor(3)}
+        for row in rows(4)
+    ]
+    trainer = bone_fx.AdapterTrainer(adapted, arguments(tmp_path), eval_dataset=data)
+    with torch.no_grad():
+        expected = model.eval()(**batch_of(data)).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_noise_on_embeddings_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="neftune"):
+        bone_fx.AdapterTrainer(adapted_llama(), arguments(tmp_path, neftune_noise_alpha=5.0))
