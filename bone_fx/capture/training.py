@@ -37,6 +37,7 @@ from bone_fx.capture.state import mount_state, name_as_used
 from bone_fx.capture.tracing import DynamicShapes, trace
 from bone_fx.capture.unchanged import unchanged
 from bone_fx.passes.dropout import remember_training
+from bone_fx.passes.inline_no_grad import inline_no_grad
 
 # What the trace leaves behind to check the sizes and dtypes of the example: the call signature
 # checks the inputs, and what was derived from them follows. (`_guards_fn` is not made at all:
@@ -134,6 +135,7 @@ def _plain_graph(program: torch.export.ExportedProgram) -> GraphModule:
     # A module of our own around the graph: on what `module()` gives, train() and eval() raise.
     graph_module = GraphModule(unlifted, unlifted.graph)
     _remove_trace_checks(graph_module)
+    inline_no_grad(graph_module)
     for node in graph_module.graph.nodes:
         node.meta = {key: node.meta[key] for key in _READ_LATER if key in node.meta}
     return graph_module

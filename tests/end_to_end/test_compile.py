@@ -46,6 +46,16 @@ def test_a_compiled_step_is_the_eager_one_without_a_graph_break(method: str) -> 
         assert_agrees(regained[name], gradient, "gradient")
 
 
+def test_a_batch_of_another_size_compiles_to_one_graph_too() -> None:
+    adapted = bone_fx.adapt(llama(), METHOD_CONFIG, inputs()).train()
+    stir(adapted, "default")
+    call = compiled(adapted, fullgraph=True)
+    for rows, length in ((2, 7), (3, 9), (5, 4)):
+        ids = torch.randint(0, 96, (rows, length), generator=torch.Generator().manual_seed(rows))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        assert_agrees(call(**batch).loss, adapted(**batch).loss, "logits")
+
+
 @pytest.mark.filterwarnings("ignore")  # dynamo says that it leaves this call to Python
 def test_sizes_that_do_not_fit_are_refused_by_a_compiled_call() -> None:
     config = bone_fx.BoneConfig(r=16, target_modules=["q_proj"])
