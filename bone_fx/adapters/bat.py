@@ -9,6 +9,8 @@ Shapes: I in_features, O out_features, R block size, A = O/R, N = R·I/R = I.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,14 +49,18 @@ def delta(w_OI: Tensor, b_ARR: Tensor) -> Tensor:
 def fold(w_OI: Tensor, b_ARR: Tensor, out: Tensor | None = None) -> Tensor:
     """The folded weight `[O, I]`; a new tensor, or `out`, which gradients cannot flow through.
 
-    One batched product accumulates into a copy of W, in place: no third tensor of its size.
+    The delta is formed in it, rounded as in PEFT, and W added to that: no third tensor of its size.
     """
-    out_features, in_features = w_OI.shape
+    in_features = w_OI.shape[1]
     blocks, r, _ = b_ARR.shape
-    w_ANR = w_OI.reshape(blocks, r * (in_features // r), r)
-    into = None if out is None else out.view(w_ANR.shape)
-    folded = torch.baddbmm(w_ANR, w_ANR, b_ARR, out=into).view(blocks, r, in_features // r, r)
-    return folded.add_(b_ARR.unsqueeze(2)).view(out_features, in_features)
+    folded = torch.empty_like(w_OI, memory_format=torch.contiguous_format) if out is None else out
+    folded.view(blocks, r, in_features // r, r).copy_(b_ARR.unsqueeze(2))
+    # More products than blocks, so that every core has its part.
+    parts = math.gcd(in_features, 4)
+    b_BRR = b_ARR.repeat_interleave(parts, 0)
+    rows = len(b_BRR), in_features // parts, r
+    folded.view(rows).baddbmm_(w_OI.reshape(rows), b_BRR)
+    return folded.add_(w_OI)
 
 
 def fold_(w_OI: Tensor, b_ARR: Tensor) -> Tensor:
@@ -68,17 +74,41 @@ def part(b_ARR: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tens
     return b_ARR[rows[0] // r : rows[1] // r]
 
 
-def gradient(w_OI: Tensor, dw_OI: Tensor, r: int) -> Tensor:
+def gradient(w_OI: Tensor, dw_OI: Tensor, r: int, *, in_turn: bool = False) -> Tensor:
     """The block's gradient `[O/R, R, R]` from the folded weight's.
 
     `dBa = Σ_b Wabᵀ dW'ab + dW'ab`.
+
+    Args:
+        w_OI: The weight before the fold.
+        dw_OI: The folded weight's gradient.
+        r: R.
+        in_turn: Whether the products of the blocks of a row are rounded before they are added, as
+            in PEFT, instead of one product a row.
     """
     out_features, in_features = w_OI.shape
-    blocks = out_features // r
-    w_ANR = w_OI.reshape(blocks, r * (in_features // r), r)
-    dw_ANR = dw_OI.reshape(blocks, r * (in_features // r), r)
-    through = torch.bmm(w_ANR.transpose(1, 2), dw_ANR)
-    return through + dw_OI.reshape(blocks, r, in_features // r, r).sum(2)
+    blocks, shards = out_features // r, in_features // r
+    direct = dw_OI.reshape(blocks, r, shards, r).sum(2)
+    if in_turn:
+        w_NARR = w_OI.reshape(blocks, r, shards, r).permute(2, 0, 3, 1).unbind(0)
+        dw_NARR = dw_OI.reshape(blocks, r, shards, r).unbind(2)
+        return _sum_of_products(w_NARR, dw_NARR).add_(direct)
+    w_ANR = w_OI.reshape(blocks, r * shards, r)
+    dw_ANR = dw_OI.reshape(blocks, r * shards, r)
+    return direct.add_(torch.bmm(w_ANR.transpose(1, 2), dw_ANR))
+
+
+def _sum_of_products(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Tensor:
+    """`Σ left right`, added in the order of PyTorch's sum on a CPU: in groups of 16."""
+    total: Tensor | None = None
+    for first in range(0, len(left), 16):
+        group = torch.bmm(left[first], right[first])
+        rest = slice(first + 1, first + 16)
+        for factors in zip(left[rest], right[rest], strict=True):
+            group.baddbmm_(*factors)
+        total = group if total is None else total.add_(group)
+    assert total is not None
+    return total
 
 
 def weight_gradient(dw_OI: Tensor, b_ARR: Tensor) -> Tensor:

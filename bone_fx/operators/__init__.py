@@ -2,8 +2,7 @@
 
 All are composite: autograd, autocast, FakeTensor and `torch.compile` see the products they are made
 of, and inductor is free to fuse them. Where autograd would keep more than it must, the composite
-calls an autograd function that keeps less and recomputes the rest in backward. One of the products
-may be `bone_fx::times`, which compiled graphs call and do not look into.
+calls an autograd function that keeps less and recomputes the rest in backward.
 """
 
 from bone_fx.operators.adapted_linear import ADAPTED_LINEAR
@@ -12,7 +11,6 @@ from bone_fx.operators.gate_product import ACTIVATIONS, GATE_PRODUCT
 from bone_fx.operators.head import HEAD, loss_follows
 from bone_fx.operators.joint_linear import JOINED_METHODS, KEEP_SUMS
 from bone_fx.operators.lean_loss import lean_cross_entropy
-from bone_fx.operators.product import PRODUCT
 from bone_fx.operators.rms_norm import RMS_NORM
 from bone_fx.operators.rotary import ROTARY
 
@@ -24,7 +22,6 @@ __all__ = [
     "HEAD",
     "JOINED_METHODS",
     "KEEP_SUMS",
-    "PRODUCT",
     "RMS_NORM",
     "ROTARY",
     "lean_cross_entropy",

@@ -1,43 +1,56 @@
-"""Cross entropy of many classes that keeps the logits and one number a row.
+"""Cross entropy of many classes that keeps the logits only.
 
 PyTorch's keeps the log-softmax beside the logits and forms two gradients of their size; a
-vocabulary of 49152 makes each of them larger than a layer's activations. Here there is one.
+vocabulary of 49152 makes each of them larger than a layer's activations. Here there is one, of the
+same bits: the kernels are PyTorch's, over a few rows at a time.
 
 Shapes: T rows, V classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bone_fx.operators.first_order import first_order
 from bone_fx.operators.library import register
+
+aten = torch.ops.aten
 
 CHUNK = 1 << 19
 """Numbers computed at a time: few enough to stay in a cache."""
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Sum over the rows of `logsumexp(x) - x[target]`; second derivatives are refused."""
+    """Sum or mean over the rows of `-log_softmax(x)[target]`; second derivatives are refused."""
 
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, target_T: Tensor, ignore_index: int) -> Tensor:
-        """A sum without dimensions, in the dtype of the logits."""
+    def forward(
+        ctx: Any, logits_TV: Tensor, target_T: Tensor, ignore_index: int, reduction: str
+    ) -> Tensor:
+        """A number without dimensions, in the dtype of the logits."""
         index_T1, counted_T = rows_that_count(target_T, ignore_index)
-        total_T = logsumexp(logits_TV)
-        ctx.save_for_backward(logits_TV, total_T, index_T1, counted_T)
-        return sum_of_losses(total_T, logits_TV.gather(1, index_T1).squeeze(1), counted_T)
+        picked_T1 = logits_TV.new_empty(index_T1.shape)
+        for logits, index, picked in _chunks(logits_TV, index_T1, picked_T1):
+            torch.gather(torch.log_softmax(logits, -1), 1, index, out=picked)
+        ctx.reduction = reduction
+        ctx.save_for_backward(logits_TV, index_T1, counted_T)
+        return reduced(picked_T1, counted_T, reduction)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """`(softmax(x) - onehot(target)) · dy`."""
-        logits_TV, total_T, index_T1, counted_T = ctx.saved_tensors
+        """`(softmax(x) - onehot(target)) · dy`, over the number of rows for a mean."""
+        logits_TV, index_T1, counted_T = ctx.saved_tensors
         dx_TV = torch.empty_like(logits_TV)
-        return logit_gradient(dx_TV, logits_TV, total_T, index_T1, counted_T * dy), None, None
+        for logits, out in _chunks(logits_TV, dx_TV):
+            aten._log_softmax.out(logits, -1, False, out=out)
+        scale_T = share(counted_T, ctx.reduction, dy.dtype) * dy
+        return logit_gradient_(dx_TV, index_T1, scale_T), None, None, None
 
 
 def rows_that_count(target_T: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -46,63 +59,66 @@ def rows_that_count(target_T: Tensor, ignore_index: int) -> tuple[Tensor, Tensor
     return torch.where(counted_T, target_T, 0).unsqueeze(1), counted_T
 
 
-def sum_of_losses(total_T: Tensor, picked_T: Tensor, counted_T: Tensor) -> Tensor:
-    """The sum over rows that count of logsumexp minus the logit of the row's class."""
-    return (total_T - picked_T).masked_fill_(~counted_T, 0).sum()
+def reduced(picked_T1: Tensor, counted_T: Tensor, reduction: str) -> Tensor:
+    """The loss, from each row's logarithm of the probability of its class."""
+    target_T = torch.where(counted_T, 0, -1)
+    return functional.nll_loss(picked_T1, target_T, ignore_index=-1, reduction=reduction)
 
 
-def logsumexp(logits_TV: Tensor) -> Tensor:
-    """`[T]`, with one buffer for all parts."""
-    size = _rows_at_a_time(logits_TV)
-    total_T = logits_TV.new_empty(logits_TV.shape[0])
-    buffer = torch.empty_like(logits_TV[:size])
-    for rows, out in zip(torch.split(logits_TV, size), torch.split(total_T, size), strict=True):
-        largest = rows.amax(-1).nan_to_num_(posinf=0.0, neginf=0.0, nan=torch.nan)
-        exponents = torch.sub(rows, largest.unsqueeze(1), out=buffer[: len(rows)])
-        torch.sum(exponents.exp_(), -1, out=out)
-        out.log_().add_(largest)
-    return total_T
+def share(counted_T: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    """The derivative of the loss by each row's own, `[T]`."""
+    share_T = counted_T.to(dtype)
+    return share_T if reduction == "sum" else share_T / share_T.sum().clamp_(min=1)
 
 
-def logit_gradient(
-    out_TV: Tensor, logits_TV: Tensor, total_T: Tensor, index_T1: Tensor, scale_T: Tensor
-) -> Tensor:
-    """`(softmax(x) - onehot(index)) · scale`, written to `out_TV`, which may be the logits.
+def log_softmax_(logits_TV: Tensor) -> Tensor:
+    """The logarithms of the probabilities, in place of the logits."""
+    log_TV: Tensor = aten._log_softmax.out(logits_TV, -1, False, out=logits_TV)
+    return log_TV
+
+
+def logit_gradient_(log_TV: Tensor, index_T1: Tensor, scale_T: Tensor) -> Tensor:
+    """`(softmax(x) - onehot(index)) · scale`, in place of the log-softmax.
 
     Args:
-        out_TV: Where the result goes.
-        logits_TV: x.
-        total_T: Their logsumexp.
+        log_TV: `log_softmax(x)`.
         index_T1: The class of each row, int64.
         scale_T: The factor of each row.
     """
-    scale_T1 = scale_T.unsqueeze(1)
-    size = _rows_at_a_time(logits_TV)
-    tensors = (out_TV, logits_TV, total_T.unsqueeze(1), scale_T1)
-    for out, logits, total, scale in zip(*(torch.split(t, size) for t in tensors), strict=True):
-        torch.sub(logits, total, out=out).exp_().mul_(scale)
-    return out_TV.scatter_add_(1, index_T1, -scale_T1)
+    picked_TV = torch.zeros_like(log_TV[: _rows_at_a_time(log_TV)])
+    for rows, index, scale in _chunks(log_TV, index_T1, scale_T.unsqueeze(1)):
+        picked = picked_TV[: len(rows)].scatter_(1, index, -scale)
+        aten._log_softmax_backward_data.out(picked, rows, -1, rows.dtype, out=rows)
+        picked.scatter_(1, index, 0.0)
+    return log_TV
 
 
-def cross_entropy_sum(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """The sum of the cross entropies of rows whose target is not `ignore_index`.
+def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """The cross entropy of rows whose target is not `ignore_index`.
 
     Args:
         logits: `[T, V]`.
         target: `[T]`, classes, int64.
         ignore_index: The target of rows that do not count.
+        reduction: `"sum"` or `"mean"`.
 
     Returns:
         A tensor without dimensions.
     """
-    y: Tensor = CrossEntropy.apply(logits, target, ignore_index)  # type: ignore[no-untyped-call]
+    y: Tensor = CrossEntropy.apply(logits, target, ignore_index, reduction)  # type: ignore[no-untyped-call]
     return y
 
 
-CROSS_ENTROPY_SUM = register(
-    "cross_entropy_sum(Tensor logits, Tensor target, int ignore_index) -> Tensor",
-    cross_entropy_sum,
+CROSS_ENTROPY = register(
+    "cross_entropy(Tensor logits, Tensor target, int ignore_index, str reduction) -> Tensor",
+    cross_entropy,
 )
+
+
+def _chunks(rows_TV: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same few rows of several tensors at a time."""
+    size = _rows_at_a_time(rows_TV)
+    return zip(*(torch.split(t, size) for t in (rows_TV, *tensors)), strict=True)
 
 
 def _rows_at_a_time(logits_TV: Tensor) -> int:

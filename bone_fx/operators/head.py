@@ -13,35 +13,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bone_fx.operators.deferred import deferred
 from bone_fx.operators.deferred_loss import AT_A_TIME, LogitGradient, Logits
+from bone_fx.operators.first_order import first_order
 from bone_fx.operators.library import register
 from bone_fx.operators.plain import is_plain
-from bone_fx.operators.product import Product, product
 
 _LOSS_FOLLOWS: ContextVar[bool] = ContextVar("loss_follows", default=False)
 
 
-class Head(Product):
+class Head(torch.autograd.Function):
     """`x Wᵀ + b`, not formed, for a frozen weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`[..., V]`."""
         ctx.shape = x.shape
-        ctx.save_for_backward(None, weight)
+        ctx.save_for_backward(weight)
         logits = Logits(x.detach().reshape(-1, x.shape[-1]), weight, bias)
         return logits.tensor([*x.shape[:-1], len(weight)])
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of x, which the loss may have computed."""
         gradient = deferred(dy)
         if isinstance(gradient, LogitGradient):
             return gradient.dx_TI.view(ctx.shape), None, None
-        gradients: tuple[Tensor | None, ...] = Product.backward(ctx, dy)
-        return gradients
+        (weight,) = ctx.saved_tensors
+        return dy @ weight, None, None
 
 
 @contextmanager
@@ -57,15 +59,15 @@ def loss_follows() -> Iterator[None]:
         _LOSS_FOLLOWS.reset(token)
 
 
-def head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`product` whose result, `[..., V]`, only the model's output has: it may be deferred."""
+def head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer whose result, `[..., V]`, only the model's output has: it may be deferred."""
     if not _LOSS_FOLLOWS.get() or not _may_wait(x, weight, bias):
-        return product(x, weight, bias)
+        return functional.linear(x, weight, bias)
     y: Tensor = Head.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return y
 
 
-HEAD = register("head(Tensor x, Tensor weight, Tensor? bias) -> Tensor", head)
+HEAD = register("head(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", head)
 """The operator as it stands in graphs: `torch.ops.bone_fx.head.default`."""
 
 

@@ -4,29 +4,35 @@ Kept for backward: the shard sums of x (one for all Bone sites of one R), and x 
 BAT block or a base weight trains. No folded weight is kept, and no gradient of one is formed for
 Bone. Terms are accumulated into the base product, and the gradients of x into one tensor.
 
+Each number is rounded where PEFT 0.18.1 rounds it, and sums have its order: with MKL, losses and
+blocks are those of PEFT to the bit. Training is chaotic enough for that to matter: of two runs that
+differ in one bit the losses differ in the third digit after nine steps of 1e-3.
+
 Bone has two forms with the same result:
 
     on activations:  y = x Wᵀ + S(x) D      4·T·R·O operations more than the base, both directions
     on the weight:   y = x W'ᵀ              O·I numbers read and written, in each direction
 
 The second is taken where `T·R / I` exceeds `FOLD_ABOVE` of the device (`bench_bone_form.py`), for
-weights that have the block's dtype: a fold in a narrower one would round the block away.
+weights that have the block's dtype: a fold in a narrower one would round the block away. Its bits
+are its own.
 
 Shapes: T tokens, I in_features, O out_features, R block size.
 """
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bone_fx.adapters import bat, bone
 from bone_fx.operators.first_order import first_order
-from bone_fx.operators.plain import cast
-from bone_fx.operators.product import times
+from bone_fx.operators.plain import cast, on_plain_cpu
 from bone_fx.operators.workspace import workspace
 
 JOINED_METHODS = frozenset({"bone", "bat"})
@@ -35,11 +41,11 @@ JOINED_METHODS = frozenset({"bone", "bat"})
 KEEP_SUMS = frozenset({"bone"})
 """Those that keep the shard sums of x at most, under a frozen weight."""
 
-FOLD_ABOVE = {"cpu": 40.0, "cuda": 400.0}
-"""`T·R / I` from which Bone's weight is folded a step: what the product's rate in operations is to
-the rate at which weights are read and written. On a CPU of two cores in float32 the forms cross at
-25 to 45 with MKL, at 15 to 55 with oneDNN (`tools/bench_bone_form.py`); that of a GPU is an
-estimate for bfloat16."""
+FOLD_ABOVE = {"cpu": 100.0, "cuda": 400.0}
+"""`T·R / I` from which Bone's weight is folded a step. The forms cross where that is the product's
+rate in operations over the rate at which weights are read and written: on a CPU of two cores in
+float32 at 25 to 45 (`tools/bench_bone_form.py`). From 100 a fold saves a tenth, and PEFT's bits are
+worth less than that. The GPU's is an estimate for bfloat16."""
 
 
 class Site(NamedTuple):
@@ -83,7 +89,7 @@ class JointLinear(torch.autograd.Function):
             assert block is not None
             acting, on_weight = _acting(site, weight, block, x_TI)
             own = None if bias is None else cast(bias, acting.dtype)
-            y_TO = times(cast(x_TI, acting.dtype), acting, own)
+            y_TO = functional.linear(cast(x_TI, acting.dtype), acting, own)
             if site.method == "bone":
                 r = block.shape[0]
                 if r not in sums:
@@ -112,31 +118,27 @@ class JointLinear(torch.autograd.Function):
         x_TI, *saved = ctx.saved_tensors
         sums = dict(zip(ctx.rs, saved, strict=False))
         kept = saved[len(sums) : len(sums) + len(ctx.sites)]
-        threes = _threes(saved[len(sums) + len(ctx.sites) :])
+        threes = list(_threes(saved[len(sums) + len(ctx.sites) :]))
         needs = list(_threes(ctx.needs_input_grad[2:]))
         dx: Tensor | None = None
-        dsums: dict[int, Tensor] = {}
-        found: list[Tensor | None] = []
-        for i, (weight, bias, block) in enumerate(threes):
+        found: list[list[Tensor | None]] = [[None, None, None] for _ in threes]
+        # From the last to the first, as autograd would go through them.
+        for i, (weight, bias, block) in reversed(list(enumerate(threes))):
             site, dy = ctx.sites[i], gradients[i]
             if dy is None:
-                found += [None, None, None]
                 continue
             dy_TO = dy.reshape(-1, dy.shape[-1])
             if ctx.needs_input_grad[0]:
                 acting, on_weight = _acting(site, weight, block, dy_TO, kept[i])
-                dx = _product_added(dx, dy_TO, acting)
-                del acting
+                dsum = None
                 if site.method == "bone" and not on_weight:
-                    r, d_RO = block.shape[0], cast(block, site.dtype)
-                    term = cast(dy_TO, site.dtype)
-                    dsums[r] = times(term, d_RO, added=dsums.get(r))
-            found += _own_gradients(site, needs[i], (x_TI, dy_TO, sums), weight, bias, block)
+                    dsum = cast(dy_TO, site.dtype) @ cast(block, site.dtype).t()
+                dx = _gradient_added(dx, dy_TO, acting, dsum)
+                del acting
+            found[i] = _own_gradients(site, needs[i], (x_TI, dy_TO, sums), weight, bias, block)
         if dx is not None:
-            for dsum in dsums.values():
-                bone.spread_sums_(dx, dsum)
             dx = dx.view(ctx.shape)
-        return dx, None, *found
+        return dx, None, *itertools.chain.from_iterable(found)
 
 
 def joint_linear(
@@ -187,18 +189,22 @@ def _acting(
     return cast(weight, rows.dtype), False
 
 
-def _product_added(dx_TI: Tensor | None, dy_TO: Tensor, w_OI: Tensor) -> Tensor:
-    """`dx + dy W` in `dy`'s dtype, in place if there is a dx."""
-    if dy_TO.dtype != w_OI.dtype:
-        added = (cast(dy_TO, w_OI.dtype) @ w_OI).to(dy_TO.dtype)
-        return added if dx_TI is None else dx_TI.add_(added)
-    return times(dy_TO, w_OI.t(), added=dx_TI)
+def _gradient_added(
+    dx_TI: Tensor | None, dy_TO: Tensor, w_OI: Tensor, dsum_TR: Tensor | None
+) -> Tensor:
+    """`(dx + spread(dS)) + dy W` in `dy`'s dtype, in place if there is a dx."""
+    if dx_TI is not None and dsum_TR is not None:
+        bone.spread_sums_(dx_TI, dsum_TR)
+    product_TI = (cast(dy_TO, w_OI.dtype) @ w_OI).to(dy_TO.dtype)
+    if dx_TI is not None:
+        return dx_TI.add_(product_TI)
+    return product_TI if dsum_TR is None else bone.spread_sums_(product_TI, dsum_TR)
 
 
 def _accumulated(y_TO: Tensor, s_TR: Tensor, d_RO: Tensor) -> Tensor:
     """`y + S D`, rounded to `y`'s dtype once."""
     if y_TO.dtype == d_RO.dtype:
-        return times(s_TR, d_RO.t(), added=y_TO)
+        return y_TO.addmm_(s_TR, d_RO)
     return torch.addmm(cast(y_TO, d_RO.dtype), s_TR, d_RO).to(y_TO.dtype)
 
 
@@ -222,10 +228,13 @@ def _own_gradients(
         dacting = torch.mm(rows.t(), columns, out=out)
     if needs[2] and site.method == "bone":
         s_TR = sums[block.shape[0]]
-        dblock = cast(times(s_TR.t(), cast(dy_TO, s_TR.dtype).t()), block.dtype)
+        dblock = cast(s_TR.t() @ cast(dy_TO, s_TR.dtype), block.dtype)
     elif needs[2] and dacting is not None:
         dblock = bat.gradient(
-            cast(weight, block.dtype), cast(dacting, block.dtype), block.shape[-1]
+            cast(weight, block.dtype),
+            cast(dacting, block.dtype),
+            block.shape[-1],
+            in_turn=on_plain_cpu(weight, dacting),
         )
     if needs[0] and dacting is not None:
         dw = cast(dacting, weight.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from bone_fx.operators.cross_entropy import CROSS_ENTROPY_SUM
+from bone_fx.operators.cross_entropy import CROSS_ENTROPY
 from bone_fx.operators.deferred import deferred
 from bone_fx.operators.deferred_loss import Logits, deferred_cross_entropy
 
@@ -51,13 +51,11 @@ def _answer(
         return None
     if input.dtype not in (torch.float32, torch.float64) or not input.requires_grad:
         return None
-    sum_of = CROSS_ENTROPY_SUM
+    answer = CROSS_ENTROPY
     if isinstance(deferred(input), Logits):
-        sum_of = deferred_cross_entropy
-    total: Tensor = sum_of(input, target, ignore_index)
-    if reduction == "sum":
-        return total
-    return total / (target != ignore_index).sum()
+        answer = deferred_cross_entropy
+    loss: Tensor = answer(input, target, ignore_index, reduction)
+    return loss
 
 
 @contextmanager

@@ -1,19 +1,22 @@
 """Leaves the product that only the model's output has to the loss.
 
 Before:
-    %logits = bone_fx.product(%x, %lm_head_weight, None);  return (%logits,)
+    %logits = aten.linear(%x, %lm_head_weight);   return (%logits,)
 
 After:
-    %logits = bone_fx.head(%x, %lm_head_weight, None);     return (%logits,)
+    %logits = bone_fx.head(%x, %lm_head_weight);  return (%logits,)
 
 The values are the same; `operators/head.py` says when they are not formed.
 """
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Graph
 
-from bone_fx.operators import HEAD, PRODUCT
+from bone_fx.operators import HEAD
+
+aten = torch.ops.aten
 
 
 def defer_logits(graph: Graph) -> int:
@@ -21,7 +24,7 @@ def defer_logits(graph: Graph) -> int:
     heads = [
         node
         for node in graph.output_node().all_input_nodes
-        if node.target is PRODUCT and len(node.users) == 1
+        if node.target is aten.linear.default and len(node.users) == 1
     ]
     for node in heads:
         node.target = HEAD

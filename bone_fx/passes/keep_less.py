@@ -16,8 +16,6 @@ After:
 
     %y = bone_fx.rotary(%q, %cos, %sin)
 
-A linear layer without a block becomes `bone_fx.product`, which is faster on some CPUs.
-
 The values are those of the trace; the operators say what they keep. Norms and rotary embeddings
 that the trace computes in half precision stay as they are.
 """
@@ -29,7 +27,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from bone_fx.operators import GATE_PRODUCT, PRODUCT, RMS_NORM, ROTARY
+from bone_fx.operators import GATE_PRODUCT, RMS_NORM, ROTARY
 from bone_fx.passes.frame import erase_unread
 
 aten = torch.ops.aten
@@ -38,7 +36,7 @@ _WHOLE = (torch.float32, torch.float64)
 
 
 def keep_less(graph: Graph) -> int:
-    """Replace norms, gated products, rotary embeddings and linear layers, in place; how many."""
+    """Replace norms, gated products and rotary embeddings, in place; how many."""
     changed = 0
     for node in list(graph.nodes):
         if not node.users:  # of what was replaced before
@@ -47,10 +45,6 @@ def keep_less(graph: Graph) -> int:
             changed += _normalise(graph, node) or _gate(graph, node)
         elif node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
             changed += _rotate(graph, node)
-        elif node.target is aten.linear.default and not node.kwargs:
-            bias = node.args[2] if len(node.args) > 2 else None
-            _replace(graph, node, PRODUCT, (*node.args[:2], bias))
-            changed += 1
     return changed
 
 

@@ -24,7 +24,7 @@ import torch
 from torch.fx import Graph, Node
 
 from bone_fx.dialects.adapted import AdaptedArguments
-from bone_fx.operators import ADAPTED_LINEAR, KEEP_SUMS, PRODUCT
+from bone_fx.operators import ADAPTED_LINEAR, KEEP_SUMS
 
 aten = torch.ops.aten
 
@@ -61,7 +61,7 @@ def _keeps_little(node: Node, trained: Collection[str]) -> bool:
         arguments = AdaptedArguments.of(node)
         few = KEEP_SUMS.issuperset(arguments.methods) and not arguments.block_inputs
         return few and _is_frozen(arguments.weight, trained)
-    if node.target is PRODUCT:
+    if node.target is aten.linear.default:
         return _is_frozen(node.args[1], trained)
     return node.target in _KEEP_NOTHING
 
@@ -72,7 +72,7 @@ def _is_frozen(weight: Any, trained: Collection[str]) -> bool:
 
 def _follows_a_product(node: Node, late: set[Node]) -> bool:
     """Whether there is something to gain from leaving a node out."""
-    if node.target is ADAPTED_LINEAR or node.target is PRODUCT:
+    if node.target is ADAPTED_LINEAR or node.target is aten.linear.default:
         return True
     return any(n in late and _follows_a_product(n, late) for n in node.all_input_nodes)
 

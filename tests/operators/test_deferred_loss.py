@@ -15,18 +15,16 @@ from bone_fx.errors import UsageError
 from bone_fx.operators import HEAD, deferred_loss, head, lean_cross_entropy, loss_follows
 from bone_fx.operators.deferred import Deferred, DeferredTensor
 from tests.operators.saved import kept
-from tests.operators.test_product import everywhere, needs_onednn
 from tests.tolerances import assert_agrees
 
 ROWS, CLASSES, INPUTS = (2, 5), 13, 8
 
 
-@pytest.fixture(autouse=True, params=["torch", pytest.param("onednn", marks=needs_onednn)])
-def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of every size are deferred, and taken four rows at a time."""
     monkeypatch.setattr(head, "AT_A_TIME", {"cpu": 0})
     monkeypatch.setattr(deferred_loss, "AT_A_TIME", {"cpu": 4 * CLASSES})
-    everywhere(monkeypatch, onednn=request.param == "onednn")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from bone_fx.adapters import METHODS, bone
 from bone_fx.errors import UsageError
 from bone_fx.operators import ADAPTED_LINEARS, joint_linear
 from tests.operators.saved import kept, shapes
-from tests.tolerances import assert_agrees
+from tests.tolerances import assert_agrees, needs_mkl
 
 # In features, then method, out features and block size of each layer that reads the input.
 CASES: dict[str, tuple[int, list[tuple[str, int, int]]]] = {
@@ -217,6 +217,22 @@ def in_peft(weight: Tensor, bias: Tensor | None, block: Tensor, method: str) -> 
         layer = BoneLinear(base, "default", r=r, init_weights=init)
         layer.bone_block["default"].data = block.detach().clone()  # float32, as get_peft_model
     return layer
+
+
+@needs_mkl
+@pytest.mark.parametrize("case", ["bone", "bone, ragged", "bat", "both"])
+def test_results_and_gradients_are_those_of_peft_to_the_bit(case: str) -> None:
+    problem = make(case, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layers: list[Any] = [in_peft(*of) for of in zip(*problem[1:5], strict=True)]
+    ours, theirs = problem.run(), [layer(problem.x) for layer in layers]
+    weights = [torch.linspace(-1, 1, y.numel()).view_as(y) for y in ours]
+    blocks = [layer.bone_block["default"] for layer in layers]
+    found = torch.autograd.grad(ours, [problem.x, *problem.blocks], weights)
+    expected = torch.autograd.grad(theirs, [problem.x, *blocks], weights)
+    for result, other in zip([*ours, *found], [*theirs, *expected], strict=True):
+        assert torch.equal(result, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
