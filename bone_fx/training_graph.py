@@ -189,7 +189,8 @@ class TrainingGraph(ModelGraph):
                 next_step="leave the labels out and compute the loss on the output",
             )
         # FSDP2 sets a hook on the logits, so their gradient would be formed after all.
-        with nullcontext() if self.is_sharded else loss_follows():
+        sparing = self.is_gradient_checkpointing
+        with nullcontext() if self.is_sharded else loss_follows(sparing=sparing):
             packed = origin.signature.pack(self._run(*inputs))
         return origin.loss.attach(packed, labels, **origin.signature.loss_options_of(kwargs))
 

@@ -28,14 +28,6 @@ from bone_fx.operators.cross_entropy import (
 from bone_fx.operators.deferred import Deferred, DeferredTensor
 from bone_fx.operators.first_order import first_order
 
-AT_A_TIME = {"cpu": 1 << 24, "cuda": 1 << 27}
-"""Numbers of the logits that exist at a time, by device; logits that are no more are not deferred.
-
-Products of fewer rows are slower. On a CPU of two cores those of SmolLM2's head run at 170 and 180
-GFLOP/s (forward, backward) for 256 rows, at 155 and 160 for 128. For a GPU it is an estimate: a
-thousand rows of 128256 classes keep it busy.
-"""
-
 CLASSES = 1024
 """Columns of the logits that a product forms at a time on a CPU, where they stay in the cache: 170
 GFLOP/s where the product of all columns has 145."""
@@ -48,11 +40,15 @@ class Logits(Deferred):
         x_TI: `[T, I]`.
         weight_VI: `[V, I]`.
         bias: `[V]` or None.
+        at_a_time: Numbers of the logits that the loss may form at a time.
     """
 
-    def __init__(self, x_TI: Tensor, weight_VI: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, x_TI: Tensor, weight_VI: Tensor, bias: Tensor | None, at_a_time: int
+    ) -> None:
         super().__init__((len(x_TI), len(weight_VI)), x_TI.dtype, x_TI.device)
         self.x_TI, self.weight_VI, self.bias = x_TI, weight_VI, bias
+        self.at_a_time = at_a_time
         self._version = weight_VI._version
 
     def _form(self) -> Tensor:
@@ -107,9 +103,10 @@ class DeferredCrossEntropy(torch.autograd.Function):
         picked_T1 = scale_T.new_empty(index_T1.shape)
         dx_TI = torch.empty_like(logits.x_TI)
         tensors = (logits.x_TI, index_T1, scale_T, picked_T1, dx_TI)
-        pieces = max(1, -(-logits.shape[0] * logits.shape[1] // AT_A_TIME[logits.device.type]))
-        for rows in zip(*(torch.tensor_split(t, pieces) for t in tensors), strict=True):
-            _loss_and_gradient(logits, *rows)
+        rows = max(1, logits.at_a_time // logits.shape[1])
+        buffer_TV = logits.x_TI.new_empty(min(rows, logits.shape[0]), logits.shape[1])
+        for some in zip(*(torch.split(t, rows) for t in tensors), strict=True):
+            _loss_and_gradient(logits, buffer_TV[: len(some[0])], *some)
         ctx.save_for_backward(dx_TI, index_T1, scale_T)
         return reduced(picked_T1, counted_T, reduction)
 
@@ -123,6 +120,7 @@ class DeferredCrossEntropy(torch.autograd.Function):
 
 def _loss_and_gradient(
     logits: Logits,
+    rows_TV: Tensor,
     x_TI: Tensor,
     index_T1: Tensor,
     scale_T: Tensor,
@@ -130,21 +128,23 @@ def _loss_and_gradient(
     dx_TI: Tensor,
 ) -> None:
     """Fill in some rows' log-probability of the class, and gradient of the loss by x."""
-    rows_TV = log_softmax_(_some_logits(logits, x_TI).to(logits.dtype))
-    torch.gather(rows_TV, 1, index_T1, out=picked_T1)
-    logit_gradient_(rows_TV, index_T1, scale_T)
-    torch.mm(rows_TV.to(x_TI.dtype), logits.weight_VI, out=dx_TI)
+    _form_rows(logits, x_TI, rows_TV)
+    log_TV = log_softmax_(rows_TV.to(logits.dtype))
+    torch.gather(log_TV, 1, index_T1, out=picked_T1)
+    gradient_TV = logit_gradient_(log_TV, index_T1, scale_T)
+    torch.mm(gradient_TV.to(x_TI.dtype), logits.weight_VI, out=dx_TI)
 
 
-def _some_logits(logits: Logits, x_TI: Tensor) -> Tensor:
+def _form_rows(logits: Logits, x_TI: Tensor, out_TV: Tensor) -> None:
     """The logits of some rows, on a CPU by as many classes at a time as stay in its cache."""
-    if logits.bias is not None or not x_TI.is_cpu:
-        return functional.linear(x_TI, logits.weight_VI, logits.bias)
-    rows_TV = x_TI.new_empty(len(x_TI), len(logits.weight_VI))
-    weights, columns = torch.split(logits.weight_VI, CLASSES), torch.split(rows_TV, CLASSES, 1)
-    for weight_CI, rows_TC in zip(weights, columns, strict=True):
-        torch.mm(x_TI, weight_CI.t(), out=rows_TC)
-    return rows_TV
+    classes = CLASSES if x_TI.is_cpu else logits.shape[1]
+    for first in range(0, logits.shape[1], classes):
+        some = slice(first, first + classes)
+        weight_CI, rows_TC = logits.weight_VI[some], out_TV[:, some]
+        if logits.bias is None:
+            torch.mm(x_TI, weight_CI.t(), out=rows_TC)
+        else:
+            torch.addmm(logits.bias[some], x_TI, weight_CI.t(), out=rows_TC)
 
 
 def _gradient(ctx: Any, dy: Tensor) -> LogitGradient:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import bone_fx
 from bone_fx.errors import UsageError
-from bone_fx.operators import deferred_loss, head
+from bone_fx.operators import head
 from bone_fx.operators.deferred import DeferredTensor
 from tests.end_to_end.test_adapted import BAT, CONFIG, Headed, inputs, llama, logits, stir
 
@@ -75,8 +75,8 @@ def test_logits_are_left_to_the_loss(checkpointing: bool, monkeypatch: pytest.Mo
     labels = inputs()["input_ids"]
     plain = adapted(**inputs(), labels=labels).logits
     assert type(plain) is Tensor
-    monkeypatch.setattr(head, "AT_A_TIME", {"cpu": 0})
-    monkeypatch.setattr(deferred_loss, "AT_A_TIME", {"cpu": 3 * plain.shape[-1]})
+    monkeypatch.setattr(head, "SPARING", {"cpu": 0})
+    monkeypatch.setattr(head, "AT_A_TIME", {"cpu": 3 * plain.shape[-1]})
     again, regained = _step(adapted)
     torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
     assert regained.keys() == gradients.keys()

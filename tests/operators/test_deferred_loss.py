@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bone_fx.errors import UsageError
-from bone_fx.operators import HEAD, deferred_loss, head, lean_cross_entropy, loss_follows
+from bone_fx.operators import HEAD, head, lean_cross_entropy, loss_follows
 from bone_fx.operators.deferred import Deferred, DeferredTensor
 from tests.operators.saved import kept
 from tests.tolerances import assert_agrees
@@ -23,8 +23,8 @@ ROWS, CLASSES, INPUTS = (2, 5), 13, 8
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of every size are deferred, and taken four rows at a time."""
-    monkeypatch.setattr(head, "AT_A_TIME", {"cpu": 0})
-    monkeypatch.setattr(deferred_loss, "AT_A_TIME", {"cpu": 4 * CLASSES})
+    monkeypatch.setattr(head, "SPARING", {"cpu": 0})
+    monkeypatch.setattr(head, "AT_A_TIME", {"cpu": 4 * CLASSES})
 
 
 @pytest.fixture
@@ -277,7 +277,7 @@ def test_when_they_are_not_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append(logits_of(x, w, b))
     found += [HEAD(x, w, b), logits_of(x.detach(), w, b), logits_of(x, w_trains, b)]
     found += [logits_of(x, w, b.clone().requires_grad_()), logits_of(*half)]
-    monkeypatch.setattr(head, "AT_A_TIME", {"cpu": 10 * CLASSES})
+    monkeypatch.setattr(head, "SPARING", {"cpu": 10 * CLASSES})
     found.append(logits_of(x, w, b))
     assert not any(isinstance(tensor, DeferredTensor) for tensor in found)
     loss_of(found[4], target).backward()
