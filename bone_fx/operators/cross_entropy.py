@@ -49,7 +49,7 @@ class CrossEntropy(torch.autograd.Function):
         dx_TV = torch.empty_like(logits_TV)
         for logits, out in _chunks(logits_TV, dx_TV):
             aten._log_softmax.out(logits, -1, False, out=out)
-        scale_T = share(counted_T, ctx.reduction, dy.dtype) * dy
+        scale_T = share(dy, counted_T, ctx.reduction)
         return logit_gradient_(dx_TV, index_T1, scale_T), None, None, None
 
 
@@ -65,10 +65,10 @@ def reduced(picked_T1: Tensor, counted_T: Tensor, reduction: str) -> Tensor:
     return functional.nll_loss(picked_T1, target_T, ignore_index=-1, reduction=reduction)
 
 
-def share(counted_T: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
-    """The derivative of the loss by each row's own, `[T]`."""
-    share_T = counted_T.to(dtype)
-    return share_T if reduction == "sum" else share_T / share_T.sum().clamp_(min=1)
+def share(dy: Tensor, counted_T: Tensor, reduction: str) -> Tensor:
+    """The gradient of each row's own loss, `[T]`, from that of the loss."""
+    counted_T = counted_T.to(dy.dtype)
+    return counted_T * (dy if reduction == "sum" else dy / counted_T.sum().clamp_(min=1))
 
 
 def log_softmax_(logits_TV: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class DeferredCrossEntropy(torch.autograd.Function):
         logits: Any = logits_TV.of
         ctx.logits, ctx.tensors = logits, logits.tensors()
         index_T1, counted_T = rows_that_count(target_T, ignore_index)
-        scale_T = share(counted_T, reduction, logits.dtype)
+        scale_T = share(logits.x_TI.new_ones((), dtype=logits.dtype), counted_T, reduction)
         picked_T1 = scale_T.new_empty(index_T1.shape)
         dx_TI = torch.empty_like(logits.x_TI)
         tensors = (logits.x_TI, index_T1, scale_T, picked_T1, dx_TI)
