@@ -6,14 +6,8 @@ found something.
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
-
-needs_mkl = pytest.mark.skipif(
-    not torch.backends.mkl.is_available(),  # type: ignore[no-untyped-call]
-    reason="without MKL the bits of a product may depend on how it is cut",
-)
 
 LIMITS: dict[str, dict[torch.dtype, float]] = {
     # A folded weight or a block: one product or sum in float32, rounded once.

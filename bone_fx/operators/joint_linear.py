@@ -4,8 +4,9 @@ Kept for backward: the shard sums of x (one for all Bone sites of one R), and x 
 BAT block or a base weight trains. No folded weight is kept, and no gradient of one is formed for
 Bone. Terms are accumulated into the base product, and the gradients of x into one tensor.
 
-Each number is rounded where PEFT 0.18.1 rounds it, and sums have its order: with MKL, losses and
-blocks are those of PEFT to the bit. Training is chaotic enough for that to matter: of two runs that
+Each number is rounded where PEFT 0.18.1 rounds it, and sums have its order: in float32 with MKL,
+results and gradients are those of PEFT's layers to the bit. (Up to R = 192; a longer sum that MKL
+adds to a tensor is added in parts.) Training is chaotic enough for that to matter: of two runs that
 differ in one bit the losses differ in the third digit after nine steps of 1e-3.
 
 Bone has two forms with the same result:

@@ -14,7 +14,7 @@ from bone_fx.adapters import METHODS, bone
 from bone_fx.errors import UsageError
 from bone_fx.operators import ADAPTED_LINEARS, joint_linear
 from tests.operators.saved import kept, shapes
-from tests.tolerances import assert_agrees, needs_mkl
+from tests.tolerances import assert_agrees
 
 # In features, then method, out features and block size of each layer that reads the input.
 CASES: dict[str, tuple[int, list[tuple[str, int, int]]]] = {
@@ -219,7 +219,10 @@ def in_peft(weight: Tensor, bias: Tensor | None, block: Tensor, method: str) -> 
     return layer
 
 
-@needs_mkl
+@pytest.mark.skipif(
+    not torch.backends.mkl.is_available(),  # type: ignore[no-untyped-call]
+    reason="without MKL the bits of a product may depend on how it is cut",
+)
 @pytest.mark.parametrize("case", ["bone", "bone, ragged", "bat", "both"])
 def test_results_and_gradients_are_those_of_peft_to_the_bit(case: str) -> None:
     problem = make(case, dtype=torch.float32)
