@@ -9,8 +9,6 @@ Shapes: I in_features, O out_features, R block size, A = O/R, N = R·I/R = I.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -55,11 +53,8 @@ def fold(w_OI: Tensor, b_ARR: Tensor, out: Tensor | None = None) -> Tensor:
     blocks, r, _ = b_ARR.shape
     folded = torch.empty_like(w_OI, memory_format=torch.contiguous_format) if out is None else out
     folded.view(blocks, r, in_features // r, r).copy_(b_ARR.unsqueeze(2))
-    # More products than blocks, so that every core has its part.
-    parts = math.gcd(in_features, 4)
-    b_BRR = b_ARR.repeat_interleave(parts, 0)
-    rows = len(b_BRR), in_features // parts, r
-    folded.view(rows).baddbmm_(w_OI.reshape(rows), b_BRR)
+    rows = blocks, in_features, r
+    folded.view(rows).baddbmm_(w_OI.reshape(rows), b_ARR)
     return folded.add_(w_OI)
 
 

@@ -27,6 +27,7 @@ from bone_fx.operators.cross_entropy import (
 )
 from bone_fx.operators.deferred import Deferred, DeferredTensor
 from bone_fx.operators.first_order import first_order
+from bone_fx.operators.workspace import workspace
 
 CLASSES = 1024
 """Columns of the logits that a product forms at a time on a CPU, where they stay in the cache: 170
@@ -104,7 +105,10 @@ class DeferredCrossEntropy(torch.autograd.Function):
         dx_TI = torch.empty_like(logits.x_TI)
         tensors = (logits.x_TI, index_T1, scale_T, picked_T1, dx_TI)
         rows = max(1, logits.at_a_time // logits.shape[1])
-        buffer_TV = logits.x_TI.new_empty(min(rows, logits.shape[0]), logits.shape[1])
+        shape = min(rows, logits.shape[0]), logits.shape[1]
+        buffer_TV = workspace("logits", shape, logits.x_TI)
+        if buffer_TV is None:
+            buffer_TV = logits.x_TI.new_empty(shape)
         for some in zip(*(torch.split(t, rows) for t in tensors), strict=True):
             _loss_and_gradient(logits, buffer_TV[: len(some[0])], *some)
         ctx.save_for_backward(dx_TI, index_T1, scale_T)

@@ -42,9 +42,11 @@ def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
 
     @functools.wraps(backward)
     def guarded(ctx: Any, *gradients: Tensor | None) -> Gradients:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
         with torch.no_grad():
             found = backward(ctx, *gradients)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return found
         anchor = torch.zeros((), requires_grad=True)
         marked: Gradients = _Refusal.apply(anchor, *found)  # type: ignore[no-untyped-call]

@@ -17,7 +17,15 @@ from bone_fx.operators.plain import on_plain_cpu
 LARGEST = 64 << 20
 """Bytes of the largest buffer that is kept; what is larger costs little beside its product."""
 
-_OWN = threading.local()
+
+class _Buffers(threading.local):
+    """The buffers of a thread, by slot and dtype."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+_BUFFERS = _Buffers()
 
 
 def workspace(slot: str, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
@@ -37,9 +45,8 @@ def workspace(slot: str, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         return None
     if torch.is_inference_mode_enabled():
         return None
-    buffers = _OWN.__dict__
-    key = f"{slot} {like.dtype}"
-    kept: Tensor | None = buffers.get(key)
+    buffers, key = _BUFFERS.kept, (slot, like.dtype)
+    kept = buffers.get(key)
     if kept is None or kept.numel() < size:
         kept = buffers[key] = torch.empty(size, dtype=like.dtype)
     return kept[:size].view(shape)
