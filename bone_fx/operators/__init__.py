@@ -7,6 +7,7 @@ calls an autograd function that keeps less and recomputes the rest in backward.
 
 from bone_fx.operators.adapted_linear import ADAPTED_LINEAR
 from bone_fx.operators.adapted_linears import ADAPTED_LINEARS
+from bone_fx.operators.attention import ATTENTION
 from bone_fx.operators.gate_product import ACTIVATIONS, GATE_PRODUCT
 from bone_fx.operators.head import HEAD, loss_follows
 from bone_fx.operators.joint_linear import JOINED_METHODS, KEEP_SUMS
@@ -18,6 +19,7 @@ __all__ = [
     "ACTIVATIONS",
     "ADAPTED_LINEAR",
     "ADAPTED_LINEARS",
+    "ATTENTION",
     "GATE_PRODUCT",
     "HEAD",
     "JOINED_METHODS",

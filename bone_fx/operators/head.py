@@ -22,7 +22,8 @@ from bone_fx.operators.library import register
 from bone_fx.operators.plain import is_plain
 
 AT_A_TIME = {"cpu": 1 << 24, "cuda": 1 << 27}
-"""Numbers of the logits that a loss forms at a time, by device."""
+"""Numbers of the logits that a loss forms at a time, by device; in float32 those of a CPU are the
+most that a workspace keeps."""
 
 SPARING = {"cpu": 6 << 20, "cuda": 1 << 25}
 """The same where memory counts for more than time; logits that are no more are not deferred.

@@ -14,6 +14,7 @@ from bone_fx.passes.frame import copy_graph
 from bone_fx.passes.group_heads import group_heads
 from bone_fx.passes.join_sites import join_sites
 from bone_fx.passes.keep_less import keep_less
+from bone_fx.passes.look_at_masks import look_at_masks
 from bone_fx.passes.recomputed_part import cut_recomputed
 
 _REVISIONS = itertools.count()
@@ -116,4 +117,5 @@ def lean_form(graph: fx.Graph) -> fx.Graph:
     join_sites(copied)
     keep_less(copied)
     group_heads(copied)
+    look_at_masks(copied)
     return copied
