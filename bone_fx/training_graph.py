@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from bone_fx.errors import UsageError
 from bone_fx.model_graph import ModelGraph
 from bone_fx.mounting import Origin
-from bone_fx.operators import loss_follows
+from bone_fx.operators import forget_masks, loss_follows
 from bone_fx.passes.defer_logits import defer_logits
 from bone_fx.passes.layer_graph import LayerGraph, LeanLayerGraph, lean_form
 from bone_fx.passes.split_layers import layers_of, split_in_place
@@ -178,6 +178,7 @@ class TrainingGraph(ModelGraph):
         )
 
     def _call_model(self, *args: Any, **kwargs: Any) -> Any:
+        forget_masks()
         origin = self._origin
         inputs = origin.signature.bind(*args, **kwargs)
         labels = origin.signature.labels_of(*args, **kwargs)

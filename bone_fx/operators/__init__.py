@@ -7,7 +7,7 @@ calls an autograd function that keeps less and recomputes the rest in backward.
 
 from bone_fx.operators.adapted_linear import ADAPTED_LINEAR
 from bone_fx.operators.adapted_linears import ADAPTED_LINEARS
-from bone_fx.operators.attention import ATTENTION
+from bone_fx.operators.attention import ATTENTION, forget_masks
 from bone_fx.operators.gate_product import ACTIVATIONS, GATE_PRODUCT
 from bone_fx.operators.head import HEAD, loss_follows
 from bone_fx.operators.joint_linear import JOINED_METHODS, KEEP_SUMS
@@ -26,6 +26,7 @@ __all__ = [
     "KEEP_SUMS",
     "RMS_NORM",
     "ROTARY",
+    "forget_masks",
     "lean_cross_entropy",
     "loss_follows",
 ]

@@ -3,8 +3,8 @@
 A trace holds for every batch, so its masks are tensors. Most batches need none: every token of an
 encoder sees every token, or the mask is the triangle that `is_causal` stands for. PyTorch's kernels
 then skip what is hidden and keep no mask for backward (transformers looks at its masks for the same
-reason, `masking_utils`). A mask that is needed is made the one that is added to the scores once,
-not in every layer. The results are the same to the bit: what is hidden weighs zero.
+reason, `masking_utils`). What a needed mask adds to the scores is made once for all layers. The
+results are the same to the bit: what is hidden weighs zero.
 
 Shapes: B batch, H heads, S queries, T keys, D head size.
 """
@@ -39,7 +39,7 @@ class _Seen(NamedTuple):
 
 
 _SEEN = WeakTensorKeyDictionary()
-"""The masks that are alive: the layers of a model share one, and to look at it waits for a GPU."""
+"""Masks of the last call: the layers of a model share one, and to look at it waits for a GPU."""
 
 
 def attention(
@@ -92,9 +92,20 @@ ATTENTION = register(
 """The operator as it stands in graphs: `torch.ops.bone_fx.attention.default`."""
 
 
+def forget_masks() -> None:
+    """Look at every mask again: one may have changed in ways that leave its version (NumPy's)."""
+    if not torch.compiler.is_compiling():
+        _SEEN.clear()
+
+
 def _may_be_looked_at(mask: Tensor) -> bool:
-    """Whether the mask says what is hidden, and has values and a version that can be read."""
-    if mask.dtype != torch.bool or not is_plain(mask) or mask.is_inference():
+    """Whether the mask says what is hidden, and has values and a version that can be read.
+
+    What is made of it under `torch.inference_mode` could not be kept for a training step.
+    """
+    if mask.dtype != torch.bool or not is_plain(mask) or mask.is_meta:
+        return False
+    if mask.is_inference() or torch.is_inference_mode_enabled():
         return False
     return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from bone_fx.operators.plain import on_plain_cpu
 
 LARGEST = 64 << 20
-"""Bytes of the largest buffer that is kept; what is larger costs little beside its product."""
+"""Bytes of the largest buffer that is kept."""
 
 
 class _Buffers(threading.local):
@@ -38,7 +38,7 @@ def workspace(slot: str, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         shape: Its shape.
         like: A tensor of its dtype and device. Only plain tensors on a CPU have buffers, outside
             traces: a trace must not see a tensor that outlives it. Nor is there one under
-        `torch.inference_mode`: what is made there cannot be written to anywhere else.
+            `torch.inference_mode`: what is made there cannot be written to anywhere else.
     """
     size = math.prod(shape)
     if size * like.element_size() > LARGEST or not on_plain_cpu(like):

@@ -33,7 +33,7 @@ NEEDLESS = {
 NEEDED = {
     "padding": padding(),
     "padded triangle": padding() & triangle(),
-    "window": (triangle() & triangle().T.roll(20, 1))[None],
+    "window": (triangle() & ~torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril(-20))[None],
     "last row": triangle().index_fill(0, torch.tensor([TOKENS - 1]), False),
     "one of two": torch.stack([triangle(), triangle().T])[:, None],
     "added": torch.zeros(TOKENS, TOKENS).masked_fill(~triangle(), float("-inf")),
@@ -117,11 +117,33 @@ def test_under_autocast() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("name", ["triangle", "window"])
+def test_dropout_drops_the_same(name: str) -> None:
+    given, mask = tensors(), {**NEEDLESS, **NEEDED}[name]
+    torch.manual_seed(0)
+    found = ATTENTION(*given, mask, 0.5)
+    torch.manual_seed(0)
+    expected = functional.scaled_dot_product_attention(*given, mask, 0.5)
+    assert torch.equal(found, expected)
+
+
 def test_masks_made_in_inference_mode() -> None:
     with torch.inference_mode():
         given, mask = tensors(), triangle().clone()
         expected = functional.scaled_dot_product_attention(*given, mask)
         assert torch.equal(ATTENTION(*given, mask), expected)
+
+
+def test_training_after_inference_mode_with_the_same_mask() -> None:
+    given, mask = tensors(), padding() & triangle()
+    with torch.inference_mode():
+        ATTENTION(*given, mask)
+    assert len(results(ATTENTION, given, mask)) == 4
+
+
+def test_on_the_meta_device() -> None:
+    q, k, v = (tensor.detach().to("meta") for tensor in tensors())
+    assert ATTENTION(q, k, v, triangle().to("meta")).shape == q.shape
 
 
 def test_it_compiles_for_every_mask() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -85,3 +86,25 @@ def test_a_decoder_needs_a_mask_for_padding_only(monkeypatch: pytest.MonkeyPatch
         assert seen == {(without_mask, without_mask)}
         assert_agrees(found[mask.bool()], expected[mask.bool()], "logits")
         seen.clear()
+
+
+def test_each_call_looks_at_its_masks_anew() -> None:
+    """A mask of NumPy's memory changes without a new version."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            y = self.proj(x)[:, None]
+            return functional.scaled_dot_product_attention(y, y, y, mask)
+
+    torch.manual_seed(0)
+    memory = numpy.ones((2, 1, 5, 5), dtype=bool)
+    model, batch = Own(), {"x": torch.randn(2, 5, 8), "mask": torch.from_numpy(memory)}
+    adapted = bone_fx.adapt(model, bone_fx.BoneConfig(r=4, target_modules=["proj"]), batch)
+    assert "bone_fx.attention" in adapted.code
+    for hidden in (0, 2, 3):
+        memory[..., 5 - hidden :] = False
+        assert_agrees(adapted(**batch), model(**batch), "output")
