@@ -21,6 +21,7 @@ from bone_fx.config import BoneConfig
 from bone_fx.dialects import find_sites
 from bone_fx.errors import UsageError
 from bone_fx.folded import FoldedModule
+from bone_fx.model_graph import Form
 from bone_fx.mounting import (
     MountedAdapter,
     Origin,
@@ -31,11 +32,11 @@ from bone_fx.mounting import (
     is_first_process,
     mount_parameters,
     mounted_values,
+    named_buffers,
     new_adapter,
     with_parameters,
 )
 from bone_fx.passes import fold_adapters
-from bone_fx.passes.dropout import set_dropout
 from bone_fx.passes.frame import adopt_state, container, copy_module
 from bone_fx.sites import LinearSite, Refusal
 from bone_fx.training_graph import TrainingGraph, refuse_hidden_names, sign_as
@@ -53,6 +54,7 @@ class AdaptedModule(TrainingGraph):
     active_adapters: list[str]
     _base: fx.GraphModule
     _adapters: dict[str, MountedAdapter]
+    _other_form: Form | None = None  # with adapters while they are disabled, else without
 
     def __init__(self, origin: Origin) -> None:
         refuse_hidden_names(AdaptedModule, origin.graph_module)
@@ -145,16 +147,15 @@ class AdaptedModule(TrainingGraph):
     def disable_adapter(self) -> Iterator[None]:
         """A context in which this is the base model.
 
-        The graph has no adapters, not a flag that skips them.
+        The graph has no adapters, not a flag that skips them. It is kept beside the one with
+        adapters until they change: a reference pass a step costs no writing of graphs.
         """
         before = self._disabled
-        with self._change():
-            self._disabled = True
+        self._set_disabled(True)
         try:
             yield
         finally:
-            with self._change():
-                self._disabled = before
+            self._set_disabled(before)
 
     # Weights: delta, merge, fold, unload.
 
@@ -189,7 +190,7 @@ class AdaptedModule(TrainingGraph):
             FoldError: A folded weight holds NaN or Inf.
         """
         names = self._named(adapters)
-        carry_buffers(self, self._base)
+        carry_buffers(named_buffers(self), self._base)
         result = fold_adapters(self._inserted(names)).graph_module
         for name, parameter in self._saved(names).items():
             owner, leaf = container(result, name)
@@ -353,8 +354,26 @@ class AdaptedModule(TrainingGraph):
                 parameter.requires_grad_(trained)
             raise
 
+    def _set_disabled(self, disabled: bool) -> None:
+        """Show the base alone, or the adapters again."""
+        if disabled == self._disabled:
+            return
+        leaving, entering = self._form(), self._other_form
+        if entering is None or self.is_sharded:
+            with self._change():
+                self._disabled = disabled
+        else:
+            buffers = named_buffers(self)
+            self._take_form(entering)
+            self._disabled = disabled
+            carry_buffers(buffers, self)
+            self._set_checkpointing(self)
+            self.train(self.training)
+        self._other_form = leaving
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast what is mounted, and what waits to be mounted again."""
+        self._other_form = None
         super()._apply(fn, recurse)
         mounted = {id(parameter) for parameter in self.parameters()}
         waiting = list(self._base.parameters())
@@ -371,7 +390,8 @@ class AdaptedModule(TrainingGraph):
 
     def _rebuild(self) -> None:
         """Write the graph anew for the active adapters and mount every kept parameter."""
-        carry_buffers(self, self._base)
+        self._other_form = None
+        carry_buffers(named_buffers(self), self._base)
         own: dict[str, nn.Parameter] = dict(self._base.named_parameters(remove_duplicate=False))
         gm = self._base
         if not self._disabled:
@@ -391,4 +411,4 @@ class AdaptedModule(TrainingGraph):
         self._split_if_asked(root)
         adopt_state(self, root)
         self.graph = root.graph
-        set_dropout(self, training=self.training)
+        self.train(self.training)

@@ -220,12 +220,15 @@ def _laid_out_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
     return distribute_tensor(value.to(parameter.device, parameter.dtype), mesh, placements)
 
 
+def has_processes() -> bool:
+    """Whether there is a process group, without which nothing is sharded."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def is_first_process() -> bool:
     """Whether this process is the first of its group, or alone."""
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or (
-        distributed.get_rank() == 0
-    )
+    return not has_processes() or torch.distributed.get_rank() == 0
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:
@@ -233,10 +236,15 @@ def _whole(parameter: nn.Parameter) -> Tensor:
     return parameter.detach() if gather is None else gather().detach()
 
 
-def carry_buffers(module: nn.Module, base: nn.Module) -> None:
-    """Carry buffers that moved or were written over to the pristine graph."""
-    for name, buffer in module.named_buffers():
-        owner, leaf = container(base, name)
+def named_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers under all their names."""
+    return dict(module.named_buffers(remove_duplicate=False))
+
+
+def carry_buffers(buffers: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Carry buffers that moved or were written over to another form of their graph."""
+    for name, buffer in buffers.items():
+        owner, leaf = container(module, name)
         if leaf in owner._buffers:
             owner._buffers[leaf] = buffer
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from bone_fx.errors import UsageError
 from bone_fx.model_graph import ModelGraph
-from bone_fx.mounting import Origin
+from bone_fx.mounting import Origin, has_processes
 from bone_fx.operators import forget_masks, loss_follows
 from bone_fx.passes.defer_logits import defer_logits
 from bone_fx.passes.layer_graph import LayerGraph, LeanLayerGraph, lean_form
@@ -189,9 +189,8 @@ class TrainingGraph(ModelGraph):
                 f"the loss of {type(origin.model).__name__} is not known",
                 next_step="leave the labels out and compute the loss on the output",
             )
-        # FSDP2 sets a hook on the logits, so their gradient would be formed after all.
         sparing = self.is_gradient_checkpointing
-        with nullcontext() if self.is_sharded else loss_follows(sparing=sparing):
+        with nullcontext() if _is_fsdp(self) else loss_follows(sparing=sparing):
             packed = origin.signature.pack(self._run(*inputs))
         return origin.loss.attach(packed, labels, **origin.signature.loss_options_of(kwargs))
 
@@ -211,7 +210,9 @@ class TrainingGraph(ModelGraph):
     @property
     def is_sharded(self) -> bool:
         """Whether parameters are DTensors: under FSDP2 the set of adapters cannot change."""
-        return any(hasattr(parameter, "full_tensor") for parameter in self.parameters())
+        return has_processes() and any(
+            hasattr(parameter, "full_tensor") for parameter in self.parameters()
+        )
 
     def _split_if_asked(self, root: fx.GraphModule) -> None:
         """Split a graph that was written anew, if this module is split."""
@@ -246,6 +247,15 @@ class TrainingGraph(ModelGraph):
                 found=str(now),
                 next_step=f"call model.to({now}) before adapt(), or train under torch.autocast",
             )
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2 sets a hook on a module's results: their gradients are formed then."""
+    if torch.compiler.is_compiling() or not has_processes():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
 
 
 def sign_as(module: TrainingGraph, model: nn.Module | None) -> None:

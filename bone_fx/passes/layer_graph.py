@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -17,7 +16,12 @@ from bone_fx.passes.keep_less import keep_less
 from bone_fx.passes.look_at_masks import look_at_masks
 from bone_fx.passes.recomputed_part import cut_recomputed
 
-_REVISIONS = itertools.count()
+_REVISIONS = [0]
+
+
+def latest_revision() -> int:
+    """How many times a graph was compiled here."""
+    return _REVISIONS[0]
 
 
 class CalledGraph(fx.GraphModule):
@@ -41,7 +45,8 @@ class CalledGraph(fx.GraphModule):
         finally:
             self._graph = shown
         cls = type(self)
-        self._revision = next(_REVISIONS)
+        _REVISIONS[0] += 1
+        self._revision = _REVISIONS[0]
         if cls.forward is not cls._call_model:
             cls._graph_forward = cls.forward
             cls.forward = cls._call_model
