@@ -281,9 +281,14 @@ def _refuse_packed(mask: str, position_ids: Any) -> None:
         or position_ids.shape[1] < 2
     ):
         return
-    if bool((position_ids.diff(dim=-1) != 1).any()):
+    follow = (position_ids.diff(dim=-1) == 1).all()
+    problem = f"position_ids restart within a row and there is no {mask}"
+    advice = f"pass a 4-D {mask} in the example inputs and in the call"
+    if torch.compiler.is_compiling():  # where a branch on data would break the graph
+        torch._assert_async(follow, f"{problem}: {advice}")
+    elif not follow:
         raise InputRefusedError(
-            f"position_ids restart within a row and there is no {mask}",
+            problem,
             expected=f"a {mask} that separates the packed sequences, or one sequence a row",
-            next_step=f"pass a 4-D {mask} in the example inputs and in the call",
+            next_step=advice,
         )

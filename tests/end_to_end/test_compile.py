@@ -56,6 +56,22 @@ def test_a_batch_of_another_size_compiles_to_one_graph_too() -> None:
         assert_agrees(call(**batch).loss, adapted(**batch).loss, "logits")
 
 
+def test_positions_without_a_mask_compile_to_one_graph_too() -> None:
+    ids = inputs()["input_ids"]
+    positions = torch.arange(7).expand(2, 7)
+    example = {**inputs(), "position_ids": positions}
+    adapted = bone_fx.adapt(llama(), METHOD_CONFIG, example).train()
+    stir(adapted, "default")
+    call = compiled(adapted, fullgraph=True)
+    given = {"input_ids": ids, "position_ids": positions, "labels": ids}
+    assert_agrees(call(**given).loss, adapted(**given).loss, "logits")
+    packed = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]]).expand(2, 7)}
+    with pytest.raises(InputRefusedError, match="restart"):
+        adapted(**packed)
+    with pytest.raises(RuntimeError, match="restart"):
+        compiled(adapted)(**packed, labels=ids)
+
+
 @pytest.mark.filterwarnings("ignore")  # dynamo says that it leaves this call to Python
 def test_sizes_that_do_not_fit_are_refused_by_a_compiled_call() -> None:
     config = bone_fx.BoneConfig(r=16, target_modules=["q_proj"])
