@@ -45,6 +45,9 @@ AS_THE_BUILDER = {
 }
 """Flags of bone-export for what onnxruntime-genai's builder writes by default, by dtype."""
 
+IN_A_FILE = 250
+"""Columns of a table that is not printed on a terminal."""
+
 # A process starts with the peak memory of the one that started it, so a small one stands between.
 LAUNCHER = """
 import os, subprocess, sys, time
@@ -185,10 +188,13 @@ def report(
     table = Table(title=title)
     shown = [key for key in columns if any(row.get(key) is not None for row in rows)]
     for key in shown:
-        table.add_column(columns[key])
+        table.add_column(columns[key], overflow="fold")
     for row in rows:
         table.add_row(*(_shown(row.get(key)) for key in shown))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = IN_A_FILE
+    console.print(table)
     if json_path is not None:
         where = environment()
         with json_path.open("a", encoding="utf-8") as file:
