@@ -21,7 +21,6 @@ from bone_fx.config import BoneConfig
 from bone_fx.dialects import find_sites
 from bone_fx.errors import UsageError
 from bone_fx.folded import FoldedModule
-from bone_fx.model_graph import Form
 from bone_fx.mounting import (
     MountedAdapter,
     Origin,
@@ -54,7 +53,6 @@ class AdaptedModule(TrainingGraph):
     active_adapters: list[str]
     _base: fx.GraphModule
     _adapters: dict[str, MountedAdapter]
-    _other_form: Form | None = None  # with adapters while they are disabled, else without
 
     def __init__(self, origin: Origin) -> None:
         refuse_hidden_names(AdaptedModule, origin.graph_module)
@@ -64,9 +62,7 @@ class AdaptedModule(TrainingGraph):
                 parameter.requires_grad_(False)
         sign_as(self, origin.model)
         super().__init__(copy_module(base), base.graph, "AdaptedModule")
-        self.__dict__["_origin"] = origin
-        self.__dict__["_base"] = base
-        self.__dict__["_adapters"] = {}
+        self.__dict__.update(_origin=origin, _base=base, _adapters={})
         self.active_adapters = []
         self._disabled = False
         self._merged: list[str] = []
@@ -147,8 +143,7 @@ class AdaptedModule(TrainingGraph):
     def disable_adapter(self) -> Iterator[None]:
         """A context in which this is the base model.
 
-        The graph has no adapters, not a flag that skips them. It is kept beside the one with
-        adapters until they change: a reference pass a step costs no writing of graphs.
+        The graph has no adapters, not a flag that skips them. Both are kept until adapters change.
         """
         before = self._disabled
         self._set_disabled(True)
@@ -356,24 +351,15 @@ class AdaptedModule(TrainingGraph):
 
     def _set_disabled(self, disabled: bool) -> None:
         """Show the base alone, or the adapters again."""
-        if disabled == self._disabled:
-            return
-        leaving, entering = self._form(), self._other_form
-        if entering is None or self.is_sharded:
+        if disabled != self._disabled and not self._swap_forms():
+            leaving = self._form()
             with self._change():
                 self._disabled = disabled
-        else:
-            buffers = named_buffers(self)
-            self._take_form(entering)
-            self._disabled = disabled
-            carry_buffers(buffers, self)
-            self._set_checkpointing(self)
-            self.train(self.training)
-        self._other_form = leaving
+            self._other_form = leaving
+        self._disabled = disabled
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast what is mounted, and what waits to be mounted again."""
-        self._other_form = None
         super()._apply(fn, recurse)
         mounted = {id(parameter) for parameter in self.parameters()}
         waiting = list(self._base.parameters())

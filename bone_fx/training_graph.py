@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from bone_fx.errors import UsageError
-from bone_fx.model_graph import ModelGraph
-from bone_fx.mounting import Origin, has_processes
+from bone_fx.model_graph import Form, ModelGraph
+from bone_fx.mounting import Origin, carry_buffers, has_processes, named_buffers
 from bone_fx.operators import forget_masks, loss_follows
 from bone_fx.passes.defer_logits import defer_logits
 from bone_fx.passes.layer_graph import LayerGraph, LeanLayerGraph, lean_form
@@ -24,6 +24,7 @@ class TrainingGraph(ModelGraph):
 
     _origin: Origin
     _rebuild: Callable[[], None]
+    _other_form: Form | None = None  # with adapters while they are disabled, else without
     _split = False
     _checkpointing: dict[str, Any] | None = None
     _every = 1
@@ -214,6 +215,18 @@ class TrainingGraph(ModelGraph):
             hasattr(parameter, "full_tensor") for parameter in self.parameters()
         )
 
+    def _swap_forms(self) -> bool:
+        """Be the other form, and keep this one for the next time; False where there is none."""
+        if self._other_form is None or self.is_sharded:
+            return False
+        leaving, buffers = self._form(), named_buffers(self)
+        self._take_form(self._other_form)
+        self._other_form = leaving
+        carry_buffers(buffers, self)
+        self._set_checkpointing(self)
+        self.train(self.training)
+        return True
+
     def _split_if_asked(self, root: fx.GraphModule) -> None:
         """Split a graph that was written anew, if this module is split."""
         if not self._split:
@@ -232,6 +245,7 @@ class TrainingGraph(ModelGraph):
             UsageError: A cast of a graph in which the trace wrote the dtype down.
         """
         self._refuse_cast(fn)
+        self._other_form = None
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _refuse_cast(self, fn: Callable[[Tensor], Tensor]) -> None:
