@@ -302,19 +302,31 @@ def delta_weight(
 
 
 def with_parameters(model: nn.Module, source: nn.Module, names: Collection[str]) -> nn.Module:
-    """A copy of a model with some parameters taken from another; the rest is shared with it."""
+    """A copy of a model with some parameters taken from another; the rest is shared with it.
+
+    What the other has on another device is taken from it too.
+    """
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
     copied = copy.deepcopy(model, shared)
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     config: Any = getattr(copied, "config", None)
     if config is not None and any(owners[id(model.get_parameter(name))] > 1 for name in names):
         config.tie_word_embeddings = False  # a layer that was untied has a weight of its own
-    statistics = dict(source.named_buffers())
-    for name, buffer in copied.named_buffers():
-        if name in statistics:
+    statistics = named_buffers(source)
+    for name, buffer in named_buffers(copied).items():
+        if name in statistics and statistics[name].device == buffer.device:
             buffer.copy_(statistics[name])
+        elif name in statistics:
+            owner, leaf = container(copied, name)
+            owner._buffers[leaf] = statistics[name].clone()
+    here = dict(source.named_parameters(remove_duplicate=False))
+    moved: dict[int, nn.Parameter] = {}
+    for name, parameter in copied.named_parameters(remove_duplicate=False):
+        if name not in names and name in here and parameter.device != here[name].device:
+            twin = nn.Parameter(here[name].detach(), requires_grad=parameter.requires_grad)
+            owner, leaf = container(copied, name)
+            owner.register_parameter(leaf, moved.setdefault(id(parameter), twin))
     for name in sorted(names):
         owner, leaf = container(copied, name)
-        value = source.get_parameter(name).detach()
-        owner.register_parameter(leaf, nn.Parameter(value, requires_grad=True))
+        owner.register_parameter(leaf, nn.Parameter(here[name].detach(), requires_grad=True))
     return copied

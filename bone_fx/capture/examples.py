@@ -80,6 +80,7 @@ def read_examples(
         UsageError: The inputs do not fit the forward, or hold no tensor.
     """
     given, positional, by_position = _by_name(model, example_inputs)
+    given = _beside_the_model(model, given)
     transformers = is_transformers_model(model)
     labels = (
         {name: given.pop(name) for name in LABEL_NAMES if name in given} if transformers else {}
@@ -112,6 +113,14 @@ def read_examples(
         by_position=by_position,
         as_given=inputs,
     )
+
+
+def _beside_the_model(model: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments on the device of the model's first parameter."""
+    device = next((p.device for p in model.parameters()), torch.device("meta"))
+    if device.type == "meta":
+        return given
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), given)  # type: ignore[no-any-return]
 
 
 def _by_name(

@@ -1,10 +1,13 @@
-"""`bone_fx::attention`: scaled dot product attention that looks at its mask before it takes it.
+"""`bone_fx::attention`: scaled dot product attention that looks at what it is given first.
 
 A trace holds for every batch, so its masks are tensors. Most batches need none: every token of an
 encoder sees every token, or the mask is the triangle that `is_causal` stands for. PyTorch's kernels
 then skip what is hidden and keep no mask for backward (transformers looks at its masks for the same
 reason, `masking_utils`). What a needed mask adds to the scores is made once for all layers. The
 results are the same to the bit: what is hidden weighs zero.
+
+Grouped keys and values are read as they are where the kernels take them. Those of PyTorch (2.13)
+for CUDA do in half precision without a mask; otherwise they would fall back to forming the scores.
 
 Shapes: B batch, H heads, S queries, T keys, D head size.
 """
@@ -46,37 +49,42 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor,
+    mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    is_causal: bool = False,
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` under a mask.
+    """`torch.nn.functional.scaled_dot_product_attention`, with the same arguments.
 
     Args:
         query: `[B, H, S, D]`.
         key: `[B, H, T, D]`, or fewer heads with `enable_gqa`.
         value: `[B, H, T, D]`, the same.
-        mask: What may be seen (bool) or is added to the scores, broadcast to `[B, H, S, T]`.
+        mask: What may be seen (bool) or is added to the scores, broadcast to `[B, H, S, T]`; None
+            for all.
         dropout_p: Probability that a weight is dropped.
+        is_causal: Whether a query sees the keys up to its own only, in place of a mask.
         scale: Of the scores; None for `1 / sqrt(D)`.
         enable_gqa: Whether heads of keys and values stand for several of the query.
 
     Returns:
         `[B, H, S, D]`.
     """
-    given: Tensor | None = mask
-    is_causal = False
-    if _may_be_looked_at(mask):
+    if mask is not None and _may_be_looked_at(mask):
         seen = _look_at(mask)
         is_causal = seen.is_causal
-        given = _added(mask, query.dtype, seen) if seen.needed else None
+        mask = _added(mask, query.dtype, seen) if seen.needed else None
+    if enable_gqa and not _takes_groups(query, mask):
+        times = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(times, 1) for tensor in (key, value))
+        enable_gqa = False
     return functional.scaled_dot_product_attention(
         query,
         key,
         value,
-        given,
+        mask,
         dropout_p,
         is_causal,
         scale=scale,
@@ -85,8 +93,8 @@ def attention(
 
 
 ATTENTION = register(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor mask, float dropout_p=0.0, *, "
-    "float? scale=None, bool enable_gqa=False) -> Tensor",
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, float dropout_p=0.0, "
+    "bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> Tensor",
     attention,
 )
 """The operator as it stands in graphs: `torch.ops.bone_fx.attention.default`."""
@@ -96,6 +104,15 @@ def forget_masks() -> None:
     """Look at every mask again: one may have changed in ways that leave its version (NumPy's)."""
     if not torch.compiler.is_compiling():
         _SEEN.clear()
+
+
+def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernels of a device read grouped keys and values, instead of forming scores."""
+    if query.is_cpu:
+        return True
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    return query.is_cuda and mask is None and dtype in (torch.float16, torch.bfloat16)
 
 
 def _may_be_looked_at(mask: Tensor) -> bool:

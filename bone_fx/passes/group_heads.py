@@ -6,10 +6,10 @@ Before:
     %y = aten.scaled_dot_product_attention(%q [B, G·n, S, D], %r, %s, %mask)
 
 After:
-    %y = aten.scaled_dot_product_attention(%q, %k, %v, %mask, enable_gqa=True)
+    %y = bone_fx.attention(%q, %k, %v, %mask, enable_gqa=True)
 
-On the CPU only: PyTorch's (2.13) kernels for other devices take no mask with grouped heads, and the
-fallback forms the scores. For the form in which a graph runs (`layer_graph`).
+The operator repeats them where the device's kernels do not take them so. For the form in which a
+graph runs (`layer_graph`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from bone_fx.operators import ATTENTION
 from bone_fx.passes.frame import erase_unread
 
 aten = torch.ops.aten
@@ -37,8 +38,9 @@ def group_heads(graph: Graph) -> int:
         heads = {_heads(n) for n in grouped}
         if None in heads or len(heads) != 1 or node.kwargs.get("enable_gqa", False):
             continue
-        if not _on_cpu(query) or _heads(query) != _heads(key) or _heads(key) != _heads(value):
+        if _heads(query) != _heads(key) or _heads(key) != _heads(value):
             continue
+        node.target = ATTENTION
         node.args = (query, *grouped, *rest)
         node.kwargs = {**node.kwargs, "enable_gqa": True}
         for repeated in (key, value):
@@ -86,8 +88,3 @@ def _shape(node: Any) -> list[str] | None:
 def _heads(node: Any) -> str | None:
     shape = _shape(node)
     return None if shape is None or len(shape) != 4 else shape[1]
-
-
-def _on_cpu(node: Any) -> bool:
-    value: Any = node.meta.get("val") if isinstance(node, Node) else None
-    return value is not None and value.device.type == "cpu"

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
+from bone_fx.passes.follow_device import follow_device
 from bone_fx.passes.frame import copy_graph
 from bone_fx.passes.group_heads import group_heads
 from bone_fx.passes.join_sites import join_sites
@@ -71,7 +72,9 @@ class CalledGraph(fx.GraphModule):
 
     def _as_it_runs(self, graph: fx.Graph) -> fx.Graph:
         """The graph that is compiled; people and passes see the one it is given."""
-        return graph
+        copied = copy_graph(graph)
+        follow_device(copied)
+        return copied
 
 
 class LayerGraph(CalledGraph):
@@ -119,6 +122,7 @@ class LeanLayerGraph(LayerGraph):
 def lean_form(graph: fx.Graph) -> fx.Graph:
     """A copy of a graph that computes the same and keeps less for backward."""
     copied = copy_graph(graph)
+    follow_device(copied)
     join_sites(copied)
     keep_less(copied)
     group_heads(copied)

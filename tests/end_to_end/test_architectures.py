@@ -13,6 +13,7 @@ from transformers.models.llama import modeling_llama
 
 import bone_fx
 from tests.capture.architectures import ARCHITECTURES, UNLISTED, Architecture, text
+from tests.elsewhere import call_on_cuda
 from tests.tolerances import difference
 
 
@@ -42,6 +43,8 @@ def check(model: Any, example: dict[str, Tensor], inputs: dict[str, Tensor]) -> 
     for key, value in ours.items():
         if isinstance(value, Tensor):
             assert difference(value, theirs[key]) <= 1e-6, key
+    if "input_values" not in inputs:  # without values there are no convolutions over audio
+        assert {tensor.device.type for tensor in call_on_cuda(adapted, inputs)} == {"cuda"}
 
     def gradients(output: Any, parameters: dict[str, Tensor]) -> dict[str, Tensor | None]:
         first = next(t for t in pytree.tree_leaves(output) if t.is_floating_point())
