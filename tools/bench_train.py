@@ -1,14 +1,15 @@
 """Training: time and memory of a step under bone_fx, PEFT, and no adapter at all.
 
-SmolLM2-135M, every linear layer adapted, float32, random tokens. The floor is the frozen model with
+SmolLM2-135M, every linear layer adapted, random tokens. The floor is the frozen model with
 gradients flowing through every layer and an optimizer over as many numbers as a Bone adapter has.
 Each run is a process of its own, and the contestants take turns. Peak memory is resident memory
-above the loaded model, from the first step on. LoRA has the rank that makes its parameters as many
-as Bone's.
+above the loaded model, from the first step on; on a GPU that of tensors. LoRA has the rank that
+makes its parameters as many as Bone's.
 
     python tools/bench_train.py
     python tools/bench_train.py --rounds 5 --json rows.jsonl --plot train.png
     python tools/bench_train.py --cases "PEFT bone" "bone_fx bone" --rounds 1 --steps 50 --rate 2e-4
+    python tools/bench_train.py --device cuda --dtype bfloat16 --batch 8 --length 1024
 
 The loss difference is the largest of all steps, relative to max(1, PEFT's loss). What it can be at
 best is said by PEFT against itself, with each number of the base's linear layers moved to one of
@@ -46,6 +47,7 @@ CASES = (
     "bone_fx bone, compiled",
     "bone_fx bat, compiled",
 )
+DTYPES = ("float32", "bfloat16", "float16")
 COLUMNS = {
     "what": "what",
     "forward_s": "forward, s",
@@ -73,6 +75,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("-r", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--base", type=Path, help="a Hugging Face folder in place of SmolLM2")
@@ -83,7 +87,8 @@ def main() -> None:
     if arguments.plot:
         _pyplot()
     base = arguments.base or smollm2(arguments.work / "smollm2")
-    shape = {name: getattr(arguments, name) for name in ("batch", "length", "r", "steps", "rate")}
+    fixed = ("batch", "length", "r", "steps", "rate", "device", "dtype")
+    shape = {name: getattr(arguments, name) for name in fixed}
 
     def leg(name: str) -> Callable[[], dict[str, Any]]:
         settings = {"case": name, "base": str(base), "threads": arguments.threads, **shape}
@@ -112,6 +117,7 @@ def _row(name: str, runs: dict[str, list[dict[str, Any]]], shape: dict[str, Any]
     for part in ("forward_s", "backward_s", "optimizer_s", "step_s"):
         row[part] = spread([run[part] for run in own])
     row["parameters"] = own[0]["parameters"]
+    row["accelerator"] = own[0]["accelerator"]
     row["memory_gb"] = min(run["memory_gb"] for run in own)
     if "floor" in runs:
         row["of_floor"] = ratios(times, [run["step_s"] for run in runs["floor"]])

@@ -1,7 +1,8 @@
 """One contestant of `bench_train.py` in a process of its own; prints one JSON line.
 
     python tools/train_case.py '{"case": "bone_fx bone", "base": "folder", "threads": 2,
-                                 "batch": 4, "length": 128, "r": 64, "steps": 9, "rate": 1e-3}'
+                                 "batch": 4, "length": 128, "r": 64, "steps": 9, "rate": 1e-3,
+                                 "device": "cpu", "dtype": "float32"}'
 
 Cases: `floor`, `PEFT bone|bat|mini|lora`, `bone_fx bone|bat|mini`, and the latter with
 `, compiled`, `, checkpointing` or `, kept` (BAT's folded weights are kept for backward); those of
@@ -41,39 +42,41 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_pretrained(settings["base"], dtype=torch.float32).train()
+    dtype = getattr(torch, settings["dtype"])
+    model: Any = AutoModelForCausalLM.from_pretrained(settings["base"], dtype=dtype).train()
+    model.to(settings["device"])
     model.config.use_cache = False
     model.requires_grad_(requires_grad=False)
     for parameter in model.parameters():  # a mapped file is in memory once it was read
         parameter.sum()
     generator = torch.Generator().manual_seed(1)
     size = (settings["batch"], settings["length"])
-    ids = torch.randint(0, model.config.vocab_size, size, generator=generator)
+    ids = torch.randint(0, model.config.vocab_size, size, generator=generator).to(model.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     gc.collect()
-    loaded = _status("VmRSS")
+    loaded = _memory(model.device, "VmRSS")
     net = contestant(settings["case"], model, settings["r"], batch)
     params = [p for p in net.parameters() if p.requires_grad]
     if settings["case"] == "floor":
-        params.append(nn.Parameter(torch.zeros(_block_numbers(model, settings["r"]))))
+        numbers = _block_numbers(model, settings["r"])
+        params.append(nn.Parameter(torch.zeros(numbers, device=model.device)))
         params[-1].grad = torch.zeros_like(params[-1])
     optimizer = torch.optim.AdamW(params, lr=settings["rate"])
     if settings["case"].endswith("compiled"):
         net = torch.compile(net)  # type: ignore[assignment]
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the capture freed is not part of a step
-    Path("/proc/self/clear_refs").write_text("5")
+    _forget_peak(model.device)
     times: dict[str, list[float]] = {"forward_s": [], "backward_s": [], "optimizer_s": []}
     losses = []
     for _ in range(settings["steps"]):
-        start = time.perf_counter()
+        start = _now(model.device)
         loss: Tensor = net(**batch).loss
-        forward = time.perf_counter()
+        forward = _now(model.device)
         loss.backward()  # type: ignore[no-untyped-call]
-        backward = time.perf_counter()
+        backward = _now(model.device)
         optimizer.step()
         optimizer.zero_grad(set_to_none=settings["case"] != "floor")
-        end = time.perf_counter()
+        end = _now(model.device)
         for values, value in zip(
             times.values(), (forward - start, backward - forward, end - backward), strict=True
         ):
@@ -83,8 +86,9 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: statistics.median(values[2:]) for name, values in times.items()},
         "step_s": statistics.median(steps),
-        "memory_gb": (_status("VmHWM") - loaded) / 1e9,
+        "memory_gb": (_memory(model.device, "VmHWM") - loaded) / 1e9,
         "parameters": sum(p.numel() for p in params),
+        "accelerator": None if model.device.type == "cpu" else torch.cuda.get_device_name(),
         "losses": losses,
     }
 
@@ -147,8 +151,27 @@ def _block_numbers(model: nn.Module, r: int) -> int:
     return sum(r * m.out_features for m in _linears(model))
 
 
-def _status(key: str) -> int:
-    """A size in bytes of this process, as the kernel counts it."""
+def _now(device: torch.device) -> float:
+    """Seconds of a clock, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _forget_peak(device: torch.device) -> None:
+    """Begin the peak memory anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
+    ctypes.CDLL(None).malloc_trim(0)  # what the capture freed is not part of a step
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _memory(device: torch.device, key: str) -> int:
+    """Bytes in use (`VmRSS`) or their peak (`VmHWM`), of the process or of tensors on a GPU."""
+    if device.type == "cuda":
+        is_peak = key == "VmHWM"
+        return torch.cuda.max_memory_allocated() if is_peak else torch.cuda.memory_allocated()
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024

@@ -1,5 +1,9 @@
-"""Autograd functions whose backward cannot be differentiated say so when someone tries.
+"""What the backwards of the operators here have in common.
 
+They compute in the dtypes that forward chose, also where `loss.backward()` is called under
+autocast: that is for forwards, and would round in between.
+
+Those that cannot be differentiated say so when someone tries.
 PyTorch's `once_differentiable` says so only where the incoming gradient requires one. That of a
 loss is the constant 1, and what depends on the saved tensors would silently be left out.
 """
@@ -42,6 +46,10 @@ def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
 
     @functools.wraps(backward)
     def guarded(ctx: Any, *gradients: Tensor | None) -> Gradients:
+        device = next((g.device.type for g in gradients if g is not None), "cpu")
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return guarded(ctx, *gradients)
         if not torch.is_grad_enabled():
             return backward(ctx, *gradients)
         with torch.no_grad():

@@ -46,6 +46,21 @@ def test_a_compiled_step_is_the_eager_one_without_a_graph_break(method: str) -> 
         assert_agrees(regained[name], gradient, "gradient")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_under_autocast_it_compiles_to_one_graph_too(method: str) -> None:
+    config = bone_fx.BoneConfig(target_modules="all-linear", **METHODS[method])
+    adapted = bone_fx.adapt(llama(), config, inputs()).train()
+    stir(adapted, "default")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = step(adapted, adapted)
+        again, regained = step(adapted, compiled(adapted, fullgraph=True))
+    assert_agrees(again, loss, "logits", torch.bfloat16)
+    assert regained.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert regained[name].dtype == torch.float32
+        assert float((regained[name] - gradient).norm()) <= 0.1 * float(gradient.norm())
+
+
 def test_a_batch_of_another_size_compiles_to_one_graph_too() -> None:
     adapted = bone_fx.adapt(llama(), METHOD_CONFIG, inputs()).train()
     stir(adapted, "default")

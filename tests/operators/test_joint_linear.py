@@ -286,6 +286,21 @@ def test_autocast_computes_in_its_dtype_and_gradients_keep_theirs(case: str) -> 
         assert_agrees(gradient, other, "gradient", torch.bfloat16)
 
 
+@pytest.mark.parametrize("case", ["bone", "bat", "both"])
+def test_a_backward_under_autocast_is_the_one_outside(case: str) -> None:
+    problem = make(case, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = gradients(problem.run(), problem.leaves())
+        outputs = problem.run()
+    weighted = [y * torch.cos(3 * y) for y in outputs]  # `total` under autocast has other dtypes
+    assert [y.dtype for y in weighted] == [torch.bfloat16] * len(outputs)
+    outside = gradients(outputs, problem.leaves())
+    for found, expected in zip(inside, outside, strict=True):
+        assert found is not None
+        assert expected is not None
+        assert torch.equal(found, expected)
+
+
 def test_second_derivatives_are_refused() -> None:
     problem = make("bone")
     first = torch.autograd.grad(total(problem.run()), problem.blocks[0], create_graph=True)[0]
