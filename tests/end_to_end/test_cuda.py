@@ -27,6 +27,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "mini": {"r": 8, "init_weights": "mini", "mini_r": 4},
 }
 DTYPES = [torch.float16, torch.bfloat16]
+NOISE = {"bone": 0.02, "bat": 0.02, "mini": 0.2}
+"""Of gradients in half precision, relative. PEFT's, on a CPU in bfloat16: 0.009, 0.007, 0.103."""
 
 
 def on_gpu(value: Any) -> Any:
@@ -122,8 +124,11 @@ def test_half_precision(method: str, dtype: torch.dtype) -> None:
         assert found.keys() == exact.keys()
         for name, gradient in found.items():
             assert module.get_parameter(name).dtype == gradient.dtype == torch.float32
-            gap = gradient.cpu().double() - exact[name]
-            assert float(gap.norm()) <= 0.1 * float(exact[name].norm()), name
+        whole, of_cpu = (
+            torch.cat([gradient.cpu().double().flatten() for gradient in kind.values()])
+            for kind in (found, {name: exact[name] for name in found})
+        )
+        assert float((whole - of_cpu).norm()) <= NOISE[method] * float(of_cpu.norm())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -143,22 +148,18 @@ def test_compiled(method: str) -> None:
 
 
 def test_bat_keeps_no_folded_weight_and_checkpointing_keeps_less() -> None:
-    def of(**options: Any) -> int:
-        config = bone_fx.BoneConfig(r=64, target_modules="all-linear", init_weights="bat")
-        model = llama(hidden_size=512, intermediate_size=1024, num_hidden_layers=8, head_dim=64)
-        return peak(
-            bone_fx.adapt(model, config, batch(), **options).train().to("cuda"), on_gpu(batch())
-        )
+    def of(init: Any, size: tuple[int, int], **options: Any) -> int:
+        config = bone_fx.BoneConfig(r=64, target_modules="all-linear", init_weights=init)
+        wide = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64}
+        model = llama(num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, **wide)
+        module = bone_fx.adapt(model, config, batch(), **options).train().to("cuda")
+        return peak(module, on_gpu(batch(*size)))
 
-    recomputed, kept = of(), of(recompute=False)
-    weights = 8 * (512 * 384 * 2 + 512 * 192 * 2 + 3 * 512 * 1024) * 4
+    recomputed, kept = of("bat", (2, 7)), of("bat", (2, 7), recompute=False)
+    weights = 8 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1024) * 4
     assert kept - recomputed >= 0.8 * weights
-
-    def tokens(**options: Any) -> int:
-        module = adapted("bone", **options).to("cuda")
-        return peak(module, on_gpu(batch(8, 512)))
-
-    assert tokens(gradient_checkpointing=True) < 0.8 * tokens()
+    activations = of(True, (8, 512))
+    assert of(True, (8, 512), gradient_checkpointing=True) < 0.6 * activations
 
 
 @pytest.mark.parametrize("masked", [False, True])
