@@ -55,17 +55,22 @@ def part(d_RO: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tenso
     return d_RO[:, slice(*rows)].roll(-columns[0], 0)
 
 
-def shard_sums(x_TI: Tensor, r: int) -> Tensor:
+def shard_sums(x_TI: Tensor, r: int, dtype: torch.dtype | None = None) -> Tensor:
     """S(x) `[..., R]`.
 
     The sum of the shards of width R of the last dimension, the ragged last one included.
+
+    Args:
+        x_TI: `[..., I]`.
+        r: R.
+        dtype: Of the sum and its terms; None for that of x.
     """
     in_features = x_TI.shape[-1]
     if in_features % r:
         x_TI = functional.pad(x_TI, (0, -in_features % r))
     if x_TI.shape[-1] == r:
-        return x_TI
-    return x_TI.reshape(*x_TI.shape[:-1], x_TI.shape[-1] // r, r).sum(-2)
+        return x_TI if dtype is None else x_TI.to(dtype)
+    return x_TI.reshape(*x_TI.shape[:-1], x_TI.shape[-1] // r, r).sum(-2, dtype=dtype)
 
 
 def spread_sums_(dx_TI: Tensor, dsum_TR: Tensor) -> Tensor:

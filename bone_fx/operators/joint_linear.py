@@ -80,6 +80,7 @@ class JointLinear(torch.autograd.Function):
             *tensors: Weight `[O, I]`, bias `[O]` or None, and block of each layer, in turn.
         """
         x_TI = x.reshape(-1, x.shape[-1])
+        x_in = _Casts(x_TI)
         ctx.set_materialize_grads(False)
         ctx.sites, ctx.shape = sites, x.shape
         needs = ctx.needs_input_grad[2:]
@@ -91,11 +92,11 @@ class JointLinear(torch.autograd.Function):
             assert block is not None
             acting, on_weight = _acting(site, weight, block, x_TI)
             own = None if bias is None else cast(bias, acting.dtype)
-            y_TO = functional.linear(cast(x_TI, acting.dtype), acting, own)
+            y_TO = functional.linear(x_in.to(acting.dtype), acting, own)
             if site.method == "bone":
                 r = block.shape[0]
                 if r not in sums:
-                    sums[r] = bone.shard_sums(cast(x_TI, site.dtype), r)
+                    sums[r] = bone.shard_sums(x_TI, r, site.dtype)
                 if not on_weight:
                     y_TO = _accumulated(y_TO, sums[r], cast(block, site.dtype))
             kept.append(acting if site.method == "bat" and not site.recompute else None)
@@ -122,6 +123,7 @@ class JointLinear(torch.autograd.Function):
         kept = saved[len(sums) : len(sums) + len(ctx.sites)]
         threes = list(_threes(saved[len(sums) + len(ctx.sites) :]))
         needs = list(_threes(ctx.needs_input_grad[2:]))
+        x_in = None if x_TI is None else _Casts(x_TI)
         dx: Tensor | None = None
         found: list[list[Tensor | None]] = [[None, None, None] for _ in threes]
         # From the last to the first, as autograd would go through them.
@@ -129,15 +131,18 @@ class JointLinear(torch.autograd.Function):
             site, dy = ctx.sites[i], gradients[i]
             if dy is None:
                 continue
-            dy_TO = dy.reshape(-1, dy.shape[-1])
+            dy_in = _Casts(dy.reshape(-1, dy.shape[-1]))
+            w_OI = cast(weight, block.dtype) if site.method == "bat" else weight
             if ctx.needs_input_grad[0]:
-                acting, on_weight = _acting(site, weight, block, dy_TO, kept[i])
+                acting, on_weight = _acting(site, w_OI, block, dy_in.given, kept[i])
                 dsum = None
                 if site.method == "bone" and not on_weight:
-                    dsum = cast(dy_TO, site.dtype) @ cast(block, site.dtype).t()
-                dx = _gradient_added(dx, dy_TO, acting, dsum)
+                    dsum = dy_in.to(site.dtype) @ cast(block, site.dtype).t()
+                dx = _gradient_added(dx, dy_in.to(acting.dtype), acting, dsum, dy.dtype)
                 del acting
-            found[i] = _own_gradients(site, needs[i], (x_TI, dy_TO, sums), weight, bias, block)
+            found[i] = _own_gradients(site, needs[i], (x_in, dy_in, sums), w_OI, bias, block)
+            if found[i][0] is not None:
+                found[i][0] = cast(found[i][0], weight.dtype)
         if dx is not None:
             dx = dx.view(ctx.shape)
         return dx, None, *itertools.chain.from_iterable(found)
@@ -174,6 +179,20 @@ def _threes(values: Any) -> Any:
     return zip(values[0::3], values[1::3], values[2::3], strict=True)
 
 
+class _Casts:
+    """A tensor in every dtype that is asked for; each cast is made once."""
+
+    def __init__(self, given: Tensor) -> None:
+        self.given = given
+        self._made = {given.dtype: given}
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """The tensor in a dtype."""
+        if dtype not in self._made:
+            self._made[dtype] = self.given.to(dtype)
+        return self._made[dtype]
+
+
 def _acting(
     site: Site, weight: Tensor, block: Tensor, rows: Tensor, kept: Tensor | None = None
 ) -> tuple[Tensor, bool]:
@@ -192,45 +211,45 @@ def _acting(
 
 
 def _gradient_added(
-    dx_TI: Tensor | None, dy_TO: Tensor, w_OI: Tensor, dsum_TR: Tensor | None
+    dx_TI: Tensor | None, dy_TO: Tensor, w_OI: Tensor, dsum_TR: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """`(dx + spread(dS)) + dy W` in `dy`'s dtype, in place if there is a dx."""
+    """`(dx + spread(dS)) + dy W` in a dtype, in place if there is a dx."""
     if dx_TI is not None and dsum_TR is not None:
         bone.spread_sums_(dx_TI, dsum_TR)
-    product_TI = (cast(dy_TO, w_OI.dtype) @ w_OI).to(dy_TO.dtype)
+    product_TI = cast(dy_TO @ w_OI, dtype)
     if dx_TI is not None:
         return dx_TI.add_(product_TI)
     return product_TI if dsum_TR is None else bone.spread_sums_(product_TI, dsum_TR)
 
 
 def _accumulated(y_TO: Tensor, s_TR: Tensor, d_RO: Tensor) -> Tensor:
-    """`y + S D`, rounded to `y`'s dtype once."""
+    """`y + S D` in place of `y`; the sum is rounded to `y`'s dtype once."""
     if y_TO.dtype == d_RO.dtype:
         return y_TO.addmm_(s_TR, d_RO)
-    return torch.addmm(cast(y_TO, d_RO.dtype), s_TR, d_RO).to(y_TO.dtype)
+    return y_TO.add_(s_TR @ d_RO)
 
 
 def _own_gradients(
     site: Site,
     needs: tuple[bool, bool, bool],
-    of: tuple[Tensor | None, Tensor, dict[int, Tensor]],
+    of: tuple[_Casts | None, _Casts, dict[int, Tensor]],
     weight: Tensor,
     bias: Tensor | None,
     block: Tensor,
 ) -> list[Tensor | None]:
-    """Gradients of a layer's weight, bias and block."""
+    """Gradients of a layer's weight, bias and block, from x, dy and the shard sums of x."""
     x_TI, dy_TO, sums = of
     dw = dbias = dblock = None
     dacting: Tensor | None = None
     if needs[0] or (needs[2] and site.method == "bat"):
         assert x_TI is not None
-        dtype = site.dtype if site.method == "bat" else x_TI.dtype
-        rows, columns = cast(dy_TO, dtype), cast(x_TI, dtype)
+        dtype = site.dtype if site.method == "bat" else x_TI.given.dtype
+        rows, columns = dy_TO.to(dtype), x_TI.to(dtype)
         out = None if needs[0] else workspace("gradient", tuple(weight.shape), rows)
         dacting = torch.mm(rows.t(), columns, out=out)
     if needs[2] and site.method == "bone":
         s_TR = sums[block.shape[0]]
-        dblock = cast(s_TR.t() @ cast(dy_TO, s_TR.dtype), block.dtype)
+        dblock = cast(s_TR.t() @ dy_TO.to(s_TR.dtype), block.dtype)
     elif needs[2] and dacting is not None:
         dblock = bat.gradient(
             cast(weight, block.dtype),
@@ -239,9 +258,9 @@ def _own_gradients(
             in_turn=on_plain_cpu(weight, dacting),
         )
     if needs[0] and dacting is not None:
-        dw = cast(dacting, weight.dtype)
+        dw = dacting
         if site.method == "bat":
-            dw = bat.weight_gradient(cast(dacting, block.dtype), block).to(weight.dtype)
+            dw = bat.weight_gradient(cast(dacting, block.dtype), block)
     if bias is not None and needs[1]:
-        dbias = dy_TO.sum(0).to(bias.dtype)
+        dbias = dy_TO.given.sum(0).to(bias.dtype)
     return [dw, dbias, dblock]
