@@ -312,15 +312,16 @@ def with_parameters(model: nn.Module, source: nn.Module, names: Collection[str])
     config: Any = getattr(copied, "config", None)
     if config is not None and any(owners[id(model.get_parameter(name))] > 1 for name in names):
         config.tie_word_embeddings = False  # a layer that was untied has a weight of its own
+    moved: dict[int, Any] = {}
     statistics = named_buffers(source)
     for name, buffer in named_buffers(copied).items():
-        if name in statistics and statistics[name].device == buffer.device:
-            buffer.copy_(statistics[name])
-        elif name in statistics:
-            owner, leaf = container(copied, name)
-            owner._buffers[leaf] = statistics[name].clone()
+        if name not in statistics:
+            continue
+        there = moved.setdefault(id(buffer), buffer.to(statistics[name].device))
+        there.copy_(statistics[name])
+        owner, leaf = container(copied, name)
+        owner._buffers[leaf] = there
     here = dict(source.named_parameters(remove_duplicate=False))
-    moved: dict[int, nn.Parameter] = {}
     for name, parameter in copied.named_parameters(remove_duplicate=False):
         if name not in names and name in here and parameter.device != here[name].device:
             twin = nn.Parameter(here[name].detach(), requires_grad=parameter.requires_grad)

@@ -78,12 +78,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="all; one ulp is of float32 only")
     parser.add_argument("--base", type=Path, help="a Hugging Face folder in place of SmolLM2")
     parser.add_argument("--json", type=Path, help="append the rows to this file")
     parser.add_argument("--plot", type=Path, help="draw time and memory into this PNG")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="folder to use")
     arguments = parser.parse_args()
+    whole = arguments.dtype == "float32"
+    cases = arguments.cases or [name for name in CASES if whole or "ulp" not in name]
+    if not whole and any("ulp" in name for name in cases):
+        parser.error(f"one ulp of float32 is none in {arguments.dtype}")
     if arguments.plot:
         _pyplot()
     base = arguments.base or smollm2(arguments.work / "smollm2")
@@ -103,7 +107,7 @@ def main() -> None:
 
         return run
 
-    runs = interleave({name: leg(name) for name in arguments.cases}, arguments.rounds, Console())
+    runs = interleave({name: leg(name) for name in cases}, arguments.rounds, Console())
     rows = [_row(name, runs, shape) for name in runs]
     report("training of SmolLM2-135M", rows, COLUMNS, arguments.json)
     if arguments.plot:

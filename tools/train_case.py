@@ -88,7 +88,9 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         "step_s": statistics.median(steps),
         "memory_gb": (_memory(model.device, "VmHWM") - loaded) / 1e9,
         "parameters": sum(p.numel() for p in params),
-        "accelerator": None if model.device.type == "cpu" else torch.cuda.get_device_name(),
+        "accelerator": torch.cuda.get_device_name(model.device)
+        if model.device.type == "cuda"
+        else None,
         "losses": losses,
     }
 
@@ -135,7 +137,9 @@ def _move(model: nn.Module) -> None:
         up = torch.rand(layer.weight.shape, generator=generator) < 0.5
         with torch.no_grad():
             layer.weight.copy_(
-                torch.nextafter(layer.weight, torch.where(up, torch.inf, -torch.inf))
+                torch.nextafter(
+                    layer.weight, torch.where(up, torch.inf, -torch.inf).to(layer.weight)
+                )
             )
 
 
@@ -154,14 +158,14 @@ def _block_numbers(model: nn.Module, r: int) -> int:
 def _now(device: torch.device) -> float:
     """Seconds of a clock, when the device has done what it was given."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def _forget_peak(device: torch.device) -> None:
     """Begin the peak memory anew."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
         return
     ctypes.CDLL(None).malloc_trim(0)  # what the capture freed is not part of a step
     Path("/proc/self/clear_refs").write_text("5")
@@ -170,8 +174,8 @@ def _forget_peak(device: torch.device) -> None:
 def _memory(device: torch.device, key: str) -> int:
     """Bytes in use (`VmRSS`) or their peak (`VmHWM`), of the process or of tensors on a GPU."""
     if device.type == "cuda":
-        is_peak = key == "VmHWM"
-        return torch.cuda.max_memory_allocated() if is_peak else torch.cuda.memory_allocated()
+        peak = key == "VmHWM"
+        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device)
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024

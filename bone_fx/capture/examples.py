@@ -116,9 +116,13 @@ def read_examples(
 
 
 def _beside_the_model(model: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments on the device of the model's first parameter."""
-    device = next((p.device for p in model.parameters()), torch.device("meta"))
-    if device.type == "meta":
+    """Arguments that are all on the CPU, on the device of a model that is all on another."""
+    devices = {parameter.device for parameter in model.parameters()}
+    tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+    if len(devices) != 1 or not all(tensor.device.type == "cpu" for tensor in tensors):
+        return given
+    (device,) = devices
+    if device.type in ("cpu", "meta"):
         return given
     return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), given)  # type: ignore[no-any-return]
 

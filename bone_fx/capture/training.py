@@ -37,6 +37,7 @@ from bone_fx.capture.state import mount_state, name_as_used
 from bone_fx.capture.tracing import DynamicShapes, trace
 from bone_fx.capture.unchanged import unchanged
 from bone_fx.passes.dropout import remember_training
+from bone_fx.passes.follow_device import follow_device
 from bone_fx.passes.inline_no_grad import inline_no_grad
 
 # What the trace leaves behind to check the sizes and dtypes of the example: the call signature
@@ -136,6 +137,10 @@ def _plain_graph(program: torch.export.ExportedProgram) -> GraphModule:
     graph_module = GraphModule(unlifted, unlifted.graph)
     _remove_trace_checks(graph_module)
     inline_no_grad(graph_module)
+    for module in graph_module.modules():
+        if module is not graph_module and isinstance(module, GraphModule):
+            follow_device(module.graph)  # of an operator's region: no running form is made of it
+            module.recompile()
     for node in graph_module.graph.nodes:
         node.meta = {key: node.meta[key] for key in _READ_LATER if key in node.meta}
     return graph_module

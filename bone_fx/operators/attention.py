@@ -6,8 +6,8 @@ then skip what is hidden and keep no mask for backward (transformers looks at it
 reason, `masking_utils`). What a needed mask adds to the scores is made once for all layers. The
 results are the same to the bit: what is hidden weighs zero.
 
-Grouped keys and values are read as they are where the kernels take them. Those of PyTorch (2.13)
-for CUDA do in half precision without a mask; otherwise they would fall back to forming the scores.
+Grouped keys and values are read as they are where the kernels take them. PyTorch's (2.13) for CUDA
+do in half precision, without a mask, for heads up to 256; they would form the scores otherwise.
 
 Shapes: B batch, H heads, S queries, T keys, D head size.
 """
@@ -23,6 +23,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from bone_fx.operators.library import register
 from bone_fx.operators.plain import is_plain
+
+LARGEST_HEAD = 256
+"""Of the flash kernel."""
 
 
 class _Seen(NamedTuple):
@@ -108,11 +111,12 @@ def forget_masks() -> None:
 
 def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:
     """Whether the kernels of a device read grouped keys and values, instead of forming scores."""
-    if query.is_cpu:
-        return True
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    return query.is_cuda and mask is None and dtype in (torch.float16, torch.bfloat16)
+    if not query.is_cuda:
+        return query.is_cpu
+    autocast = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast else query.dtype
+    is_half = dtype in (torch.float16, torch.bfloat16)
+    return is_half and mask is None and query.shape[-1] <= LARGEST_HEAD
 
 
 def _may_be_looked_at(mask: Tensor) -> bool:

@@ -46,7 +46,8 @@ def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
 
     @functools.wraps(backward)
     def guarded(ctx: Any, *gradients: Tensor | None) -> Gradients:
-        device = next((g.device.type for g in gradients if g is not None), "cpu")
+        found_on = {g.device.type for g in gradients if g is not None and not g.is_meta}
+        device = next(iter(found_on), "cpu")
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return guarded(ctx, *gradients)

@@ -1,15 +1,16 @@
-"""Lets a graph run where its inputs are, instead of where it was traced.
+"""Lets a graph run where its parameters are, instead of where it was traced.
 
 Before (traced on a CPU):
     %n = aten.arange(%length, device=cpu); %m = aten.to.device(%attention_mask, cpu, torch.bool)
 
 After:
-    %d = getattr(%input_ids, 'device')
+    %d = getattr(%embed_tokens_weight, 'device')
     %n = aten.arange(%length, device=%d);  %m = aten.to.device(%attention_mask, %d, torch.bool)
 
 A trace writes down the device of what a model makes by itself: positions, masks, tables. Parameters
 move by `to("cuda")` or by FSDP2, which asks no module; literals would stay. Those of another device
-than the inputs' are left: the model chose them. For the form in which a graph runs (`layer_graph`).
+than the parameters' are left: the model chose them. For the form in which a graph runs
+(`layer_graph`).
 """
 
 from __future__ import annotations
@@ -20,38 +21,76 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from bone_fx.passes.frame import erase_unread
+
+aten = torch.ops.aten
+
+_TAKE_CPU_TENSORS = frozenset(
+    {aten._pack_padded_sequence.default, aten.tensor_split.tensor_indices_or_sections}
+)
+"""Operators with an argument that must be on the CPU: what was moved there for them stays."""
+
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+"""Its first argument is the kind of device, as a string."""
+
 
 def follow_device(graph: Graph) -> int:
-    """Read the device from the first input, in place; how many nodes had it as a literal.
+    """Read the device from a parameter, or else from an input, in place; how many nodes now do.
 
-    A graph whose inputs have no values in their `meta` stays as it is.
+    A graph in which neither has a value in its `meta` stays as it is.
     """
-    given = next((n for n in graph.nodes if n.op == "placeholder" and _is_tensor(n)), None)
-    if given is None:
+    known = _known(graph)
+    if known is None:
         return 0
-    traced_on: torch.device = given.meta["val"].device
-    fixed = [n for n in graph.nodes if n.op == "call_function" and _names(n, traced_on)]
+    traced_on: torch.device = known.meta["val"].device
+    fixed = [n for n in graph.nodes if n.op == "call_function" and _is_fixed(n, traced_on)]
     if not fixed:
         return 0
-    with graph.inserting_after(given):
-        here = graph.call_function(getattr, (given, "device"))
-
-    def follow(value: Any) -> Any:
-        return here if _is(value, traced_on) else value
-
+    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+        tensor = known if known.op == "placeholder" else graph.get_attr(str(known.target))
+        here = graph.call_function(getattr, (tensor, "device"))
+        kind = graph.call_function(getattr, (here, "type"))
     for node in fixed:
-        node.args = tuple(follow(value) for value in node.args)
-        node.kwargs = {name: follow(value) for name, value in node.kwargs.items()}
+        if node.target is _AUTOCAST:
+            node.update_arg(0, kind)
+            continue
+        node.args = tuple(here if _is(value, traced_on) else value for value in node.args)
+        node.kwargs = {
+            name: here if _is(value, traced_on) else value for name, value in node.kwargs.items()
+        }
+    erase_unread(graph, kind)
     return len(fixed)
 
 
-def _is_tensor(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
+def _known(graph: Graph) -> Node | None:
+    """A parameter on the device that most are on, or else an input."""
+    tensors = [n for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)]
+    for op in ("get_attr", "placeholder"):
+        by_device: dict[torch.device, list[Node]] = {}
+        for node in tensors:
+            if node.op == op:
+                by_device.setdefault(node.meta["val"].device, []).append(node)
+        if by_device:
+            return max(by_device.values(), key=len)[0]
+    return None
 
 
-def _names(node: Node, device: torch.device) -> bool:
-    """Whether a device is an argument of a node."""
+def _is_fixed(node: Node, device: torch.device) -> bool:
+    """Whether a node has a device as an argument that it could be read for."""
+    if node.target is _AUTOCAST:
+        return bool(node.args[0] == device.type)
+    if _is_wanted_on_cpu(node):
+        return False
     return any(_is(value, device) for value in (*node.args, *node.kwargs.values()))
+
+
+def _is_wanted_on_cpu(node: Node) -> bool:
+    """Whether an operator takes it on the CPU only, as it is or cast."""
+    return any(
+        user.target in _TAKE_CPU_TENSORS
+        or (getattr(user.target, "overloadpacket", None) is aten.to and _is_wanted_on_cpu(user))
+        for user in node.users
+    )
 
 
 def _is(value: Any, device: torch.device) -> bool:

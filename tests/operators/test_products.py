@@ -151,6 +151,14 @@ def test_rotary_with_tables_that_train_or_are_wider() -> None:
     assert torch.equal(ours, plain_rotary(half, *wide))
 
 
+def test_a_step_on_the_meta_device() -> None:
+    x = torch.randn(2, 3, 8, device="meta", requires_grad=True)
+    table = torch.randn(3, 8, device="meta")
+    y = ROTARY(GATE_PRODUCT(RMS_NORM(x, table[0], 1e-5), x, "silu"), table, table)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient.shape == x.shape
+
+
 def test_second_derivatives_are_refused() -> None:
     x, up = two()
     made = (RMS_NORM(x, None, EPS), GATE_PRODUCT(x, up, "silu"), ROTARY(x, *angles()))

@@ -1,4 +1,4 @@
-"""A graph reads the device from its input where its trace wrote the device down."""
+"""A graph reads the device from a parameter or an input where its trace wrote it down."""
 
 from __future__ import annotations
 
