@@ -28,7 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 DTYPES = [torch.float16, torch.bfloat16]
 NOISE = {"bone": 0.02, "bat": 0.02, "mini": 0.2}
-"""Of gradients in half precision, relative. PEFT's, on a CPU in bfloat16: 0.009, 0.007, 0.103."""
+"""Of gradients in bfloat16, relative. PEFT's on a CPU: 0.009, 0.007, 0.103; in float16 a fifth of
+these at most."""
 
 
 def on_gpu(value: Any) -> Any:
@@ -115,6 +116,7 @@ def test_a_step_is_the_same_twice(method: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision(method: str, dtype: torch.dtype) -> None:
+    limit = NOISE[method] / (4 if dtype == torch.float16 else 1)
     exact = gradients(adapted(method, torch.float64), batch())
     base = adapted(method, dtype).to("cuda")
     under_autocast = adapted(method).to("cuda")
@@ -128,7 +130,7 @@ def test_half_precision(method: str, dtype: torch.dtype) -> None:
             torch.cat([gradient.cpu().double().flatten() for gradient in kind.values()])
             for kind in (found, {name: exact[name] for name in found})
         )
-        assert float((whole - of_cpu).norm()) <= NOISE[method] * float(of_cpu.norm())
+        assert float((whole - of_cpu).norm()) <= limit * float(of_cpu.norm())
 
 
 @pytest.mark.parametrize("method", METHODS)
