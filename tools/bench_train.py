@@ -21,8 +21,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,12 +96,18 @@ def main() -> None:
     fixed = ("batch", "length", "r", "steps", "rate", "device", "dtype")
     shape = {name: getattr(arguments, name) for name in fixed}
 
+    # torch.compile's own caches know an operator by its name, whatever it computes by now.
+    caches = tempfile.TemporaryDirectory()
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches.name}
+
     def leg(name: str) -> Callable[[], dict[str, Any]]:
         settings = {"case": name, "base": str(base), "threads": arguments.threads, **shape}
         command = [sys.executable, str(ROOT / "tools" / "train_case.py"), json.dumps(settings)]
 
         def run() -> dict[str, Any]:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, env=environment
+            )
             if done.returncode:
                 sys.exit("\n".join([f"{name} failed:", *done.stderr.strip().splitlines()[-8:]]))
             found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
