@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from bone_fx.adapters import bat, bone
 from bone_fx.operators.first_order import first_order
-from bone_fx.operators.plain import cast, on_plain_cpu
+from bone_fx.operators.plain import cast, is_plain, on_plain_cpu
 from bone_fx.operators.workspace import workspace
 
 JOINED_METHODS = frozenset({"bone", "bat"})
@@ -196,18 +196,38 @@ class _Casts:
 def _acting(
     site: Site, weight: Tensor, block: Tensor, rows: Tensor, kept: Tensor | None = None
 ) -> tuple[Tensor, bool]:
-    """The weight that multiplies `rows`, in the product's dtype, and whether the block is in it."""
+    """The weight that multiplies `rows`, in the product's dtype, and whether the block is in it.
+
+    Traced, BAT's fold is a product and two sums, which a compiler fuses: for operators in place it
+    would copy.
+    """
     if kept is not None:
         return kept, True
     if site.method == "bat":
         w_OI = cast(weight, block.dtype)
+        if not is_plain(weight):
+            if site.recompute:
+                block = _unshared(block)
+            return cast(w_OI + bat.delta(w_OI, block), site.dtype), True
         out = workspace("folded", tuple(w_OI.shape), w_OI) if site.recompute else None
         return cast(bat.fold(w_OI, block, out), site.dtype), True
     same = weight.dtype == block.dtype == rows.dtype
     work = rows.shape[0] * block.shape[0] / weight.shape[1]
     if same and work > FOLD_ABOVE.get(weight.device.type, float("inf")):
+        if not is_plain(weight):
+            return bone.fold(weight, _unshared(block)), True
         return bone.fold(weight, block, workspace("folded", tuple(weight.shape), weight)), True
     return cast(weight, rows.dtype), False
+
+
+def _unshared(block: Tensor) -> Tensor:
+    """A copy that a compiler takes for another tensor than any copy before.
+
+    It merges equal expressions of a step, forward's and backward's folds too, and then keeps what
+    was to be recomputed. It leaves alone what depends on an `aten.empty`, if the copy into that
+    changes the shape (`torch._functorch.compile_utils.fx_graph_cse`, torch 2.13).
+    """
+    return block.new_empty((1, *block.shape)).copy_(block)[0]
 
 
 def _gradient_added(

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import bone_fx
 from bone_fx.errors import InputRefusedError
+from bone_fx.operators import joint_linear
 from tests.end_to_end.test_adapted import inputs, llama, stir
+from tests.operators.saved import kept, shapes
 from tests.tolerances import assert_agrees
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -44,6 +46,30 @@ def test_a_compiled_step_is_the_eager_one_without_a_graph_break(method: str) -> 
     assert_agrees(again, loss, "logits")
     for name, gradient in gradients.items():
         assert_agrees(regained[name], gradient, "gradient")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's, on importing inductor
+@pytest.mark.parametrize(("method", "recompute"), [("bone", True), ("bat", True), ("bat", False)])
+def test_a_compiled_step_keeps_a_folded_weight_only_if_asked_to(
+    method: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(joint_linear.FOLD_ABOVE, "cpu", 0.0)
+    config = bone_fx.BoneConfig(target_modules="all-linear", **METHODS[method])
+    adapted = bone_fx.adapt(llama(), config, inputs(), recompute=recompute).train()
+    torch._dynamo.reset()
+    # Partitioned as inductor has it: what is kept is what the compiler chose to keep.
+    call = torch.compile(adapted, backend="aot_eager_decomp_partition")
+    call(**inputs(), labels=inputs()["input_ids"])
+    found = kept(
+        lambda: call(**inputs(), labels=inputs()["input_ids"]),
+        *adapted.parameters(),
+        *adapted.buffers(),
+    )
+    layers = [module for module in llama().model.modules() if isinstance(module, nn.Linear)]
+    # Nothing before the first layer trains, so that its q, k and v multiply no gradient.
+    weights = sorted(sorted(layer.weight.shape) for layer in layers[3:])
+    folded = sorted(sorted(shape) for shape in shapes(found) if sorted(shape) in weights)
+    assert folded == ([] if recompute else weights)
 
 
 @pytest.mark.parametrize("method", METHODS)

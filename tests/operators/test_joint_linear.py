@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bone_fx.adapters import METHODS, bone
 from bone_fx.errors import UsageError
@@ -342,3 +343,20 @@ def test_bat_keeps_the_input_and_a_folded_weight_only_if_asked_to() -> None:
     assert shapes(found) == [[6, 48], [48, 48], [80, 48]]
     with torch.no_grad():
         assert not kept(problem.run, *own(problem))
+
+
+def test_a_traced_fold_is_a_product_and_sums_that_a_compiler_can_fuse() -> None:
+    problem = frozen_base("bat")
+    x, weights, biases, blocks, methods, _ = problem
+
+    def call(x: Tensor, blocks: list[Tensor]) -> list[Tensor]:
+        return joint_linear.joint_linear(x, weights, biases, blocks, methods)
+
+    traced = make_fx(call)(x, blocks)
+    names = [str(node.target) for node in traced.graph.nodes]
+    assert names.count("aten.bmm.default") == 2
+    assert not [name for name in names if "baddbmm" in name or "add_" in name]
+    sizes = [list(n.meta["val"].shape) for n in traced.graph.nodes if "copy" in str(n.target)]
+    assert sizes == [[1, 5, 16, 16], [1, 3, 16, 16]]
+    for ours, theirs in zip(traced(x, blocks), problem.run(), strict=True):
+        assert torch.equal(ours, theirs)
