@@ -445,6 +445,59 @@ def test_own_module_that_branches_on_its_mode_is_refused() -> None:
         capture_training(Noisy(3, 2), (torch.randn(2, 3),))
 
 
+CALLS = {"made": 0, "odd": frozenset[int]()}
+
+
+@torch.library.custom_op("bone_fx_tests::odd_at_times", mutates_args=())
+def odd_at_times(x: torch.Tensor) -> torch.Tensor:
+    """x, and in some calls x + 1."""
+    CALLS["made"] += 1
+    return x + 1 if CALLS["made"] in CALLS["odd"] else x.clone()
+
+
+odd_at_times.register_fake(torch.empty_like)
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        # The model runs in the odd calls, its graph in the even ones.
+        ({1}, "in which it was not"),
+        ({2}, "in which its graph was not"),
+        ({1, 2}, None),
+    ],
+)
+def test_one_odd_evaluation_does_not_refuse_a_model(
+    odd: set[int], said: str | None, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setitem(CALLS, "made", 0)
+    monkeypatch.setitem(CALLS, "odd", odd)
+    capture_training(Odd(3, 2), (torch.randn(2, 3),))
+    assert [record.levelname for record in caplog.records if "Odd" in record.message] == (
+        ["WARNING"] if said else []
+    )
+    assert said is None or said in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("odd", "unsteady"), [({1, 3, 5}, False), ({1, 5}, True), ({1, 6}, True), ({2, 3}, True)]
+)
+def test_a_model_that_differs_again_is_refused(
+    odd: set[int], unsteady: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CALLS, "made", 0)
+    monkeypatch.setitem(CALLS, "odd", odd)
+    with pytest.raises(CaptureError, match="differs by 1, allowed") as caught:
+        capture_training(Odd(3, 2), (torch.randn(2, 3),))
+    assert ("the model itself changes" in str(caught.value)) == unsteady
+
+
+class Odd(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = odd_at_times(super().forward(x))
+        return y
+
+
 def test_own_module_that_cannot_be_traced_is_refused() -> None:
     class Branching(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
