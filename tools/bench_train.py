@@ -9,7 +9,11 @@ makes its parameters as many as Bone's.
     python tools/bench_train.py
     python tools/bench_train.py --rounds 5 --json rows.jsonl --plot train.png
     python tools/bench_train.py --cases "PEFT bone" "bone_fx bone" --rounds 1 --steps 50 --rate 2e-4
+    python tools/bench_train.py --in-turn --steps 20 --cases "PEFT bat" "bone_fx bat"
     python tools/bench_train.py --device cuda --dtype bfloat16 --batch 8 --length 1024
+
+With `--in-turn` the contestants train in one process, a step each in turn: a slow phase of the
+machine meets all of them alike, ratios are those of neighbouring steps, and memory is not measured.
 
 The loss difference is the largest of all steps, relative to max(1, PEFT's loss). What it can be at
 best is said by PEFT against itself, with each number of the base's linear layers moved to one of
@@ -73,6 +77,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=9, help="steps a run; the first two not timed")
+    parser.add_argument("--in-turn", action="store_true", help="one process, a step each in turn")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("-r", type=int, default=64)
@@ -90,6 +95,10 @@ def main() -> None:
     cases = arguments.cases or [name for name in CASES if whole or "ulp" not in name]
     if not whole and any("ulp" in name for name in cases):
         parser.error(f"one ulp of float32 is none in {arguments.dtype}")
+    if arguments.steps < 3:
+        parser.error("--steps must be 3 or more: the first two are not timed")
+    if arguments.plot and arguments.in_turn:
+        parser.error("--plot shows memory, which --in-turn does not measure")
     if arguments.plot:
         _pyplot()
     base = arguments.base or smollm2(arguments.work / "smollm2")
@@ -100,22 +109,23 @@ def main() -> None:
     caches = tempfile.TemporaryDirectory()
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches.name}
 
-    def leg(name: str) -> Callable[[], dict[str, Any]]:
-        settings = {"case": name, "base": str(base), "threads": arguments.threads, **shape}
+    def case(what: str, **which: Any) -> Any:
+        settings = {**which, "base": str(base), "threads": arguments.threads, **shape}
         command = [sys.executable, str(ROOT / "tools" / "train_case.py"), json.dumps(settings)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode:
+            sys.exit("\n".join([f"{what} failed:", *done.stderr.strip().splitlines()[-8:]]))
+        return json.loads(done.stdout.strip().splitlines()[-1])
 
-        def run() -> dict[str, Any]:
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, env=environment
-            )
-            if done.returncode:
-                sys.exit("\n".join([f"{name} failed:", *done.stderr.strip().splitlines()[-8:]]))
-            found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-            return found
+    def leg(name: str) -> Callable[[], dict[str, Any]]:
+        return lambda: case(name, case=name)
 
-        return run
-
-    runs = interleave({name: leg(name) for name in cases}, arguments.rounds, Console())
+    console = Console()
+    if arguments.in_turn:
+        console.print(f"{arguments.steps} steps of {len(cases)} cases in turn", style="dim")
+        runs = case("the process", cases=cases)
+    else:
+        runs = interleave({name: leg(name) for name in cases}, arguments.rounds, console)
     rows = [_row(name, runs, shape) for name in runs]
     report("training of SmolLM2-135M", rows, COLUMNS, arguments.json)
     if arguments.plot:
@@ -130,24 +140,34 @@ def _row(name: str, runs: dict[str, list[dict[str, Any]]], shape: dict[str, Any]
         row[part] = spread([run[part] for run in own])
     row["parameters"] = own[0]["parameters"]
     row["accelerator"] = own[0]["accelerator"]
-    row["memory_gb"] = min(run["memory_gb"] for run in own)
+    row["memory_gb"] = _memory(own)
     if "floor" in runs:
         row["of_floor"] = ratios(times, [run["step_s"] for run in runs["floor"]])
     plain = name.partition(",")[0]
     if plain != name and plain in runs:
         row["of_plain"] = ratios(times, [run["step_s"] for run in runs[plain]])
-        row["memory_of_plain"] = row["memory_gb"] / min(run["memory_gb"] for run in runs[plain])
+        row["memory_of_plain"] = _of(_memory(own), _memory(runs[plain]))
     peft = "PEFT " + plain.removeprefix("bone_fx ").removeprefix("PEFT ")
     if name.startswith("bone_fx") and peft in runs:
         theirs = runs[peft]
         row["of_peft"] = ratios(times, [run["step_s"] for run in theirs])
-        row["memory_of_peft"] = row["memory_gb"] / min(run["memory_gb"] for run in theirs)
+        row["memory_of_peft"] = _of(_memory(own), _memory(theirs))
     if peft in runs and name != peft:
         row["loss_difference"] = max(
             abs(a - b) / max(1.0, abs(b))
             for a, b in zip(own[0]["losses"], runs[peft][0]["losses"], strict=True)
         )
     return row
+
+
+def _memory(runs: list[dict[str, Any]]) -> float | None:
+    """The least peak of some runs in GB, if they measured it."""
+    peaks = [run["memory_gb"] for run in runs if "memory_gb" in run]
+    return min(peaks, default=None)
+
+
+def _of(ours: float | None, theirs: float | None) -> float | None:
+    return ours / theirs if ours is not None and theirs is not None else None
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

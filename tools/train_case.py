@@ -8,6 +8,9 @@ Cases: `floor`, `PEFT bone|bat|mini|lora`, `bone_fx bone|bat|mini`, and the latt
 `, compiled`, `, checkpointing` or `, kept` (BAT's folded weights are kept for backward); those of
 PEFT and of bone_fx with `, one ulp` (each number of the base's linear layers is moved to one of its
 neighbours in float32).
+
+With `"cases": [...]` instead of a case, those train in one process, a step each in turn, and each
+step's times are printed; memory is not measured.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+UNTIMED = 2
+"""Steps at first that are not timed: caches fill, and a compiler compiles."""
+
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -34,11 +40,42 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     settings = json.loads(sys.argv[1])
     torch.set_num_threads(settings["threads"])
-    print(json.dumps(run(settings)))
+    print(json.dumps(in_turn(settings) if "cases" in settings else run(settings)))
 
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
     """Medians of the parts of a step in seconds, peak memory in GB, and the losses."""
+    model, batch = _load(settings)
+    gc.collect()
+    loaded = _memory(model.device, "VmRSS")
+    training = Training(settings["case"], model, batch, settings)
+    gc.collect()
+    _forget_peak(model.device)
+    for _ in range(settings["steps"]):
+        training.step()
+    timed = training.steps[UNTIMED:]
+    return {
+        **{part: statistics.median(step[part] for step in timed) for part in timed[0]},
+        "memory_gb": (_memory(model.device, "VmHWM") - loaded) / 1e9,
+        **training.described(),
+    }
+
+
+def in_turn(settings: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The parts of every timed step in seconds, and the losses, of each case."""
+    trainings = {name: Training(name, *_load(settings), settings) for name in settings["cases"]}
+    for turn in range(settings["steps"]):
+        names = list(trainings)
+        for name in names if turn % 2 == 0 else names[::-1]:
+            trainings[name].step()
+    return {
+        name: [{**step, **training.described()} for step in training.steps[UNTIMED:]]
+        for name, training in trainings.items()
+    }
+
+
+def _load(settings: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """The frozen model, in memory, and random tokens with labels."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -52,47 +89,62 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     size = (settings["batch"], settings["length"])
     ids = torch.randint(0, model.config.vocab_size, size, generator=generator).to(model.device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    gc.collect()
-    loaded = _memory(model.device, "VmRSS")
-    net = contestant(settings["case"], model, settings["r"], batch)
-    params = [p for p in net.parameters() if p.requires_grad]
-    if settings["case"] == "floor":
-        numbers = _block_numbers(model, settings["r"])
-        params.append(nn.Parameter(torch.zeros(numbers, device=model.device)))
-        params[-1].grad = torch.zeros_like(params[-1])
-    optimizer = torch.optim.AdamW(params, lr=settings["rate"])
-    if settings["case"].endswith("compiled"):
-        net = torch.compile(net)  # type: ignore[assignment]
-    gc.collect()
-    _forget_peak(model.device)
-    times: dict[str, list[float]] = {"forward_s": [], "backward_s": [], "optimizer_s": []}
-    losses = []
-    for _ in range(settings["steps"]):
-        start = _now(model.device)
-        loss: Tensor = net(**batch).loss
-        forward = _now(model.device)
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+class Training:
+    """A contestant with its optimizer, and what its steps took.
+
+    Attributes:
+        steps: `forward_s`, `backward_s`, `optimizer_s` and their sum `step_s`, of each step.
+        losses: Of each step.
+    """
+
+    def __init__(
+        self, case: str, model: Any, batch: dict[str, Tensor], settings: dict[str, Any]
+    ) -> None:
+        self.case, self.device, self.batch = case, model.device, batch
+        self.net = contestant(case, model, settings["r"], batch)
+        self.params = [p for p in self.net.parameters() if p.requires_grad]
+        if case == "floor":
+            numbers = _block_numbers(model, settings["r"])
+            self.params.append(nn.Parameter(torch.zeros(numbers, device=model.device)))
+            self.params[-1].grad = torch.zeros_like(self.params[-1])
+        self.optimizer = torch.optim.AdamW(self.params, lr=settings["rate"])
+        if case.endswith("compiled"):
+            self.net = torch.compile(self.net)  # type: ignore[assignment]
+        self.steps: list[dict[str, float]] = []
+        self.losses: list[float] = []
+
+    def step(self) -> None:
+        """One step."""
+        start = _now(self.device)
+        loss: Tensor = self.net(**self.batch).loss
+        forward = _now(self.device)
         loss.backward()  # type: ignore[no-untyped-call]
-        backward = _now(model.device)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=settings["case"] != "floor")
-        end = _now(model.device)
-        for values, value in zip(
-            times.values(), (forward - start, backward - forward, end - backward), strict=True
-        ):
-            values.append(value)
-        losses.append(float(loss.detach()))
-    steps = [sum(parts) for parts in zip(*times.values(), strict=True)][2:]
-    return {
-        **{name: statistics.median(values[2:]) for name, values in times.items()},
-        "step_s": statistics.median(steps),
-        "memory_gb": (_memory(model.device, "VmHWM") - loaded) / 1e9,
-        "parameters": sum(p.numel() for p in params),
-        "accelerator": torch.cuda.get_device_name(model.device)
-        if model.device.type == "cuda"
-        else None,
-        "losses": losses,
-    }
+        backward = _now(self.device)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=self.case != "floor")
+        end = _now(self.device)
+        self.steps.append(
+            {
+                "forward_s": forward - start,
+                "backward_s": backward - forward,
+                "optimizer_s": end - backward,
+                "step_s": end - start,
+            }
+        )
+        self.losses.append(float(loss.detach()))
+
+    def described(self) -> dict[str, Any]:
+        """What its steps have in common."""
+        return {
+            "parameters": sum(p.numel() for p in self.params),
+            "accelerator": torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else None,
+            "losses": self.losses,
+        }
 
 
 def contestant(case: str, model: Any, r: int, batch: dict[str, Tensor]) -> nn.Module:
