@@ -77,7 +77,9 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=9, help="steps a run; the first two not timed")
-    parser.add_argument("--in-turn", action="store_true", help="one process, a step each in turn")
+    parser.add_argument(
+        "--in-turn", action="store_true", help="one process, a step each in turn; no rounds"
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("-r", type=int, default=64)

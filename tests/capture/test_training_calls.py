@@ -458,6 +458,12 @@ def odd_at_times(x: torch.Tensor) -> torch.Tensor:
 odd_at_times.register_fake(torch.empty_like)
 
 
+class Odd(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = odd_at_times(super().forward(x))
+        return y
+
+
 @pytest.mark.parametrize(
     ("odd", "said"),
     [
@@ -490,12 +496,6 @@ def test_a_model_that_differs_again_is_refused(
     with pytest.raises(CaptureError, match="differs by 1, allowed") as caught:
         capture_training(Odd(3, 2), (torch.randn(2, 3),))
     assert ("the model itself changes" in str(caught.value)) == unsteady
-
-
-class Odd(torch.nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = odd_at_times(super().forward(x))
-        return y
 
 
 def test_own_module_that_cannot_be_traced_is_refused() -> None:
