@@ -11,29 +11,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bone_fx.adapted import AdaptedModule
-    from bone_fx.adapting import adapt
     from bone_fx.config import BoneConfig
+    from bone_fx.deploy.export import ExportResult, export
+    from bone_fx.deploy.fold_checkpoint import FoldResult, fold_checkpoint
     from bone_fx.errors import BoneFxError
-    from bone_fx.exporting import ExportResult, export
-    from bone_fx.folding import FoldResult, fold_checkpoint
     from bone_fx.passes import PassResult, fold_adapters, insert_adapters
-    from bone_fx.trainer import AdapterTrainer
+    from bone_fx.train.adapt import adapt
+    from bone_fx.train.adapted_module import AdaptedModule
+    from bone_fx.train.trainer import AdapterTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdaptedModule": "bone_fx.adapted",
-    "AdapterTrainer": "bone_fx.trainer",
+    "AdaptedModule": "bone_fx.train.adapted_module",
+    "AdapterTrainer": "bone_fx.train.trainer",
     "BoneConfig": "bone_fx.config",
     "BoneFxError": "bone_fx.errors",
-    "ExportResult": "bone_fx.exporting",
-    "FoldResult": "bone_fx.folding",
+    "ExportResult": "bone_fx.deploy.export",
+    "FoldResult": "bone_fx.deploy.fold_checkpoint",
     "PassResult": "bone_fx.passes",
-    "adapt": "bone_fx.adapting",
-    "export": "bone_fx.exporting",
+    "adapt": "bone_fx.train.adapt",
+    "export": "bone_fx.deploy.export",
     "fold_adapters": "bone_fx.passes",
-    "fold_checkpoint": "bone_fx.folding",
+    "fold_checkpoint": "bone_fx.deploy.fold_checkpoint",
     "insert_adapters": "bone_fx.passes",
 }
 

@@ -143,7 +143,7 @@ def bone_export(
 ) -> None:
     """Fold block adapters into a base model and export it to ONNX, verified, for ONNX Runtime."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from bone_fx.exporting import export
+    from bone_fx.deploy.export import export
     from bone_fx.progress import Lines, Silent
 
     with nullcontext(Silent()) if quiet else Lines() as told:
@@ -217,7 +217,7 @@ def bone_export_fold(
 ) -> None:
     """Fold block adapters into a checkpoint: a Hugging Face folder of the same layout."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from bone_fx.folding import fold_checkpoint
+    from bone_fx.deploy.fold_checkpoint import fold_checkpoint
     from bone_fx.progress import Lines, Silent
 
     with nullcontext(Silent()) if quiet else Lines() as told:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from torch import nn
+
 from bone_fx.adapters import METHODS
 from bone_fx.config import ALL_LINEAR, BoneConfig
 from bone_fx.errors import SiteError
@@ -218,3 +220,21 @@ def _match(given: str, pattern: str, name: str, *, whole: bool = False) -> re.Ma
 def _examples(sites: list[LinearSite]) -> str:
     endings = dict.fromkeys(s.name.rpartition(".")[2] for s in sites)
     return ", ".join(list(endings)[:12]) or "none: the graph has no linear layer"
+
+
+_HEADS = ("score", "classifier")
+"""Names under which PEFT 0.18.1 looks for a sequence classifier's head (`SEQ_CLS_HEAD_NAMES`)."""
+
+
+def output_layers(model: nn.Module, task_type: str | None) -> frozenset[str]:
+    """What PEFT 0.18.1 leaves out of `"all-linear"`.
+
+    The output embeddings, or a sequence classifier's head.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    if head is None and task_type == "SEQ_CLS":
+        head = next((h for name in _HEADS if (h := getattr(model, name, None)) is not None), None)
+    return frozenset(
+        name for name, module in model.named_modules() if head is not None and module is head
+    )

@@ -19,11 +19,11 @@ from typing import Any
 from benching import interleave, ratios, report, spread
 from rich.console import Console
 
-from bone_fx.capture.deployment import capture_decoder
+from bone_fx.capture.decoder.capture_decoder import capture_decoder
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-_tests: Any = import_module("tests.capture.decoding")
-_rows: Any = import_module("tests.capture.decoders")
+_tests: Any = import_module("tests.capture.decoder.decoding")
+_rows: Any = import_module("tests.capture.decoder.decoders")
 
 FEW, MANY = 4, 32
 COLUMNS = {

@@ -32,8 +32,8 @@ from rich.table import Table
 from bone_fx.errors import BoneFxError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-_tests: Any = import_module("tests.capture.decoding")
-_rows: Any = import_module("tests.capture.decoders")
+_tests: Any = import_module("tests.capture.decoder.decoding")
+_rows: Any = import_module("tests.capture.decoder.decoders")
 
 NAMES = (
     *("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", "gemma2"),
@@ -119,8 +119,8 @@ def without_kernel(name: str) -> str:
     """What in the graphs for CUDA would run on the CPU; empty if only computations on shapes."""
     import torch
 
-    from bone_fx.build.checkpoint import NO_BIAS, NO_FP32_KERNEL
-    from bone_fx.capture.deployment import capture_decoder
+    from bone_fx.capture.decoder.capture_decoder import capture_decoder
+    from bone_fx.deploy.builds.checkpoint import NO_BIAS, NO_FP32_KERNEL
     from bone_fx.onnx.placement import place
 
     model, found = model_of(name, FEW), []
@@ -174,7 +174,7 @@ def run_of(name: str) -> tuple[float, str]:
     """
     import onnx_ir as ir
 
-    from bone_fx.onnx.genai_config import write_genai_folder
+    from bone_fx.deploy.genai_config import write_genai_folder
 
     model = model_of(name, MANY)
     capture = _tests.capture_of(model)

@@ -16,13 +16,9 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from bone_fx.capture.default_inputs import default_inputs
-from bone_fx.capture.examples import BATCH, Examples, read_examples
-from bone_fx.capture.flat_forward import flat_forward
 from bone_fx.capture.flat_outputs import different_from, flat_outputs
-from bone_fx.capture.patches import is_transformers_model, traceable
-from bone_fx.capture.unchanged import unchanged
-from bone_fx.capture.varying import (
+from bone_fx.capture.trace.default_inputs import default_inputs
+from bone_fx.capture.trace.dynamic_axes import (
     Roles,
     fixed_dims,
     name_dims,
@@ -30,6 +26,10 @@ from bone_fx.capture.varying import (
     roles_of,
     user_inputs,
 )
+from bone_fx.capture.trace.examples import BATCH, Examples, read_examples
+from bone_fx.capture.trace.flat_call import flat_forward
+from bone_fx.capture.trace.hf_model import is_transformers_model, traceable
+from bone_fx.capture.trace.restoring import unchanged
 from bone_fx.errors import BoneFxError, CaptureError, UsageError
 from bone_fx.passes.dropout import set_dropout
 

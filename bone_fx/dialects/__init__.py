@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from bone_fx.dialects import adapted, aten, functional, module_calls
+from bone_fx.dialects import adapted_calls, aten, functional, module_calls
 from bone_fx.dialects.linear_use import LinearUse
-from bone_fx.dialects.weights import tensor_at
+from bone_fx.dialects.parameter_source import tensor_at
 from bone_fx.sites import LinearSite, Refusal
 
 FORMS: tuple[Callable[[fx.GraphModule, fx.Node], LinearUse | None], ...] = (
     module_calls.read,
     functional.read,
     aten.read,
-    adapted.read,
+    adapted_calls.read,
 )
 
 

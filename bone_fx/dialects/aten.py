@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from bone_fx.dialects.linear_use import LinearUse, module_type, owner_of
-from bone_fx.dialects.weights import weight_behind
+from bone_fx.dialects.parameter_source import weight_behind
 from bone_fx.sites import LinearSite
 
 aten = torch.ops.aten

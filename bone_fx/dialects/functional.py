@@ -7,7 +7,7 @@ from torch import fx
 from torch.nn import functional
 
 from bone_fx.dialects.linear_use import LinearUse, module_type, owner_of
-from bone_fx.dialects.weights import weight_behind
+from bone_fx.dialects.parameter_source import weight_behind
 from bone_fx.sites import LinearSite
 
 _TARGETS = {functional.linear, torch._C._nn.linear}

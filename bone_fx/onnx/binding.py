@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from bone_fx.errors import ExportError
 from bone_fx.onnx.recipe_tensor import set_recipe
-from bone_fx.weights.recipes import Recipe, Value, cast
+from bone_fx.weights.recipes.recipe import Recipe, Value, cast
 
 
 def bind_recipes(model: ir.Model, recipes: Mapping[str, Recipe]) -> None:

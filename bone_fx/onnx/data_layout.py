@@ -11,7 +11,7 @@ import torch
 from onnx_ir.tensor_adapters import from_torch_dtype, to_torch_dtype
 
 from bone_fx.onnx.recipe_tensor import RecipeTensor
-from bone_fx.weights.recipes import Recipe, Value
+from bone_fx.weights.recipes.recipe import Recipe, Value
 
 EMBEDDED = 1024
 """Constants of at most this many bytes stay in model.onnx."""

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from bone_fx.onnx.dim_names import DimNames
 from bone_fx.onnx.translate import translate
-from bone_fx.weights.recipes import Recipe
+from bone_fx.weights.recipes.recipe import Recipe
 
 
 class CapturedForward(Protocol):

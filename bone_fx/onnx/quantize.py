@@ -10,9 +10,14 @@ from torch import Tensor
 
 from bone_fx.onnx.kernels import CONTRIB
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
-from bone_fx.weights.blocks import Scheme
-from bone_fx.weights.quantize import PartName, QuantizedWeight, behind_inputs, rows_in_float32
-from bone_fx.weights.recipes import Recipe
+from bone_fx.weights.recipes.nbits import Scheme
+from bone_fx.weights.recipes.quantized import (
+    PartName,
+    QuantizedWeight,
+    behind_inputs,
+    rows_in_float32,
+)
+from bone_fx.weights.recipes.recipe import Recipe
 
 PARTS: tuple[PartName, ...] = ("codes", "scales", "zero_points")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 
-from bone_fx.weights.recipes import Recipe
+from bone_fx.weights.recipes.recipe import Recipe
 
 
 class RecipeTensor(ir.LazyTensor):

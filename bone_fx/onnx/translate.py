@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 from torch.export import ExportedProgram
 
-from bone_fx.capture.while_traced import old_objects_left_alone
+from bone_fx.collector import old_objects_left_alone
 from bone_fx.errors import ExportError
 from bone_fx.onnx.binding import bind_recipes
 from bone_fx.onnx.cleanup import clean
 from bone_fx.onnx.dim_names import DimNames, name_dims
 from bone_fx.onnx.torch_exporter import OPSET, program_to_ir
-from bone_fx.weights.recipes import Recipe
+from bone_fx.weights.recipes.recipe import Recipe
 
 IR_VERSION = 10
 """What ONNX Runtime 1.18 and later load, as onnxruntime-genai's own builder writes it."""

@@ -19,9 +19,9 @@ from torch import Tensor
 from bone_fx.errors import ExportError
 from bone_fx.onnx.data_layout import Placement, external, lay_out
 from bone_fx.onnx.recipe_tensor import RecipeTensor
-from bone_fx.weights.overflow import refuse_overflow
-from bone_fx.weights.recipes import CastOverflowError
-from bone_fx.weights.stream import Piece, write_stream
+from bone_fx.weights.recipes.recipe import CastOverflowError
+from bone_fx.weights.writing.overflow import refuse_overflow
+from bone_fx.weights.writing.stream import Piece, write_stream
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"

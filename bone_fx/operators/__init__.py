@@ -7,13 +7,13 @@ calls an autograd function that keeps less and recomputes the rest in backward.
 
 from bone_fx.operators.adapted_linear import ADAPTED_LINEAR
 from bone_fx.operators.adapted_linears import ADAPTED_LINEARS
-from bone_fx.operators.attention import ATTENTION, forget_masks
 from bone_fx.operators.gate_product import ACTIVATIONS, GATE_PRODUCT
-from bone_fx.operators.head import HEAD, loss_follows
 from bone_fx.operators.joint_linear import JOINED_METHODS, KEEP_SUMS
-from bone_fx.operators.lean_loss import lean_cross_entropy
+from bone_fx.operators.loss.head import HEAD, loss_follows
+from bone_fx.operators.loss.lean_loss import lean_cross_entropy
+from bone_fx.operators.masked_attention import ATTENTION, forget_masks
 from bone_fx.operators.rms_norm import RMS_NORM
-from bone_fx.operators.rotary import ROTARY
+from bone_fx.operators.rotary_embedding import ROTARY
 
 __all__ = [
     "ACTIVATIONS",

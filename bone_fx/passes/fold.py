@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from bone_fx.adapters import METHODS
 from bone_fx.dialects import LinearUse, read_use
-from bone_fx.dialects.adapted import AdaptedArguments
+from bone_fx.dialects.adapted_calls import AdaptedArguments
 from bone_fx.errors import FoldError
 from bone_fx.operators import ADAPTED_LINEAR
 from bone_fx.passes.frame import PassResult, container, copy_module, graph_pass

@@ -10,7 +10,7 @@ After:
 A trace writes down the device of what a model makes by itself: positions, masks, tables. Parameters
 move by `to("cuda")` or by FSDP2, which asks no module; literals would stay. Those of another device
 than the parameters' are left: the model chose them. For the form in which a graph runs
-(`layer_graph`).
+(`lean.form`).
 """
 
 from __future__ import annotations

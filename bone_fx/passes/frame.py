@@ -247,3 +247,10 @@ def fake_like(node: fx.Node, tensor: torch.Tensor) -> object | None:
     """
     mode = getattr(node.meta.get("val"), "fake_mode", None)
     return None if mode is None else mode.from_tensor(tensor, static_shapes=True)
+
+
+def attribute_at(root: Any, target: str) -> Any:
+    """What a dotted name leads to, such as the tensor that a `get_attr` node reads."""
+    for part in target.split("."):
+        root = getattr(root, part)
+    return root

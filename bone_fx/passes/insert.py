@@ -19,11 +19,11 @@ from torch import Tensor, fx, nn
 from bone_fx.adapters import METHODS
 from bone_fx.config import BoneConfig
 from bone_fx.dialects import LinearUse, find_sites, read_use
-from bone_fx.dialects.adapted import META, AdaptedArguments
+from bone_fx.dialects.adapted_calls import META, AdaptedArguments
 from bone_fx.errors import SiteError
 from bone_fx.operators import ADAPTED_LINEAR
 from bone_fx.passes.frame import PassResult, container, copy_module, fake_like, graph_pass
-from bone_fx.passes.tied import untie_weights
+from bone_fx.passes.untie import untie_weights
 from bone_fx.sites import LinearSite, check_fit, is_saved_module, select_sites
 
 BLOCK = "bone_block"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bone_fx.checkpoint import AdapterFolder
+from bone_fx.adapter_folder import AdapterFolder
 from bone_fx.operators.adapted_linear import adapted_linear
 from bone_fx.passes.fold import fold_weight
 from bone_fx.sites import LinearSite

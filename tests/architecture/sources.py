@@ -55,10 +55,6 @@ def imports_of(path: Path, *, for_types: bool = True) -> set[str]:
     return found
 
 
-def _is_for_types(node: ast.If) -> bool:
-    return ast.unparse(node.test) == "TYPE_CHECKING"
-
-
 def room_of(path: Path) -> str:
     """The room a file of the package belongs to: its folder or, at the top, its own name."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")

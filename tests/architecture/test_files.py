@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 from tests.architecture.sources import PACKAGE, ROOT, project_files, python_files
 
 LONGEST = 400
+"""Lines of a file."""
+MEDIAN = 120
+"""Lines of half of the package's files, at most."""
+FILES = 18
+"""Python files in one folder of the package."""
 # Each pattern is written so that it does not find itself.
 UNWANTED = {
     "unfinished work": r"\bTO[D]O\b|\bFIX[M]E\b|\bX[X]X\b",
@@ -47,6 +54,16 @@ def test_files_hold_one_idea() -> None:
         for path in python_files("bone_fx", "tools")
     }
     assert not {name: length for name, length in lengths.items() if length > LONGEST}
+
+
+def test_half_of_the_files_are_short() -> None:
+    lengths = [len(p.read_text(encoding="utf-8").splitlines()) for p in python_files("bone_fx")]
+    assert median(lengths) < MEDIAN
+
+
+def test_folders_are_one_floor() -> None:
+    counts = Counter(str(path.parent.relative_to(PACKAGE)) for path in python_files("bone_fx"))
+    assert not {folder: n for folder, n in counts.items() if n > FILES}
 
 
 @pytest.mark.parametrize("what", UNWANTED)

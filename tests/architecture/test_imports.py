@@ -2,128 +2,64 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
-from tests.architecture.sources import PACKAGE, imports_of, python_files, room_of
+from tests.architecture.sources import PACKAGE, ROOT, imports_of, python_files, room_of
 
-# From the leaves to the command line. A row names only rooms above it, so there are no cycles.
+# From the leaves to the command line. A row names only rooms above it, so there are no circles and
+# no import upwards. *train* and *deploy* are the two flows; deploy knows train only to take an
+# adapted module, inside a function.
 MAY_KNOW: dict[str, set[str]] = {
     "errors": set(),
     "progress": set(),
-    "staging": {"errors"},
+    "collector": set(),
     "adapters": {"errors"},
     "operators": {"adapters", "errors"},
     "config": {"errors"},
-    "sites": {"adapters", "config", "errors"},
-    "checkpoint": {"adapters", "config", "errors", "sites"},
-    "dialects": {"errors", "operators", "sites"},
-    "passes": {"adapters", "config", "dialects", "errors", "operators", "sites"},
-    "weights": {"adapters", "config", "errors", "sites"},
-    "capture": {"errors", "operators", "passes", "weights"},
-    "onnx": {"capture", "errors", "weights"},
     "runtime": {"errors"},
+    "sites": {"adapters", "config", "errors"},
+    "adapter_folder": {"adapters", "config", "errors", "sites"},
+    "dialects": {"errors", "operators", "sites"},
+    "weights": {"adapters", "config", "errors", "sites"},
+    "base": {"errors", "weights"},
+    "passes": {"adapters", "config", "dialects", "errors", "operators", "sites"},
+    "lean": {"dialects", "operators", "passes"},
+    "lower": {"errors", "passes"},
+    "onnx": {"collector", "errors", "weights"},
     # The format of quantized weights stands in weights.
     "verify": {
-        "checkpoint",
-        "errors",
-        "onnx",
-        "operators",
-        "passes",
-        "runtime",
-        "sites",
-        "weights",
+        *("adapter_folder", "errors", "onnx", "operators", "passes", "runtime", "sites", "weights"),
     },
-    "mounting": {
-        "adapters",
-        "capture",
-        "checkpoint",
-        "config",
-        "dialects",
-        "errors",
-        "passes",
-        "sites",
+    "capture": {"collector", "errors", "lower", "operators", "passes"},
+    "train": {
+        *("adapter_folder", "adapters", "capture", "config", "dialects", "errors", "lean"),
+        *("operators", "passes", "sites"),
     },
-    "model_graph": {"passes"},
-    "folded": {"capture", "model_graph", "passes"},
-    "training_graph": {"errors", "model_graph", "mounting", "operators", "passes"},
-    "adapted": {
-        "checkpoint",
-        "config",
-        "dialects",
-        "errors",
-        "folded",
-        "mounting",
-        "passes",
-        "sites",
-        "training_graph",
+    "deploy": {
+        *("adapter_folder", "base", "capture", "config", "dialects", "errors", "onnx", "passes"),
+        *("progress", "runtime", "sites", "train", "verify", "weights"),
     },
-    "adapting": {"adapted", "capture", "checkpoint", "config", "mounting"},
-    "trainer": {"adapted", "errors"},
-    "build": {
-        "adapted",
-        "adapting",
-        "capture",
-        "checkpoint",
-        "dialects",
-        "errors",
-        "onnx",
-        "passes",
-        "progress",
-        "runtime",
-        "sites",
-        "verify",
-        "weights",
-    },
-    "manifest": {"build", "checkpoint", "config", "errors", "verify"},
-    "exporting": {
-        "build",
-        "checkpoint",
-        "errors",
-        "manifest",
-        "progress",
-        "runtime",
-        "staging",
-        "verify",
-    },
-    "folding": {
-        "build",
-        "capture",
-        "checkpoint",
-        "errors",
-        "manifest",
-        "passes",
-        "progress",
-        "staging",
-        "weights",
-    },
-    "cli": {"errors", "exporting", "folding", "progress"},
+    "cli": {"deploy", "errors", "progress"},
     "__main__": {"cli"},
-    "__init__": {
-        "adapted",
-        "adapting",
-        "config",
-        "errors",
-        "exporting",
-        "folding",
-        "passes",
-        "trainer",
-    },
+    "__init__": {"config", "deploy", "errors", "passes", "train"},
 }
 
 # Third-party packages and the only rooms that may import them; what is free stands below.
 HOMES: dict[str, set[str]] = {
-    "transformers": {"capture", "trainer"},
-    "huggingface_hub": {"capture"},
-    "gguf": {"capture"},
-    "onnx": {"onnx", "manifest", "runtime", "verify"},
-    "onnx_ir": {"onnx", "build", "verify"},
+    "transformers": {"base", "capture", "train"},
+    "huggingface_hub": {"base"},
+    "gguf": {"base"},
+    "onnx": {"onnx", "deploy", "runtime", "verify"},
+    "onnx_ir": {"onnx", "deploy", "verify"},
     "onnxscript": {"onnx"},
     "onnxruntime": {"runtime", "verify"},
     "onnxruntime_genai": {"runtime", "verify"},
-    "rich": {"progress", "cli"},
+    "rich": {"progress"},
     "typer": {"cli"},
 }
 FREE = {"torch", "numpy", "safetensors"}
@@ -144,6 +80,25 @@ def _room_named(module: str) -> str | None:
     return room if package == "bone_fx" and room in MAY_KNOW else None
 
 
+def _file_of(module: str) -> Path | None:
+    """The file of a module of the package; None for a module elsewhere."""
+    path = ROOT.joinpath(*module.split("."))
+    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+        if module.partition(".")[0] == "bone_fx" and candidate.is_file():
+            return candidate
+    return None
+
+
+def _entry(path: Path | None, folder: Path) -> str:
+    """The file or folder, standing in a folder, that a file is or is part of; empty for none."""
+    if path is None or not path.is_relative_to(folder):
+        return ""
+    return path.relative_to(folder).parts[0].removesuffix(".py")
+
+
+FOLDERS = sorted(
+    {str(path.parent.relative_to(PACKAGE)) for path in python_files("bone_fx")} - {"."}
+)
 IMPORTS = _imports_by_room(for_types=True)
 EXECUTED = _imports_by_room(for_types=False)
 
@@ -178,6 +133,35 @@ def test_third_party_packages_stay_in_their_rooms(room: str) -> None:
         and room not in HOMES.get(package, set())
     }
     assert not outside
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_circle_on_any_floor(folder: str) -> None:
+    """Between the files and folders that stand in one folder imports go one way."""
+    knows: dict[str, set[str]] = defaultdict(set)
+    for path in python_files(f"bone_fx/{folder}"):
+        entry = _entry(path, PACKAGE / folder)
+        knows[entry] |= {
+            other
+            for module in imports_of(path)
+            if (other := _entry(_file_of(module), PACKAGE / folder)) and other != entry
+        }
+    while free := [entry for entry, known in knows.items() if not known & set(knows)]:
+        for entry in free:
+            del knows[entry]
+    assert not knows
+
+
+def test_exporting_a_checkpoint_imports_nothing_of_training() -> None:
+    """The stages import each other where they are used; this is what they reach at import."""
+    program = (
+        "import sys, bone_fx.deploy.export, bone_fx.deploy.fold_checkpoint, "
+        "bone_fx.deploy.builds.checkpoint, bone_fx.capture.decoder.capture_decoder; "
+        "sys.exit(','.join(m for m in sys.modules if m.startswith(('bone_fx.train', "
+        "'bone_fx.lean', 'bone_fx.capture.training'))) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_adapters_and_dialects_do_not_know_each_other() -> None:

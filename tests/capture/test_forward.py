@@ -11,15 +11,15 @@ import transformers
 from torch import Tensor, nn
 from torch.export import Dim, export
 
+from bone_fx.base.loading import open_base, skeleton
+from bone_fx.base.skeleton import skeleton_from_config
 from bone_fx.capture.forward import capture_forward
-from bone_fx.capture.loading import open_base, skeleton
-from bone_fx.capture.skeleton import skeleton_from_config
 from bone_fx.errors import CaptureError, UsageError
 from bone_fx.onnx.forward_model import forward_model
 from bone_fx.onnx.translate import DECOMPOSED
 from bone_fx.onnx.writer import write_model
-from bone_fx.weights.checkpoint import recipes_for
-from bone_fx.weights.recipes import Recipe, Value
+from bone_fx.weights.load_plan import recipes_for
+from bone_fx.weights.recipes.recipe import Recipe, Value
 from tests.onnx.models import Net, ops, run
 from tests.tolerances import assert_agrees
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bone_fx
-from bone_fx.capture.loading import open_base
+from bone_fx.base.loading import open_base
 from bone_fx.errors import BoneFxError
 from tests.end_to_end.zen import zen_batch
 

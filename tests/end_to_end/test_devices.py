@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import bone_fx
-from bone_fx.mounting import with_parameters
+from bone_fx.train.mounting import with_parameters
 from tests.capture.architectures import BY_NAME
 from tests.elsewhere import call_on_cuda
 from tests.end_to_end.test_adapted import CONFIG, inputs, llama, stir

@@ -12,7 +12,7 @@ from torch import nn
 import bone_fx
 from bone_fx.errors import UsageError
 from tests.capture.architectures import BY_NAME
-from tests.capture.decoders import DECODERS
+from tests.capture.decoder.decoders import DECODERS
 
 ROW = {row.name: row for row in DECODERS}
 

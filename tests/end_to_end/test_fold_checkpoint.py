@@ -21,7 +21,7 @@ from transformers import (
 import bone_fx
 from bone_fx.cli import main
 from bone_fx.errors import AdapterError, SiteError, UsageError, VerificationError
-from bone_fx.weights import safetensors_writer
+from bone_fx.weights.writing import safetensors_writer
 from tests.end_to_end.test_peft import METHODS, TARGETS, in_peft, llama
 
 

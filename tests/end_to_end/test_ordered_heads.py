@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import bone_fx
-from tests.capture.decoders import DECODERS
+from tests.capture.decoder.decoders import DECODERS
 
 ROW = {row.name: row for row in DECODERS}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import bone_fx
-from tests.capture.decoders import DECODERS
+from tests.capture.decoder.decoders import DECODERS
 
 ROW = {row.name: row for row in DECODERS}
 

@@ -11,8 +11,8 @@ import pytest
 import bone_fx
 from bone_fx.errors import UsageError, VerificationError
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
-from bone_fx.weights.fold_recipe import Fold
-from bone_fx.weights.quantize import Part, QuantizedWeight
+from bone_fx.weights.recipes.fold_recipe import Fold
+from bone_fx.weights.recipes.quantized import Part, QuantizedWeight
 from tests.end_to_end.tiny import tiny_adapter, tiny_base
 from tests.verify.test_defects import seed
 

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bone_fx
-from bone_fx.operators import head
+from bone_fx.operators.loss import head
 from tests.end_to_end.zen import zen_batch
 
 PARAMETERS = 134_515_008

@@ -24,7 +24,7 @@ PROGRAM = f"""
 import resource, sys
 import bone_fx, torch
 from bone_fx import folding
-from bone_fx.build import build_checkpoint
+from bone_fx.deploy.builds import build_checkpoint
 from bone_fx.onnx import torchlib
 from transformers import LlamaForCausalLM
 import torch.export._trace

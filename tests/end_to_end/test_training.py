@@ -11,8 +11,8 @@ from torch import Tensor
 
 import bone_fx
 from bone_fx.errors import UsageError
-from bone_fx.operators import head
-from bone_fx.operators.deferred import DeferredTensor
+from bone_fx.operators.loss import head
+from bone_fx.operators.loss.deferred import DeferredTensor
 from tests.end_to_end.test_adapted import BAT, CONFIG, Headed, inputs, llama, logits, stir
 
 

@@ -18,7 +18,7 @@ from bone_fx.onnx.cleanup.remove_no_ops import RemoveNoOps
 from bone_fx.onnx.cleanup.shapes import reshape_target
 from bone_fx.onnx.cleanup.share_constants import ShareConstants, constant_value
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
-from bone_fx.weights.recipes import Value
+from bone_fx.weights.recipes.recipe import Value
 from tests.onnx.models import ops
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16

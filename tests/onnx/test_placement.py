@@ -21,12 +21,12 @@ from transformers import (
 )
 
 import bone_fx
-from bone_fx.build.checkpoint import NO_BIAS, NO_FP32_KERNEL
-from bone_fx.capture.deployment import capture_decoder
+from bone_fx.capture.decoder.capture_decoder import capture_decoder
+from bone_fx.deploy.builds.checkpoint import NO_BIAS, NO_FP32_KERNEL
 from bone_fx.errors import ExportError
 from bone_fx.onnx.placement import SHAPES, place
-from tests.capture.decoders import DECODERS
-from tests.capture.decoding import differences, onnx_of, session_of, skeleton_of
+from tests.capture.decoder.decoders import DECODERS
+from tests.capture.decoder.decoding import differences, onnx_of, session_of, skeleton_of
 
 GQA = "com.microsoft::GroupQueryAttention"
 SMALL: dict[str, Any] = {

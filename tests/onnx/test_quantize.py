@@ -13,10 +13,10 @@ import torch
 from bone_fx.onnx.quantize import Quantization, QuantizeWeights, head_of
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
 from bone_fx.onnx.writer import write_model
-from bone_fx.weights.blocks import Scheme, quantize
-from bone_fx.weights.quantize import Part
-from bone_fx.weights.recipes import Cast, Concat, Recipe, Transpose, Value
-from bone_fx.weights.regroup import Regrouped
+from bone_fx.weights.recipes.nbits import Scheme, quantize
+from bone_fx.weights.recipes.quantized import Part
+from bone_fx.weights.recipes.recipe import Cast, Concat, Recipe, Transpose, Value
+from bone_fx.weights.recipes.reorder import Regrouped
 
 V, H, F = 96, 64, 32
 INT4, INT8 = Scheme(4, 16), Scheme(8, 16)

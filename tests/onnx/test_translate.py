@@ -17,8 +17,8 @@ from bone_fx.onnx.prepare.decompose import decompose_nodes
 from bone_fx.onnx.recipe_tensor import recipe_of
 from bone_fx.onnx.torchlib import TorchLib
 from bone_fx.onnx.translate import DECOMPOSED, translate
-from bone_fx.weights.boxes import Box
-from bone_fx.weights.recipes import Recipe, Value
+from bone_fx.weights.recipes.recipe import Recipe, Value
+from bone_fx.weights.storage.boxes import Box
 from tests.onnx.models import Net, Tied, ops, write_and_run
 from tests.tolerances import assert_agrees
 

@@ -16,9 +16,9 @@ from bone_fx.onnx.data_layout import lay_out
 from bone_fx.onnx.recipe_tensor import RecipeTensor
 from bone_fx.onnx.translate import translate
 from bone_fx.onnx.writer import DATA_FILE, write_model
-from bone_fx.weights import stream
-from bone_fx.weights.boxes import Box
-from bone_fx.weights.recipes import Cast, Transpose, Value
+from bone_fx.weights.recipes.recipe import Cast, Transpose, Value
+from bone_fx.weights.storage.boxes import Box
+from bone_fx.weights.writing import stream
 from tests.onnx.models import Net, Tied, content, run, sizes
 
 

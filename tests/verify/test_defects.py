@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from bone_fx import build as building
 from bone_fx.cli import main
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
-from bone_fx.weights.fold_recipe import Fold
-from bone_fx.weights.recipes import Concat, Recipe, Transpose, cast
+from bone_fx.weights.recipes.fold_recipe import Fold
+from bone_fx.weights.recipes.recipe import Concat, Recipe, Transpose, cast
 from tests.end_to_end.tiny import tiny_adapter, tiny_base
 
 QKV = "model.layers.0.self_attn.q_proj+k_proj+v_proj.weight"

@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from bone_fx.capture.loading import open_base, skeleton
-from bone_fx.weights.checkpoint import recipes_for
+from bone_fx.base.loading import open_base, skeleton
+from bone_fx.weights.load_plan import recipes_for
 from tests.capture.architectures import Architecture
 
 

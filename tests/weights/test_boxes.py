@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bone_fx.weights import fold_recipe, recipes
-from bone_fx.weights.boxes import Box, bands, whole, within
-from bone_fx.weights.fold_recipe import Fold, FoldStep
-from bone_fx.weights.recipes import Cast, Concat, Converted, Read, Recipe, Transpose, Value
-from bone_fx.weights.safetensors_file import read_header
+from bone_fx.weights.recipes import fold_recipe
+from bone_fx.weights.recipes import recipe as recipes
+from bone_fx.weights.recipes.fold_recipe import Fold, FoldStep
+from bone_fx.weights.recipes.recipe import Cast, Concat, Converted, Read, Recipe, Transpose, Value
+from bone_fx.weights.storage.boxes import Box, bands, whole, within
+from bone_fx.weights.storage.safetensors_file import read_header
 from tests.adapters.test_methods import make
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bone_fx.weights import output_file as module
-from bone_fx.weights.output_file import ALIGNMENT, aligned, buffer_of, output_file
+from bone_fx.weights.writing import output_file as module
+from bone_fx.weights.writing.output_file import ALIGNMENT, aligned, buffer_of, output_file
 
 LENGTHS = (10, 3 * ALIGNMENT, 1, 5 * ALIGNMENT + 77, 64, 2 * ALIGNMENT - 152, ALIGNMENT)
 

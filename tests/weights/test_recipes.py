@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bone_fx.errors import BaseModelError, FoldError
-from bone_fx.weights.fold_recipe import Fold, FoldStep
-from bone_fx.weights.recipes import (
+from bone_fx.weights.recipes.fold_recipe import Fold, FoldStep
+from bone_fx.weights.recipes.recipe import (
     Cast,
     Concat,
     Converted,
@@ -23,7 +23,7 @@ from bone_fx.weights.recipes import (
     cast,
     without_cast,
 )
-from bone_fx.weights.safetensors_file import read_header
+from bone_fx.weights.storage.safetensors_file import read_header
 from tests.adapters.test_methods import make, slow_fold
 
 

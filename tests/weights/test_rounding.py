@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bone_fx.weights import fold_recipe
-from bone_fx.weights.fold_recipe import Fold, FoldStep
-from bone_fx.weights.recipes import Transpose, Value
-from bone_fx.weights.rounding import Rounding
+from bone_fx.weights.recipes import fold_recipe
+from bone_fx.weights.recipes.fold_recipe import Fold, FoldStep
+from bone_fx.weights.recipes.recipe import Transpose, Value
+from bone_fx.weights.recipes.rounding import Rounding
 
 
 def folded(scale: float, to: torch.dtype, rounding: Rounding) -> tuple[Fold, torch.Tensor]:

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from bone_fx.errors import BaseModelError
-from bone_fx.weights import safetensors_file
-from bone_fx.weights.safetensors_file import (
+from bone_fx.weights.storage import safetensors_file
+from bone_fx.weights.storage.safetensors_file import (
     file_sha256,
     read_header,
     read_part,

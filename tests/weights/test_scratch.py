@@ -8,8 +8,8 @@ from threading import Barrier
 import pytest
 import torch
 
-from bone_fx.weights import scratch as module
-from bone_fx.weights.scratch import contiguous, convert, put, scratch
+from bone_fx.weights.storage import scratch as module
+from bone_fx.weights.storage.scratch import contiguous, convert, put, scratch
 
 
 def test_open_uses_never_share_memory() -> None:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from onnx_ir.tensor_adapters import to_torch_dtype
 
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
-from bone_fx.weights.recipes import cast
+from bone_fx.weights.recipes.recipe import cast
 
 _MAY_GROW = 1 << 19
 """Elements of a weight up to which a cast may make it larger."""

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from bone_fx.onnx.packed_names import packed_name
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
-from bone_fx.weights.recipes import Concat
+from bone_fx.weights.recipes.recipe import Concat
 
 
 class AbsorbConcats(ir.passes.InPlacePass):

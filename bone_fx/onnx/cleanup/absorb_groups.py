@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from bone_fx.onnx.packed_names import by_part_name
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
-from bone_fx.weights.ungroup import Ungroup
+from bone_fx.weights.recipes.ungroup import Ungroup
 
 
 class AbsorbGroups(ir.passes.InPlacePass):

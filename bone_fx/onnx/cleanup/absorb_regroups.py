@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from bone_fx.onnx.cleanup.merge_transposes import permutation
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
-from bone_fx.weights.regroup import Regrouped
+from bone_fx.weights.recipes.reorder import Regrouped
 
 
 class AbsorbRegroups(ir.passes.InPlacePass):

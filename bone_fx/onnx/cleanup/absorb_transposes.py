@@ -7,7 +7,7 @@ import onnx_ir as ir
 from bone_fx.onnx.cleanup.merge_transposes import permutation
 from bone_fx.onnx.kernels import CONTRIB
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
-from bone_fx.weights.recipes import Recipe, Transpose
+from bone_fx.weights.recipes.recipe import Recipe, Transpose
 
 
 class AbsorbTransposes(ir.passes.InPlacePass):

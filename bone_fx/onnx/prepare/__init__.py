@@ -16,9 +16,9 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from bone_fx.onnx.prepare.assertions import remove_assertions
 from bone_fx.onnx.prepare.in_place import make_functional
 from bone_fx.onnx.prepare.mode_regions import inline_mode_regions
+from bone_fx.onnx.prepare.no_op_conversions import replace_conversions
 from bone_fx.onnx.prepare.padding_masks import replace_padding_masks
 from bone_fx.onnx.prepare.promotion import insert_promotions
-from bone_fx.onnx.prepare.same_values import replace_conversions
 
 STEPS: tuple[Callable[[GraphModule], None], ...] = (
     inline_mode_regions,  # first: the steps below do not look into regions

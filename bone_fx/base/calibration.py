@@ -1,0 +1,230 @@
+"""Mean squares of the inputs of a model's linear layers on a text, without holding its weights.
+
+A skeleton runs the text once. Each module that owns parameters gets them, folded and in float32,
+as it is called, and gives them back as it returns: one module's weights are there at a time, of an
+embedding only the rows that are read. The run ends where the logits would be computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from bone_fx.base.architectures import reference_attention
+from bone_fx.base.loading import BaseCheckpoint, skeleton
+from bone_fx.weights.recipes.quantized import rows_in_float32
+from bone_fx.weights.recipes.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BUILT_IN = Path(__file__).with_suffix(".txt")
+WINDOW, WINDOWS = 256, 4
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_RUN_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+_TOKENIZER_ERRORS = (*_RUN_ERRORS, OSError, ImportError)
+
+
+class CalibrationError(Exception):
+    """The model cannot be run on the text; the message says why."""
+
+
+class Text(NamedTuple):
+    """A text to run.
+
+    Attributes:
+        name: Its file's name, or `built-in`.
+        content: The text.
+    """
+
+    name: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        """Of the text in UTF-8."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a run measured.
+
+    Attributes:
+        tokens: How many tokens were run.
+        of_inputs: Mean square of each input, float32 `[K]`, by the name of the linear layer's
+            weight.
+    """
+
+    tokens: int
+    of_inputs: Mapping[str, Tensor]
+
+
+class _HeadReached(Exception):  # noqa: N818 - no error: the logits are of no use
+    pass
+
+
+def built_in_text() -> Text:
+    """Prose, a dialogue, lists, numbers and code that come with bone_fx."""
+    return Text("built-in", BUILT_IN.read_text(encoding="utf-8"))
+
+
+def measure_inputs(
+    base: BaseCheckpoint,
+    architecture: type[PreTrainedModel],
+    overrides: Mapping[str, Any],
+    recipes: Mapping[str, Recipe],
+    text: Text,
+) -> Moments:
+    """Run a decoder on the first windows of a text.
+
+    Args:
+        base: The base model; its tokenizer reads the text.
+        architecture: The model's class.
+        overrides: Fields of the configuration to set.
+        recipes: The folded weights by parameter name.
+        text: The text.
+
+    Raises:
+        CalibrationError: The base has no tokenizer, or the model does not run piece by piece.
+        FoldError: A folded weight is not finite.
+    """
+    ids = _windows(base, text)
+    model = skeleton(
+        base,
+        torch.float32,
+        architecture=architecture,
+        config_overrides=overrides,
+        attn_implementation=reference_attention(base.config),
+    )
+    return run_in_pieces(model, recipes, ids)
+
+
+def run_in_pieces(model: PreTrainedModel, recipes: Mapping[str, Recipe], ids_BT: Tensor) -> Moments:
+    """Run a skeleton on token ids, each module with its weights only while it is called.
+
+    Raises:
+        CalibrationError: A weight is used outside of the module that owns it, or the model refuses
+            the ids.
+    """
+    run = _Run(model, recipes)
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            run.attach(name, module, stack)
+        try:
+            with torch.no_grad():
+                cast(nn.Module, model)(input_ids=ids_BT, use_cache=False)
+        except _HeadReached:
+            pass
+        except _RUN_ERRORS as error:
+            raise CalibrationError(
+                f"the model does not run piece by piece ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]})"
+            ) from error
+    means = {name: (sums / run.counts[name]).float() for name, sums in run.sums.items()}
+    finite = {name: mean for name, mean in means.items() if bool(torch.isfinite(mean).all())}
+    return Moments(ids_BT.numel(), finite)
+
+
+class _Run:
+    """The hooks of one run, and what they summed up."""
+
+    def __init__(self, model: PreTrainedModel, recipes: Mapping[str, Recipe]) -> None:
+        self.recipes = recipes
+        self.table: Any = model.get_input_embeddings()
+        self.head: Any = cast(Any, model).get_output_embeddings()
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def attach(self, name: str, module: nn.Module, stack: ExitStack) -> None:
+        """Hook a module if it owns tensors that are not there; the stack takes the hooks out."""
+        held: list[tuple[dict[str, Any], str, Tensor, Recipe]] = [
+            (cast(dict[str, Any], tensors), key, tensor, self.recipes[full])
+            for tensors in (module._parameters, module._buffers)
+            for key, tensor in tensors.items()
+            if isinstance(tensor, FakeTensor)
+            and (full := f"{name}.{key}".removeprefix(".")) in self.recipes
+        ]
+        if not held:
+            return
+        linear = isinstance(module, nn.Linear | Conv1D)
+        weight_name = f"{name}.weight"
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if linear:
+                self._record(weight_name, args[0])
+            if module is self.head:
+                raise _HeadReached
+            by_rows = module is self.table or type(module) is nn.Embedding
+            for tensors, key, tensor, recipe in held:
+                value = _rows(recipe, args[0]) if by_rows and args else _whole(recipe)
+                # A module tells parameters from buffers by where they lie, not by their class.
+                tensors[key] = (
+                    nn.Parameter(value, requires_grad=False)
+                    if isinstance(tensor, nn.Parameter)
+                    else value
+                )
+
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            for tensors, key, tensor, _ in held:
+                tensors[key] = tensor
+
+        stack.callback(module.register_forward_pre_hook(enter).remove)
+        stack.callback(module.register_forward_hook(leave).remove)
+
+    def _record(self, name: str, x: Tensor) -> None:
+        if isinstance(x, FakeTensor):
+            # A fake weight makes everything after it fake without a word.
+            raise CalibrationError(
+                f"the input of {name} is not computed: a weight before it is not there"
+            )
+        rows_TK = x.detach().flatten(0, -2)
+        sums_K = rows_TK.square().sum(0, dtype=torch.float64)
+        self.sums[name] = self.sums[name] + sums_K if name in self.sums else sums_K
+        self.counts[name] = self.counts.get(name, 0) + len(rows_TK)
+
+
+def _whole(recipe: Recipe) -> Tensor:
+    if not recipe.dtype.is_floating_point:
+        return recipe.evaluate()
+    return rows_in_float32(recipe, transposed=False).evaluate()
+
+
+def _rows(recipe: Recipe, ids: Tensor) -> Tensor:
+    """A table of which only the rows that are read are there: the rest is never written."""
+    exact = rows_in_float32(recipe, transposed=False)
+    table = torch.empty(exact.shape)
+    for row in sorted(set(ids.flatten().tolist())):
+        exact.fill(table[row : row + 1], ((row, row + 1), (0, exact.shape[1])))
+    return table
+
+
+def _windows(base: BaseCheckpoint, text: Text) -> Tensor:
+    """Token ids `[B, T]`: as many whole windows as there are, or the one that is not whole."""
+    if not any((base.folder / name).is_file() for name in _TOKENIZERS):
+        raise CalibrationError("the base has no tokenizer")
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            base.folder, local_files_only=True, trust_remote_code=base.trust_remote_code
+        )
+        ids = torch.tensor(tokenizer(text.content, verbose=False)["input_ids"])
+    except _TOKENIZER_ERRORS as error:
+        raise CalibrationError(
+            f"the base's tokenizer cannot be read ({type(error).__name__})"
+        ) from error
+    config = base.config.get_text_config()
+    if len(ids) < 2 or int(ids.max()) >= int(config.vocab_size):
+        raise CalibrationError("the tokenizer's ids are not the model's")
+    length = min(WINDOW, int(getattr(config, "max_position_embeddings", None) or WINDOW), len(ids))
+    count = min(WINDOWS, len(ids) // length)
+    return ids[: count * length].view(count, length)

@@ -1,0 +1,147 @@
+"""GGUF files: dequantized by transformers, once, into a safetensors folder in the cache.
+
+The folder is keyed by the file's SHA-256, written under another name and moved into place when it
+is complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from pathlib import Path
+
+import torch
+
+from bone_fx.errors import BaseModelError
+from bone_fx.weights.storage.safetensors_file import file_sha256
+
+_LAYOUT = "gguf1"
+"""Part of the key: changed when the folder's content would be another for the same file."""
+_log = logging.getLogger(__name__)
+_READ_ERRORS = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    OSError,
+)
+
+
+def dequantized_folder(file: Path, cache: Path) -> Path:
+    """A Hugging Face folder with a GGUF file's weights in float32, configuration and tokenizer.
+
+    Raises:
+        BaseModelError: The file is no GGUF, or of a kind that transformers cannot dequantize, or
+            the `gguf` package is missing.
+    """
+    _check_magic(file)
+    folder = cache / f"{_LAYOUT}-{file_sha256(file)}"
+    if folder.is_dir():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name[:24]}-", dir=cache))
+    except OSError as error:
+        raise BaseModelError(
+            f"{cache} cannot hold the dequantized model",
+            found=error.strerror or str(error),
+            next_step="set BONE_FX_CACHE to a folder that can be written",
+        ) from error
+    try:
+        _dequantize(file, staging)
+        staging.chmod(0o755)
+        try:
+            os.rename(staging, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same bytes
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _dequantize(file: Path, target: Path) -> None:
+    try:
+        import gguf  # noqa: F401 - transformers needs it, and says so less clearly
+    except ImportError as error:
+        raise BaseModelError(
+            f"reading {file.name} needs the package gguf", next_step="pip install gguf"
+        ) from error
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GgufConfig
+
+    source: dict[str, str] = {
+        "pretrained_model_name_or_path": str(file.parent),
+        "gguf_file": file.name,
+    }
+    with _quiet():
+        try:
+            config = AutoConfig.from_pretrained(**source, local_files_only=True)
+            auto = (
+                AutoModelForCausalLM
+                if type(config) in AutoModelForCausalLM._model_mapping
+                else AutoModel
+            )
+            model = auto.from_pretrained(
+                **source,
+                config=config,
+                local_files_only=True,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+        except _READ_ERRORS as error:
+            raise BaseModelError(
+                f"{file} cannot be dequantized",
+                found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                next_step="use the model's safetensors checkpoint",
+            ) from error
+        for owner, mark in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+            vars(owner).pop(mark, None)  # what would keep a plain model from being saved as one
+        model.save_pretrained(target)
+        _save_tokenizer(source, target)
+
+
+def _save_tokenizer(source: dict[str, str], target: Path) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(**source, local_files_only=True).save_pretrained(target)
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exceptions
+        _log.warning("%s has no tokenizer that can be read: %s", source["gguf_file"], error)
+
+
+def _check_magic(file: Path) -> None:
+    try:
+        with file.open("rb") as stream:
+            magic = stream.read(4)
+    except OSError as error:
+        raise BaseModelError(
+            f"{file} cannot be read", found=error.strerror or str(error)
+        ) from error
+    if magic != b"GGUF":
+        raise BaseModelError(f"{file} is not a GGUF file", expected=b"GGUF", found=magic)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep progress bars and load reports off the screen; one of the bars asks no setting."""
+    from transformers.utils import logging as transformers_logging
+
+    level, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

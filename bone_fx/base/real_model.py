@@ -1,0 +1,104 @@
+"""The checkpoint with its weights, as transformers runs it.
+
+The reference that verification compares with.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from transformers.utils import logging as _logging
+
+from bone_fx.base.architectures import reference_attention, with_overrides
+from bone_fx.base.loading import BaseCheckpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logging: Any = _logging  # without annotations in transformers
+
+_BESIDE_THE_MODEL = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "preprocessor_config.json",
+)
+
+
+def load_model(
+    base: BaseCheckpoint,
+    architecture: type[PreTrainedModel],
+    overrides: Mapping[str, Any],
+    heads: Mapping[str, Tensor],
+) -> PreTrainedModel:
+    """The model in float32 and eval mode, with its real weights.
+
+    Args:
+        base: The base model.
+        architecture: The class to load.
+        overrides: Fields of the configuration to set.
+        heads: Parameters that the caller supplies afterwards; transformers' notice about fresh ones
+            is not shown.
+    """
+    config = with_overrides(base.config, overrides)
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model: Any = architecture.from_pretrained(
+            base.folder,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=reference_attention(config),
+            local_files_only=True,
+            ignore_mismatched_sizes=bool(heads),
+        )
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+    return cast("PreTrainedModel", model.eval())
+
+
+def copy_config_and_tokenizer(
+    base: BaseCheckpoint, overrides: Mapping[str, Any], folder: Path
+) -> list[str]:
+    """Copy what stands beside a model that is no decoder; returns notes.
+
+    The configuration carries the head's `num_labels`; the tokenizer is the base's.
+    """
+    for name in _BESIDE_THE_MODEL[1:]:
+        if (base.folder / name).is_file():
+            shutil.copyfile(base.folder / name, folder / name)
+    config = with_overrides(base.config, overrides)
+    config.to_json_file(folder / _BESIDE_THE_MODEL[0])
+    has_tokenizer = any(
+        (folder / name).exists()
+        for name in ("tokenizer.json", "vocab.txt", "preprocessor_config.json")
+    )
+    return [] if has_tokenizer else ["the base folder has no tokenizer; the output has none either"]
+
+
+def write_config(
+    base: BaseCheckpoint,
+    architecture: type[PreTrainedModel],
+    overrides: Mapping[str, Any],
+    folder: Path,
+) -> None:
+    """Write config.json for a checkpoint that got another class or a head of another size."""
+    config = with_overrides(base.config, overrides)
+    before = config.architectures
+    config.architectures = [architecture.__name__]
+    try:
+        config.to_json_file(folder / _BESIDE_THE_MODEL[0])
+    finally:
+        config.architectures = before

@@ -1,0 +1,162 @@
+"""Finding a checkpoint's weight files in a folder, without trusting any name in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from bone_fx.errors import BaseModelError
+from bone_fx.weights.recipes.recipe import Read
+from bone_fx.weights.storage.safetensors_file import TensorEntry, read_header
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
+_TO_SAFETENSORS = (
+    "convert once where you trust the file: "
+    "AutoModel.from_pretrained(folder, weights_only=True).save_pretrained(new_folder)"
+)
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object from a file.
+
+    Raises:
+        BaseModelError: The file cannot be read or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BaseModelError(
+            f"{path} cannot be read", found=error.strerror or str(error)
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise BaseModelError(f"{path} is not JSON", found=str(error)) from error
+    if not isinstance(value, dict):
+        raise BaseModelError(f"{path} does not hold a JSON object", found=type(value).__name__)
+    return value
+
+
+def find_weights(folder: Path, named: object = None) -> tuple[Path, ...]:
+    """The safetensors files that hold a folder's weights, in order.
+
+    Args:
+        folder: A model folder.
+        named: What config.json has as `transformers_weights`, if it has: a file name.
+
+    Raises:
+        BaseModelError: There are none, only pickles, or an index that points nowhere or out of the
+            folder.
+    """
+    if named is not None:
+        if not isinstance(named, str):
+            raise BaseModelError(
+                f"transformers_weights in {folder / 'config.json'} is no file name",
+                found=repr(named),
+            )
+        return _indexed(folder, inside(folder, named, "config.json"))
+    if (folder / SINGLE).is_file():
+        return (folder / SINGLE,)
+    if (folder / INDEX).is_file():
+        return _indexed(folder, folder / INDEX)
+    loose = sorted(path.name for path in folder.glob("*.safetensors"))
+    if (folder / "adapter_config.json").is_file():
+        raise BaseModelError(
+            f"{folder} is an adapter, not a base model",
+            expected=f"a folder with {SINGLE}",
+            next_step="give the base model's folder, and this one as the adapter",
+        )
+    if loose:
+        raise BaseModelError(
+            f"{folder} has no {SINGLE} and no {INDEX}",
+            found=", ".join(loose[:5]),
+            next_step=f"add the index of these files, or rename a single file to {SINGLE}",
+        )
+    pickles = sorted({path.name for pattern in _PICKLES for path in folder.glob(pattern)})
+    if pickles:
+        raise BaseModelError(
+            f"{folder} has its weights only as pickle files, which can run code when they are read",
+            expected=SINGLE,
+            found=", ".join(pickles[:5]),
+            next_step=_TO_SAFETENSORS,
+        )
+    raise BaseModelError(
+        f"{folder} has no weights",
+        expected=f"{SINGLE}, {INDEX} or one .gguf file",
+        found=", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "an empty folder",
+        next_step="download the complete model",
+    )
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """A file in a folder by a name that was read from one of its files.
+
+    Raises:
+        BaseModelError: The name leads out of the folder or to no file.
+    """
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
+        raise BaseModelError(
+            f"{where} in {folder} points out of its folder",
+            expected="a file name",
+            found=repr(name),
+        )
+    if not (folder / path).is_file():
+        raise BaseModelError(
+            f"{where} in {folder} names a file that is not there",
+            found=name,
+            next_step="download the complete model",
+        )
+    return folder / path
+
+
+def read_tensors(files: tuple[Path, ...]) -> dict[str, Read]:
+    """Every tensor under its name on disk; if two files have one, the later file's counts."""
+    entries: dict[str, tuple[Path, TensorEntry]] = {}
+    for path in files:
+        entries.update({key: (path, entry) for key, entry in read_header(path).items()})
+    return {key: Read(path, key, entry) for key, (path, entry) in entries.items()}
+
+
+def check_index(files: tuple[Path, ...], tensors: Mapping[str, Read]) -> None:
+    """That every name in the index, if there is one, has its bytes.
+
+    Raises:
+        BaseModelError: A shard lacks a tensor that the index places there.
+    """
+    index = files[0].parent / INDEX
+    if files[0].name == SINGLE or not index.is_file():
+        return
+    for key in _weight_map(index):
+        if key not in tensors:
+            raise BaseModelError(
+                f"{index} lists {key!r}, which none of its files holds",
+                next_step="download it again",
+            )
+
+
+def _indexed(folder: Path, path: Path) -> tuple[Path, ...]:
+    if not path.name.endswith(".json"):
+        return (path,)
+    names = sorted(set(_weight_map(path).values()))
+    files = tuple(inside(folder, name, path.name) for name in names)
+    if any(file.suffix != ".safetensors" for file in files):
+        raise BaseModelError(
+            f"{path} names files that are not safetensors",
+            found=", ".join(names[:5]),
+            next_step=_TO_SAFETENSORS,
+        )
+    return files
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BaseModelError(
+            f"{path} has no weight_map", expected="an object from tensor name to file name"
+        )
+    for key, name in weight_map.items():
+        if not isinstance(name, str):
+            raise BaseModelError(f"{path} maps {key!r} to no file name", found=repr(name))
+    return weight_map

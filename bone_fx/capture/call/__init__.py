@@ -1,0 +1,1 @@
+"""How a captured graph is called: signature, conditions, positions."""

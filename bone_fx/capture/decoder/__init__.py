@@ -1,0 +1,1 @@
+"""A causal language model captured in ONNX Runtime's operators."""

@@ -1,0 +1,186 @@
+"""Norms: recognised by what they compute, emitted as an operator that ONNX Runtime has.
+
+A module is a candidate by its form alone: no children, one `weight` vector, perhaps a `bias`. A
+copy with random weights is run on random data and compared with the definitions below; what agrees
+with none of them is left as it is, which is always right, only with more nodes.
+
+Shape letters: N rows, W width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bone_fx.capture.decoder.ort_operators import simplified_layer_norm
+from bone_fx.capture.trace.outside_trace import untraced
+
+PLUS_ONE = "weight_plus_one"
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A constant of the graph that is computed from one parameter.
+
+    Attributes:
+        source: Name of the parameter.
+        function: What is done to it: `add_one`, the parameter plus 1.
+    """
+
+    source: str
+    function: str
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What a norm module computes over its last axis: `x / sqrt(mean(x²) + epsilon) * scale`.
+
+    Attributes:
+        centred: The mean is taken from `x` first (layer norm).
+        plus_one: The scale is `1 + weight`, not `weight`.
+        epsilon: Added to the mean of squares.
+    """
+
+    centred: bool
+    plus_one: bool
+    epsilon: float
+
+    def apply(self, x_NW: Tensor, weight_W: Tensor) -> Tensor:
+        """The definition."""
+        if self.centred:
+            x_NW = x_NW - x_NW.mean(-1, keepdim=True)
+        scale_W = weight_W + 1.0 if self.plus_one else weight_W
+        return x_NW * torch.rsqrt(x_NW.pow(2).mean(-1, keepdim=True) + self.epsilon) * scale_W
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """Whether the module has the form of a norm that is not already one ATen operator."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 1 or not weight.is_floating_point():
+        return False
+    if type(module) is nn.LayerNorm or module._modules:
+        return False
+    others = {name for name, p in module._parameters.items() if p is not None} - {"weight", "bias"}
+    required = [
+        p
+        for p in inspect.signature(module.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return not others and len(required) == 1
+
+
+def recognise_norm(module: nn.Module) -> Norm | None:
+    """Compares the module with the definitions on random data; None where it fits none.
+
+    Args:
+        module: A module for which `is_candidate` holds. Its weights may be fake, they are not read.
+    """
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return untraced(lambda: _probe(module, int(weight.shape[0])))
+
+
+def _probe(module: nn.Module, width: int) -> Norm | None:
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.randn(width, generator=generator)
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__ = dict(module.__dict__)
+    twin._parameters = dict(module._parameters)
+    twin._parameters["weight"] = nn.Parameter(scale, requires_grad=False)
+    bias = twin._parameters.get("bias")
+    offset = torch.zeros(width)
+    if bias is not None:
+        offset = torch.randn(width, generator=generator)
+        twin._parameters["bias"] = nn.Parameter(offset, requires_grad=False)
+    direction = torch.randn(3, width, generator=generator) + 0.25
+    epsilons = {v for v in vars(module).values() if isinstance(v, float) and 0.0 < v < 0.1}
+    for epsilon in sorted(epsilons):
+        # the second probe has the size at which epsilon itself decides
+        probes = [direction, direction * epsilon**0.5]
+        try:
+            outputs = [twin.forward(probe) for probe in probes]
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            return None
+        for centred, plus_one in ((False, False), (False, True), (True, False), (True, True)):
+            norm = Norm(centred, plus_one, epsilon)
+            expected = [norm.apply(p.double(), scale.double()) + offset for p in probes]
+            if (centred or bias is None) and all(map(_agree, outputs, expected)):
+                return norm
+    return None
+
+
+def _agree(output: object, expected: Tensor) -> bool:
+    return (
+        isinstance(output, Tensor)
+        and output.shape == expected.shape
+        and torch.allclose(output.double(), expected, rtol=1e-5, atol=1e-6)
+    )
+
+
+@contextmanager
+def norms_as_operators(model: nn.Module, derived: dict[str, str]) -> Iterator[int]:
+    """While open, every recognised norm of the model emits one operator; gives their number.
+
+    A norm that multiplies by `1 + weight` gets a buffer `weight_plus_one` beside its weight for as
+    long as the context is open, so that the sum is a constant of the graph and no node of it.
+
+    Args:
+        model: The model; the forward of the recognised instances is replaced.
+        derived: Receives the name of each such buffer with the name of the parameter that it comes
+            from.
+    """
+    known: dict[tuple[object, ...], Norm | None] = {}
+    replaced: list[nn.Module] = []
+    try:
+        for path, module in model.named_modules():
+            if "forward" in vars(module) or not is_candidate(module):
+                continue
+            norm = _recognise_once(module, known)
+            if norm is None:
+                continue
+            replaced.append(module)
+            weight = module._parameters["weight"]
+            assert weight is not None
+            if norm.plus_one:
+                module.register_buffer(
+                    PLUS_ONE, torch.empty_like(weight.detach()), persistent=False
+                )
+                derived[f"{path}.{PLUS_ONE}"] = f"{path}.weight"
+            _replace_forward(module, norm)
+        yield len(replaced)
+    finally:
+        for module in replaced:
+            vars(module).pop("forward", None)
+            module._buffers.pop(PLUS_ONE, None)
+            module._non_persistent_buffers_set.discard(PLUS_ONE)
+
+
+def _recognise_once(module: nn.Module, known: dict[tuple[object, ...], Norm | None]) -> Norm | None:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str)}
+    key = (type(module), tuple(weight.shape), "bias" in module._parameters, *sorted(plain.items()))
+    if key not in known:
+        known[key] = recognise_norm(module)
+    return known[key]
+
+
+def _replace_forward(module: nn.Module, norm: Norm) -> None:
+    def forward(x: Tensor) -> Tensor:
+        weight = module._buffers.get(PLUS_ONE)
+        if weight is None:
+            weight = module._parameters["weight"]
+        assert weight is not None
+        if weight.dtype != x.dtype:  # transformers keeps some norms in float32; operators do not
+            weight = weight.to(x.dtype)
+        if norm.centred:
+            bias = module._parameters.get("bias")
+            return nn.functional.layer_norm(x, weight.shape, weight, bias, norm.epsilon)
+        return simplified_layer_norm(x, weight, norm.epsilon)
+
+    vars(module)["forward"] = forward

@@ -1,0 +1,1 @@
+"""Attention that a model computes without transformers' interface."""

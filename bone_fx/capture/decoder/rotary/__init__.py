@@ -1,0 +1,1 @@
+"""Rotary position embeddings: watched, recognised, tabulated."""

@@ -1,0 +1,1 @@
+"""Equal layers traced once."""

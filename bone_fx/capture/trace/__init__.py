@@ -1,0 +1,1 @@
+"""`torch.export` of any module: examples, patches, checks."""

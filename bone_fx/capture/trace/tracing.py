@@ -1,0 +1,132 @@
+"""`torch.export` of a model on its examples, with as many dynamic sizes as the model allows."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+
+from bone_fx.capture.trace.dynamic_axes import fixed_size
+from bone_fx.capture.trace.examples import Examples
+from bone_fx.capture.trace.flat_call import flat_forward
+from bone_fx.capture.trace.hf_model import is_transformers_model, traceable
+from bone_fx.capture.trace.modes import settings_to_blame
+from bone_fx.errors import CaptureError, first_line
+
+DynamicShapes = Mapping[str, Any] | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced model.
+
+    Attributes:
+        program: What `torch.export` gave.
+        examples: The examples it was given, which say what varies.
+        notes: Which sizes were meant to vary and do not, with the reason.
+    """
+
+    program: ExportedProgram
+    examples: Examples
+    notes: tuple[str, ...]
+
+
+def trace(
+    model: torch.nn.Module, examples: Examples, dynamic_shapes: DynamicShapes | None = None
+) -> Trace:
+    """Traces `model` with the most dynamic sizes that it allows.
+
+    Args:
+        model: The model, in the mode to trace.
+        examples: Its example inputs.
+        dynamic_shapes: `torch.export`'s own, instead of what the examples say varies.
+
+    Raises:
+        CaptureError: It cannot be traced.
+    """
+    first: Exception | None = None
+    for choice, shapes in _choices(model, examples, dynamic_shapes):
+        try:
+            program = _export(model, choice, shapes)
+        except Exception as error:  # noqa: BLE001 -- whatever the model or the tracer raises is a refusal
+            first = first or error
+            continue
+        notes = () if first is None else tuple(_fixed(choice, program, first))
+        return Trace(program, choice, notes)
+    assert first is not None
+    if isinstance(first, CaptureError):
+        raise first
+    why, avoid = first_line(first), "see the error that this one comes from"
+    if type(first).__name__ == "GuardOnDataDependentSymNode":
+        why = f"its forward branches on the values of a tensor{_line_of(first)}"
+        avoid = "compute both sides and choose with torch.where: a graph holds one path"
+    raise CaptureError(
+        f"{type(model).__name__} cannot be captured: {why}",
+        next_step=settings_to_blame(model) or avoid,
+    ) from first
+
+
+def _choices(
+    model: torch.nn.Module, examples: Examples, dynamic_shapes: DynamicShapes | None
+) -> list[tuple[Examples, dict[str, Any]]]:
+    """What to try in turn: all that varies; what of it the model allows; else nothing varies."""
+    if dynamic_shapes is not None:
+        names = list(examples.inputs)
+        given = (
+            dynamic_shapes
+            if isinstance(dynamic_shapes, Mapping)
+            else dict(zip(names, dynamic_shapes, strict=False))
+        )
+        as_given = replace(examples, inputs=examples.as_given)
+        return [(as_given, {name: given.get(name) for name in names})]
+    choices = [(examples, examples.dynamic_shapes(dim)) for dim in (Dim.DYNAMIC, Dim.AUTO)]
+    if not is_transformers_model(model):
+        static = replace(examples, inputs=examples.as_given, varying={})
+        choices.append((static, static.dynamic_shapes(None)))
+    return choices
+
+
+def _export(model: torch.nn.Module, examples: Examples, shapes: dict[str, Any]) -> ExportedProgram:
+    inputs = {name: copy.copy(value) for name, value in examples.inputs.items()}
+    with traceable(model), flat_forward(model, examples), torch.enable_grad():
+        try:
+            return torch.export.export(model, (), inputs, strict=False, dynamic_shapes=shapes)
+        finally:
+            _let_go()
+
+
+def _let_go() -> None:
+    """PyTorch 2.13 holds on to the nodes of the last trace, and through them to its graph."""
+    from torch.fx.experimental import proxy_tensor
+
+    getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
+
+
+def _fixed(examples: Examples, program: ExportedProgram, reason: Exception) -> list[str]:
+    """Says which dimensions that were meant to vary do not."""
+    placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    notes: list[str] = []
+    if not examples.varying:
+        return [f"every size is fixed at the example's: {first_line(reason)}"]
+    for name, dimensions in examples.varying.items():
+        node = placeholders.get(name)
+        value = None if node is None else node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue
+        notes.extend(
+            f"dimension {axis} of {name} ({role}) is fixed at {fixed}: {first_line(reason)}"
+            for axis, role in dimensions.items()
+            if (fixed := fixed_size(value.shape[axis])) is not None
+        )
+    return notes
+
+
+def _line_of(error: Exception) -> str:
+    """Where in the model's code, as the tracer says it (torch 2.13)."""
+    places = re.findall(r'File "(.+)", line (\d+), in ', str(error))
+    return f", at {places[-1][0]}:{places[-1][1]}" if places else ""

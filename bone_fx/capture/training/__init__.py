@@ -1,0 +1,1 @@
+"""The graph of a model that will be trained, and its loss."""

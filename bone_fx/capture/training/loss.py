@@ -1,0 +1,210 @@
+"""The loss that a transformers head computes, on its output and the labels, outside the graph.
+
+Which loss a head has follows from the task that transformers' auto classes list it (or a class that
+it is made from) under, so a renamed subclass has its parent's. Heads that call `self.loss_function`
+have that very function called; the others compute a plain cross entropy in their forward, and so
+does this. A head whose loss needs more than its output and the labels (CTC, detection, contrastive
+pre-training) has none here.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from bone_fx.capture.trace.hf_model import is_transformers_model
+from bone_fx.errors import UsageError
+from bone_fx.operators import lean_cross_entropy
+
+Labels = torch.Tensor | Mapping[str, torch.Tensor]
+_Compute = Callable[
+    ["ModelLoss", Mapping[str, Any], Mapping[str, torch.Tensor], dict[str, Any]], torch.Tensor
+]
+
+
+@dataclass(frozen=True)
+class ModelLoss:
+    """The loss of one model, without the model.
+
+    Attributes:
+        label_names: The labels it takes: `("labels",)`, or the two positions of question answering.
+        config: The model's config.
+        function: The model's `loss_function` where its forward uses that, else None.
+    """
+
+    label_names: tuple[str, ...]
+    compute: _Compute
+    config: Any
+    function: Callable[..., torch.Tensor] | None
+
+    def __call__(self, output: Mapping[str, Any], labels: Labels, **options: Any) -> torch.Tensor:
+        """The loss of `output`.
+
+        Args:
+            output: What the model gives back (a `ModelOutput`), without labels.
+            labels: The labels, or for a head with several kinds a mapping from their names.
+            **options: What the model's `loss_function` takes besides, such as `num_items_in_batch`;
+                a head that computes its loss by itself takes no notice of them, as in transformers.
+
+        Returns:
+            A tensor of no dimensions.
+
+        Raises:
+            UsageError: Labels are missing.
+        """
+        given = labels if isinstance(labels, Mapping) else {self.label_names[0]: labels}
+        missing = [name for name in self.label_names if given.get(name) is None]
+        if missing:
+            raise UsageError(
+                f"the loss lacks {', '.join(missing)}", expected=", ".join(self.label_names)
+            )
+        with lean_cross_entropy():
+            loss = self.compute(self, output, given, options)
+        auxiliary = output.get("aux_loss")
+        coefficient = getattr(self.config, "router_aux_loss_coef", None)
+        if auxiliary is not None and coefficient is not None:
+            loss = loss + coefficient * auxiliary.to(loss.device)
+        return loss
+
+    @property
+    def counts_items(self) -> bool:
+        """Whether `num_items_in_batch` changes the loss: only then is it summed over batches."""
+        return self.compute is _tokens and self.function is not None
+
+    def attach(self, output: Any, labels: Labels, **options: Any) -> Any:
+        """`output` with the loss as its first field, as the model gives it back with labels."""
+        return type(output)(loss=self(output, labels, **options), **output)
+
+
+def loss_for(model: torch.nn.Module) -> ModelLoss | None:
+    """The loss of `model` on its output and labels, or None if none is known."""
+    if not is_transformers_model(model):
+        return None
+    from transformers.models.auto import modeling_auto
+
+    forward = inspect.unwrap(type(model).forward)
+    uses = set(forward.__code__.co_names) | set(forward.__code__.co_varnames)
+    if uses & {"shift_logits", "shift_labels", "_compute_loss"}:
+        return None  # a loss of its own, such as one that shifts by the attention mask
+    for parent in type(model).__mro__:
+        for task, label_names, compute in _TASKS:
+            classes = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values()
+            if any(parent.__name__ in names for names in map(_as_tuple, classes)):
+                function: Any = model.loss_function if "loss_function" in uses else None
+                if compute is _classes and function is None and "problem_type" not in uses:
+                    compute = _one_of
+                if function is None and task == "IMAGE_TEXT_TO_TEXT":
+                    return None
+                return ModelLoss(label_names, compute, model.config, function)
+    return None
+
+
+def _as_tuple(classes: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (classes,) if isinstance(classes, str) else tuple(classes)
+
+
+def _tokens(
+    loss: ModelLoss,
+    output: Mapping[str, Any],
+    labels: Mapping[str, torch.Tensor],
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """Language models; a head without `loss_function` has shifted inputs instead of labels."""
+    logits: torch.Tensor = output["logits"]
+    if loss.function is not None:
+        return loss.function(
+            logits=logits, labels=labels["labels"], vocab_size=logits.shape[-1], **options
+        )
+    return _one_of(loss, output, labels, options)
+
+
+def _one_of(
+    loss: ModelLoss,
+    output: Mapping[str, Any],
+    labels: Mapping[str, torch.Tensor],
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """A plain cross entropy over the last dimension."""
+    logits: torch.Tensor = output["logits"]
+    return functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), labels["labels"].reshape(-1)
+    )
+
+
+def _token_classes(
+    loss: ModelLoss,
+    output: Mapping[str, Any],
+    labels: Mapping[str, torch.Tensor],
+    options: dict[str, Any],
+) -> torch.Tensor:
+    if loss.function is not None:
+        return loss.function(output["logits"], labels["labels"], loss.config)
+    return _one_of(loss, output, labels, options)
+
+
+def _classes(
+    loss: ModelLoss,
+    output: Mapping[str, Any],
+    labels: Mapping[str, torch.Tensor],
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """Regression, one class or many, by `config.problem_type` or else by the labels.
+
+    The function is transformers' own. It writes the kind that it found into the config, so it
+    gets a copy.
+    """
+    from transformers.loss.loss_utils import ForSequenceClassificationLoss
+
+    function = loss.function or ForSequenceClassificationLoss
+    logits: torch.Tensor = output["logits"]
+    # The heads call it with one of two sets of names; both fit a function of transformers' own
+    # signature.
+    result: torch.Tensor = function(
+        labels=labels["labels"], pooled_logits=logits, config=copy.copy(loss.config)
+    )
+    return result
+
+
+def _span(
+    loss: ModelLoss,
+    output: Mapping[str, Any],
+    labels: Mapping[str, torch.Tensor],
+    options: dict[str, Any],
+) -> torch.Tensor:
+    from transformers.loss import loss_utils
+
+    function: Callable[..., torch.Tensor] = loss_utils.ForQuestionAnsweringLoss
+    return function(
+        output["start_logits"],
+        output["end_logits"],
+        labels["start_positions"],
+        labels["end_positions"],
+    )
+
+
+_LABELS = ("labels",)
+_SPAN = ("start_positions", "end_positions")
+
+# The tasks of transformers' auto classes (`MODEL_FOR_<task>_MAPPING_NAMES`), each with the labels
+# and the loss.
+_TASKS: tuple[tuple[str, tuple[str, ...], _Compute], ...] = (
+    ("CAUSAL_LM", _LABELS, _tokens),
+    ("MASKED_LM", _LABELS, _tokens),
+    ("SEQ_TO_SEQ_CAUSAL_LM", _LABELS, _tokens),
+    ("SPEECH_SEQ_2_SEQ", _LABELS, _tokens),
+    ("IMAGE_TEXT_TO_TEXT", _LABELS, _tokens),
+    ("SEQUENCE_CLASSIFICATION", _LABELS, _classes),
+    ("IMAGE_CLASSIFICATION", _LABELS, _classes),
+    ("VIDEO_CLASSIFICATION", _LABELS, _classes),
+    ("AUDIO_CLASSIFICATION", _LABELS, _classes),
+    ("TOKEN_CLASSIFICATION", _LABELS, _token_classes),
+    ("MULTIPLE_CHOICE", _LABELS, _one_of),
+    ("NEXT_SENTENCE_PREDICTION", _LABELS, _one_of),
+    ("QUESTION_ANSWERING", _SPAN, _span),
+)

@@ -1,0 +1,1 @@
+"""From a base and adapters to a verified, published folder."""

@@ -1,0 +1,90 @@
+"""The text that a decoder's quantization is calibrated on, and what the model does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from bone_fx.deploy.builds.plan import Plan
+from bone_fx.errors import UsageError
+from bone_fx.weights.recipes.recipe import Recipe
+
+if TYPE_CHECKING:
+    from bone_fx.base.calibration import Text
+    from bone_fx.base.loading import BaseCheckpoint
+
+OFF = "none"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is known of the inputs of a decoder's products.
+
+    Attributes:
+        moments: Mean squares of a weight's inputs, float32 `[K]`, by the id of the weight's recipe.
+        described: For the manifest; None if nothing was measured.
+        notes: What a person should know.
+    """
+
+    moments: Mapping[int, Tensor] = field(default_factory=dict)
+    described: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def calibrate(
+    checkpoint: BaseCheckpoint,
+    plan: Plan,
+    recipes: Mapping[str, Recipe],
+    choice: str | Path | None,
+) -> Calibration:
+    """Run a decoder on a text, its folded weights one at a time.
+
+    Args:
+        checkpoint: The base model.
+        plan: Its class and configuration.
+        recipes: The folded weights by parameter name.
+        choice: A text file; None for the built-in text.
+
+    Raises:
+        UsageError: The file holds no text.
+    """
+    from bone_fx.base.calibration import CalibrationError, built_in_text, measure_inputs
+
+    text = built_in_text() if choice is None else _text_of(Path(choice))
+    try:
+        found = measure_inputs(checkpoint, plan.architecture, plan.overrides, recipes, text)
+    except CalibrationError as error:
+        return Calibration(
+            notes=(f"int4 is not calibrated but rounded to nearest: {error}",),
+        )
+    moments: dict[int, Tensor] = {}
+    for name, mean in found.of_inputs.items():
+        shared = moments.get(id(recipes[name]))
+        moments[id(recipes[name])] = mean if shared is None else shared + mean
+    described = {"text": text.name, "sha256": text.sha256, "tokens": found.tokens}
+    return Calibration(moments, described)
+
+
+def _text_of(path: Path) -> Text:
+    from bone_fx.base.calibration import Text
+
+    try:
+        content = path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path} cannot be read as a calibration text",
+            expected="a text file in UTF-8, or none",
+            found=type(error).__name__,
+            next_step="save it as UTF-8, or leave it out for the built-in text",
+        ) from error
+    if not content.strip():
+        raise UsageError(
+            f"{path} is empty",
+            expected="a text of some hundred words",
+            next_step="name another file, or leave it out for the built-in text",
+        )
+    return Text(path.name, content)

@@ -1,0 +1,31 @@
+"""Leaves the product that only the model's output has to the loss.
+
+Before:
+    %logits = aten.linear(%x, %lm_head_weight);   return (%logits,)
+
+After:
+    %logits = bone_fx.head(%x, %lm_head_weight);  return (%logits,)
+
+The values are the same; `operators/loss/head.py` says when they are not formed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph
+
+from bone_fx.operators import HEAD
+
+aten = torch.ops.aten
+
+
+def defer_logits(graph: Graph) -> int:
+    """Replace products that only the output reads, in place; how many."""
+    heads = [
+        node
+        for node in graph.output_node().all_input_nodes
+        if node.target is aten.linear.default and len(node.users) == 1
+    ]
+    for node in heads:
+        node.target = HEAD
+    return len(heads)

@@ -1,0 +1,1 @@
+"""Lowering passes: from the operators of a trace to those of ONNX Runtime."""

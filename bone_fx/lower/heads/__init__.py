@@ -1,0 +1,1 @@
+"""Lowering passes around attention: heads, rotary embeddings, packed projections."""

@@ -1,0 +1,333 @@
+"""What an adapted module keeps: where it comes from, and the parameters of each adapter."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from bone_fx.adapter_folder import AdapterFolder
+from bone_fx.adapters import METHODS
+from bone_fx.capture.call.signature import CallSignature
+from bone_fx.capture.training.loss import ModelLoss
+from bone_fx.config import BoneConfig
+from bone_fx.dialects import find_sites
+from bone_fx.errors import AdapterError
+from bone_fx.passes.fold import fold_weight
+from bone_fx.passes.frame import container
+from bone_fx.passes.insert import BLOCK, insert_adapters
+from bone_fx.sites import LinearSite, Refusal, is_saved_module
+
+_HEADS = ("classifier", "score")
+"""Heads that PEFT 0.18.1 trains whole for a classification task."""
+
+
+@dataclass
+class MountedAdapter:
+    """An adapter on a module.
+
+    Attributes:
+        config: Its configuration.
+        blocks: Its blocks by site.
+        saved: Its own copies of parameters in `modules_to_save`, by name.
+        refused: Targets that could not be adapted.
+    """
+
+    config: BoneConfig
+    blocks: dict[str, nn.Parameter]
+    saved: dict[str, nn.Parameter]
+    refused: tuple[Refusal, ...] = ()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Its blocks, and its copies of parameters in `modules_to_save`."""
+        return [*self.blocks.values(), *self.saved.values()]
+
+    def train(self, trains: bool) -> None:
+        """Choose whether its parameters require gradients."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(trains)
+
+
+@dataclass
+class Origin:
+    """Where an adapted module comes from.
+
+    Attributes:
+        graph_module: The pristine captured graph, in train mode.
+        signature: How it is called.
+        model: The model it was captured from, untouched; `merge_and_unload` copies it.
+        loss: The model's own loss of an output and labels, or None.
+        output_layers: Sites that `"all-linear"` leaves out.
+        untie: Whether tied weights may be targets.
+        freeze_base: Whether every parameter but blocks and `modules_to_save` is frozen.
+        recompute: Whether backward folds BAT's weights again instead of keeping them.
+    """
+
+    graph_module: fx.GraphModule
+    signature: CallSignature
+    model: nn.Module | None = None
+    loss: ModelLoss | None = None
+    output_layers: frozenset[str] = field(default_factory=frozenset)
+    untie: bool = False
+    freeze_base: bool = True
+    recompute: bool = True
+
+
+def saved_parameters(
+    base: nn.Module, config: BoneConfig, given: Mapping[str, Tensor], where: str
+) -> tuple[dict[str, nn.Parameter], list[Refusal]]:
+    """An adapter's own copies of the parameters that it trains whole.
+
+    Args:
+        base: The base model's graph.
+        config: The adapter's configuration, for `modules_to_save`.
+        given: Trained values by parameter name, from an adapter folder; empty for a fresh adapter.
+        where: The folder or adapter, for messages.
+
+    Returns:
+        The parameters by name, and the modules that the base does not have (PEFT adds both
+        `classifier` and `score` for a classification task).
+
+    Raises:
+        AdapterError: A trained value belongs to no parameter, or has another shape; a module has
+            statistics, which an adapter folder does not hold.
+    """
+    statistics = [
+        n for n, _ in base.named_buffers() if is_saved_module(config, n.rpartition(".")[0])
+    ]
+    if any(name.endswith("running_mean") for name in statistics):
+        raise AdapterError(
+            f"{where}: modules_to_save would lose the statistics {', '.join(statistics[:3])}",
+            expected="modules whose state is parameters",
+            next_step="leave the batch norm out of modules_to_save",
+        )
+    trained = {
+        name: nn.Parameter(parameter.detach().clone())
+        for name, parameter in base.named_parameters(remove_duplicate=False)
+        if is_saved_module(config, name.rpartition(".")[0])
+    }
+    known = dict(base.named_parameters(remove_duplicate=False))
+    for name, tensor in given.items():
+        if name not in known:
+            raise AdapterError(
+                f"{where}: the model has no parameter {name!r}", next_step="check the base model"
+            )
+        parameter = known[name]
+        if parameter.shape != tensor.shape:
+            raise AdapterError(
+                f"{where}: the saved {name} does not fit",
+                expected=list(parameter.shape),
+                found=list(tensor.shape),
+            )
+        trained[name] = nn.Parameter(tensor.to(parameter.device, parameter.dtype).clone())
+    reason = "modules_to_save names a module that this model does not have"
+    absent = [
+        Refusal(module, reason)
+        for module in config.modules_to_save or ()
+        if not any(f".{module}." in f".{name}" for name in trained)
+    ]
+    return trained, absent
+
+
+def insert_mounted(
+    base: fx.GraphModule, origin: Origin, adapters: Sequence[tuple[str, MountedAdapter]]
+) -> fx.GraphModule:
+    """The base's graph with adapters inserted, in order, over the blocks that they have."""
+    for name, adapter in adapters:
+        base = insert_adapters(
+            base,
+            adapter.config,
+            name,
+            blocks=adapter.blocks,
+            output_layers=origin.output_layers,
+            freeze_base=False,
+            untie=origin.untie,
+            recompute=origin.recompute,
+        ).graph_module
+    return base
+
+
+def mount_parameters(
+    root: nn.Module, sites: Sequence[LinearSite], adapters: Mapping[str, MountedAdapter]
+) -> None:
+    """Put every adapter's blocks under their names."""
+    for name, adapter in adapters.items():
+        for site in sites:
+            if site.name in adapter.blocks:
+                owner, leaf = container(root, f"{site.block_owner}.{BLOCK}.{name}")
+                owner.register_parameter(leaf, adapter.blocks[site.name])
+
+
+def mounted_values(
+    root: nn.Module, sites: Sequence[LinearSite], name: str, adapter: MountedAdapter
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """An adapter's blocks by site and its saved parameters by name, gathered where sharded."""
+    blocks = {
+        site.name: _whole(root.get_parameter(f"{site.block_owner}.{BLOCK}.{name}"))
+        for site in sites
+    }
+    own = dict(root.named_parameters(remove_duplicate=False))
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in own.values())
+    saved = {n: _whole(own[n] if sharded else p) for n, p in adapter.saved.items()}
+    return blocks, saved
+
+
+def copy_values(
+    root: nn.Module,
+    sites: Sequence[LinearSite],
+    name: str,
+    adapter: MountedAdapter,
+    folder: AdapterFolder,
+) -> None:
+    """Write a folder's values into an adapter's parameters.
+
+    Raises:
+        AdapterError: The folder has other blocks or other shapes.
+    """
+    own = dict(root.named_parameters(remove_duplicate=False))
+    places = {site.name: own[f"{site.block_owner}.{BLOCK}.{name}"] for site in sites}
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in own.values())
+    saved = {n: own[n] if sharded else p for n, p in adapter.saved.items()}
+    for kind, kept, given in (
+        ("blocks", places, folder.blocks),
+        ("modules_to_save", saved, folder.modules_to_save),
+    ):
+        shapes = [{n: tuple(p.shape) for n, p in found.items()} for found in (kept, given)]
+        if shapes[0] != shapes[1]:
+            raise AdapterError(
+                f"{folder.path}: its {kind} are not those of adapter {name!r}",
+                expected=f"{len(kept)}, as in this module",
+                found=f"{len(given)}, or other shapes",
+            )
+    with torch.no_grad():
+        for kept, given in ((places, folder.blocks), (saved, folder.modules_to_save)):
+            for key, parameter in kept.items():
+                parameter.copy_(_laid_out_like(parameter, given[key]))
+
+
+def _laid_out_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    placements: Any = getattr(parameter, "placements", None)
+    return distribute_tensor(value.to(parameter.device, parameter.dtype), mesh, placements)
+
+
+def has_processes() -> bool:
+    """Whether there is a process group, without which nothing is sharded."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first of its group, or alone."""
+    return not has_processes() or torch.distributed.get_rank() == 0
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    gather = getattr(parameter, "full_tensor", None)  # a DTensor, under FSDP2
+    return parameter.detach() if gather is None else gather().detach()
+
+
+def named_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers under all their names."""
+    return dict(module.named_buffers(remove_duplicate=False))
+
+
+def carry_buffers(buffers: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Carry buffers that moved or were written over to another form of their graph."""
+    for name, buffer in buffers.items():
+        owner, leaf = container(module, name)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = buffer
+
+
+def new_adapter(
+    base: fx.GraphModule,
+    origin: Origin,
+    name: str,
+    config: BoneConfig,
+    folder: AdapterFolder | None = None,
+) -> MountedAdapter:
+    """An adapter for a base: fresh blocks, or those of a folder.
+
+    A classification task trains the model's head too, as in PEFT.
+
+    Raises:
+        SiteError: Nothing matched, or a block cannot fit its layer.
+        AdapterError: A trained module of the folder does not fit.
+    """
+    if folder is None and config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        heads = [h for h in _HEADS if any(f".{h}." in f".{n}" for n, _ in base.named_parameters())]
+        listed = dict.fromkeys([*(config.modules_to_save or ()), *heads])
+        config = replace(config, modules_to_save=list(listed))
+    result = insert_adapters(
+        base,
+        config,
+        name,
+        blocks=folder.blocks if folder else None,
+        output_layers=origin.output_layers,
+        untie=origin.untie,
+    )
+    blocks = {
+        site.name: result.graph_module.get_parameter(f"{site.block_owner}.{BLOCK}.{name}")
+        for site in result.applied
+    }
+    given = folder.modules_to_save if folder else {}
+    saved, absent = saved_parameters(base, config, given, str(folder.path) if folder else name)
+    adapter = MountedAdapter(config, blocks, saved, (*result.refused, *absent))
+    adapter.train(False)  # until it is active
+    return adapter
+
+
+def delta_weight(
+    base: fx.GraphModule, site: str, adapter: MountedAdapter, before: Sequence[MountedAdapter]
+) -> Tensor:
+    """What an adapter adds to a weight after those before it, in the weight's own layout."""
+    place = next(s for s in find_sites(base).sites if s.name == site)
+    steps = [(a.config.method, a.blocks[site].detach()) for a in before if site in a.blocks]
+    with torch.no_grad():
+        weight = base.get_parameter(place.weight_name).detach().float()
+        received = fold_weight(weight, steps, transposed=place.transposed, layer=site)
+        w_OI = received.t() if place.transposed else received
+        delta = METHODS[adapter.config.method].delta(w_OI, adapter.blocks[site].detach().float())
+    return delta.t().contiguous() if place.transposed else delta
+
+
+def with_parameters(model: nn.Module, source: nn.Module, names: Collection[str]) -> nn.Module:
+    """A copy of a model with some parameters taken from another; the rest is shared with it.
+
+    What the other has on another device is taken from it too.
+    """
+    shared: dict[int, Any] = {id(p): p for p in model.parameters()}
+    copied = copy.deepcopy(model, shared)
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    config: Any = getattr(copied, "config", None)
+    if config is not None and any(owners[id(model.get_parameter(name))] > 1 for name in names):
+        config.tie_word_embeddings = False  # a layer that was untied has a weight of its own
+    moved: dict[int, Any] = {}
+    statistics = named_buffers(source)
+    for name, buffer in named_buffers(copied).items():
+        if name not in statistics:
+            continue
+        there = moved.setdefault(id(buffer), buffer.to(statistics[name].device))
+        there.copy_(statistics[name])
+        owner, leaf = container(copied, name)
+        owner._buffers[leaf] = there
+    here = dict(source.named_parameters(remove_duplicate=False))
+    for name, parameter in copied.named_parameters(remove_duplicate=False):
+        if name not in names and name in here and parameter.device != here[name].device:
+            twin = nn.Parameter(here[name].detach(), requires_grad=parameter.requires_grad)
+            owner, leaf = container(copied, name)
+            owner.register_parameter(leaf, moved.setdefault(id(parameter), twin))
+    for name in sorted(names):
+        owner, leaf = container(copied, name)
+        owner.register_parameter(leaf, nn.Parameter(here[name].detach(), requires_grad=True))
+    return copied

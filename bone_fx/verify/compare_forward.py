@@ -1,0 +1,225 @@
+"""Verification of a graph without a cache: encoders, heads, and users' own modules.
+
+The inputs of a case are the examples resized along the graph's own dynamic dimensions: batches of
+one and three, two lengths, and for a mask rows padded on the right and on the left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bone_fx.sites import LinearSite
+from bone_fx.verify.compare_quantized import ROUNDED_ACTIVATIONS, Written
+from bone_fx.verify.parity import TOLERANCE, Parity, check_effect
+from bone_fx.verify.ranges import within_range
+from bone_fx.verify.reference import Adapters, fold_in_place, load_heads, unmerged
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Feeds = dict[str, Tensor]
+_SIZES = ((1, 5), (3, 11), (3, 7))
+_MASK = "attention_mask"
+_EXAMPLE = "the example"
+
+
+def verify_model(
+    session: onnxruntime.InferenceSession,
+    model: nn.Module,
+    sites: Mapping[str, LinearSite],
+    adapters: Adapters,
+    examples: Feeds,
+    *,
+    dtype: str,
+    written: Written | None = None,
+) -> Parity:
+    """Compare a session with a transformers model under its adapters.
+
+    Args:
+        session: The exported graph; inputs are named as the model's arguments, outputs as its
+            output's fields.
+        model: The base model in float32 and eval mode; it is folded in place and must not be used
+            afterwards.
+        sites: The model's sites by name.
+        adapters: Adapters by name, in the order in which they apply.
+        examples: One tensor an input; what varies is resized.
+        dtype: `"fp32"` or `"fp16"`, which sets the tolerance.
+        written: The graph's quantized weights; the graph is then held to torch with these.
+
+    Raises:
+        VerificationError: Two of the three disagree, or a value is not finite.
+    """
+    parity = Parity(TOLERANCE[dtype])
+    cases = _cases(session, examples)
+    names = [output.name for output in session.get_outputs()]
+
+    def run() -> list[list[Tensor]]:
+        return [_fields(model(**feeds), names) for feeds in cases.values()]
+
+    with torch.no_grad():
+        base = run() if adapters else []
+        load_heads(model, adapters)
+        with unmerged(model, sites, adapters), within_range(model, dtype):
+            reference = run()
+        fold_in_place(model, sites, adapters)
+        folded = run() if adapters else reference
+        if written is not None:
+            written.load_into(model)
+            quantized = run()
+    free = parity.tolerance if written is None else math.inf
+    for number, (case, feeds) in enumerate(cases.items()):
+        outputs = run_session(session, feeds)
+        for name, found, one, other in zip(
+            names, outputs, reference[number], folded[number], strict=True
+        ):
+            keep = feeds.get(_MASK)
+            parity.compare(
+                "unmerged_vs_folded", f"{case}: {name}", *_kept(keep, other, one), TOLERANCE["fp32"]
+            )
+            parity.compare("onnx_vs_unmerged", f"{case}: {name}", *_kept(keep, found, one), free)
+            parity.compare("onnx_vs_folded", f"{case}: {name}", *_kept(keep, found, other), free)
+        if written is None:
+            continue
+        runs = {"onnx_vs_written": (written.exact or session, parity.tolerance)}
+        if written.exact is not None:
+            runs["rounded_activations"] = (session, ROUNDED_ACTIVATIONS)
+        for pair, (graph, tolerance) in runs.items():
+            for name, found, one in zip(
+                names, run_session(graph, feeds), quantized[number], strict=True
+            ):
+                both = _kept(feeds.get(_MASK), found, one)
+                parity.compare(pair, f"{case}: {name}", *both, tolerance)
+    pairs = [
+        (a, b)
+        for one, other in zip(base, reference, strict=False)
+        for a, b in zip(one, other, strict=True)
+    ]
+    check_effect(parity, pairs)
+    return parity
+
+
+def verify_module(
+    session: onnxruntime.InferenceSession, call: Callable[..., Any], examples: Any, *, dtype: str
+) -> Parity:
+    """Compare a session with a user's own module or graph.
+
+    Args:
+        session: The exported graph; its inputs stand in the order of the tensors in `examples`.
+        call: The module.
+        examples: The arguments of one call: a tensor, a sequence by position, or a mapping by name.
+        dtype: `"fp32"` or `"fp16"`, which sets the tolerance.
+
+    Raises:
+        VerificationError: They disagree, or a value is not finite.
+    """
+    parity = Parity(TOLERANCE[dtype])
+    leaves, spec = pytree.tree_flatten((examples,) if isinstance(examples, Tensor) else examples)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    names = [value.name for value in session.get_inputs()]
+    cases = {_EXAMPLE: dict(zip(names, tensors, strict=True))}
+    cases |= _cases(session, cases[_EXAMPLE])
+    for case, feeds in cases.items():
+        values = iter(feeds.values())
+        given = pytree.tree_unflatten(
+            [next(values) if isinstance(x, Tensor) else x for x in leaves], spec
+        )
+        try:
+            with torch.no_grad():
+                result = call(**given) if isinstance(given, Mapping) else call(*given)
+        except Exception as error:
+            if case == _EXAMPLE:
+                raise
+            parity.warnings.append(f"not compared at {case}: the module refuses it ({error})")
+            continue
+        expected = [v for v in pytree.tree_leaves(result) if isinstance(v, Tensor)]
+        for output, found, reference in zip(
+            session.get_outputs(), run_session(session, feeds), expected, strict=True
+        ):
+            parity.compare("onnx_vs_torch", f"{case}: {output.name}", found, reference)
+    return parity
+
+
+def run_session(session: onnxruntime.InferenceSession, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+    """Outputs of a session for tensors by input name; floats are fed in the dtype of the graph."""
+    kinds = {value.name: value.type for value in session.get_inputs()}
+    arrays = {
+        name: (tensor.half() if kinds[name] == "tensor(float16)" else tensor).numpy()
+        for name, tensor in feeds.items()
+        if name in kinds
+    }
+    return [torch.from_numpy(value) for value in session.run(None, arrays)]
+
+
+def _cases(session: onnxruntime.InferenceSession, examples: Feeds) -> dict[str, Feeds]:
+    """Cases by name: the examples in other sizes.
+
+    Only the example's sizes where the graph has no dynamic dimension.
+    """
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    batch = next((s[0] for s in shapes.values() if s and isinstance(s[0], str)), None)
+    cases: dict[str, Feeds] = {}
+    for rows, length in _SIZES:
+        sizes: dict[str, int] = {}
+        feeds: Feeds = {}
+        for name, example in examples.items():
+            wanted = [
+                _size(dim, example.shape[axis], rows if dim == batch else length, sizes)
+                for axis, dim in enumerate(shapes[name])
+            ]
+            feeds[name] = _resized(example, wanted)
+        label = ", ".join(
+            f"{name} {list(tensor.shape)}" for name, tensor in list(feeds.items())[:1]
+        )
+        if label in cases:
+            continue
+        cases[label] = feeds
+        if _MASK in feeds and feeds[_MASK].dim() == 2:
+            feeds[_MASK] = torch.ones_like(feeds[_MASK])
+            if rows > 1:
+                cases[f"{label}, padded right"] = feeds | {
+                    _MASK: _padding(feeds[_MASK], left=False)
+                }
+                cases[f"{label}, padded left"] = feeds | {_MASK: _padding(feeds[_MASK], left=True)}
+    return cases
+
+
+def _size(dim: object, given: int, wanted: int, sizes: dict[str, int]) -> int:
+    return sizes.setdefault(dim, wanted) if isinstance(dim, str) else given
+
+
+def _resized(example: Tensor, shape: Sequence[int]) -> Tensor:
+    """The example with its own values repeated or cut along each dimension."""
+    for axis, size in enumerate(shape):
+        if example.shape[axis] != size:
+            example = example.index_select(axis, torch.arange(size) % example.shape[axis])
+    return example
+
+
+def _padding(mask: Tensor, *, left: bool) -> Tensor:
+    padded = torch.ones_like(mask)
+    for row in range(1, len(mask)):
+        cut = slice(None, row) if left else slice(mask.shape[1] - 2 * row, None)
+        padded[row, cut] = 0
+    return padded
+
+
+def _fields(output: Any, names: Sequence[str]) -> list[Tensor]:
+    return [getattr(output, name).float() for name in names]
+
+
+def _kept(mask: Tensor | None, found: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without the positions that the mask takes out, where an output has positions."""
+    if (
+        mask is None
+        or found.dim() != 3
+        or found.shape[:2] != mask.shape
+        or found.shape != reference.shape
+    ):
+        return found, reference
+    return found[mask.bool()], reference[mask.bool()]

@@ -1,0 +1,192 @@
+"""Which bytes every parameter and buffer of a model has: the recipes of a base checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from bone_fx.errors import AdapterError, BaseModelError
+from bone_fx.weights.recipes.recipe import Converted, Read, Recipe, Value, cast
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one name of the model is made of.
+
+    Attributes:
+        keys: Names of the tensors in the checkpoint, in the order in which `convert` takes them.
+        convert: From their tensors to the model's; None if it is the one tensor as it is.
+        label: What `convert` does, in a few words.
+    """
+
+    keys: tuple[str, ...]
+    convert: Callable[[Sequence[Tensor]], Tensor] | None = None
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """How a checkpoint's names and layouts become a model's.
+
+    Attributes:
+        sources: For each name in memory, what it is made of.
+        tied: Names that have no bytes of their own if the other has: `{name: other name}`, read in
+            both directions.
+        unexpected: Names in the checkpoint that the model has no use for.
+        optional: Names that the model computes by itself if the checkpoint lacks them.
+    """
+
+    sources: Mapping[str, Source]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    unexpected: tuple[str, ...] = ()
+    optional: frozenset[str] = frozenset()
+
+    def source_name(self, name: str) -> str | None:
+        """The name that a name's bytes are listed under: itself, or one that it is tied to."""
+        if name in self.sources:
+            return name
+        root = self.tied.get(name, name)
+        aliases = [root, *(target for target, source in self.tied.items() if source == root)]
+        return next((alias for alias in aliases if alias in self.sources), None)
+
+
+class Checkpoint(Protocol):
+    """What recipes need to know of a base."""
+
+    @property
+    def tensors(self) -> Mapping[str, Read]:
+        """Every tensor of the checkpoint under its name on disk."""
+
+    def plan(self, model: nn.Module) -> LoadPlan:
+        """How the checkpoint's names become the model's."""
+
+
+def recipes_for(
+    model: nn.Module, base: Checkpoint, *, extra: Mapping[str, Tensor] | None = None
+) -> dict[str, Recipe]:
+    """A recipe for every parameter and buffer of a model, under its name in memory.
+
+    Args:
+        model: A model, as a rule a skeleton; its tensors give the shapes and dtypes.
+        base: Where the bytes are.
+        extra: Parameters that come from elsewhere (`modules_to_save` of an adapter) and go before
+            the base's.
+
+    Returns:
+        The recipes. Names that share one tensor in the model, tied weights, share one recipe
+        object.
+
+    Raises:
+        BaseModelError: A parameter found no bytes, or bytes of another shape.
+        AdapterError: `extra` holds a name or shape that the model does not have.
+    """
+    extra = extra or {}
+    tensors = dict(_named_tensors(model))
+    _check_extra(extra, tensors)
+    plan = base.plan(model)
+    made: dict[int, Recipe] = {}
+    recipes: dict[str, Recipe] = {}
+    missing: list[str] = []
+    for name, tensor in tensors.items():
+        if name in extra:
+            recipes[name] = made.setdefault(
+                id(tensor), cast(Value(extra[name], "adapter's"), tensor.dtype)
+            )
+            continue
+        if id(tensor) in made:
+            recipes[name] = made[id(tensor)]
+            continue
+        source = plan.source_name(name)
+        if source is not None:
+            recipe: Recipe = _recipe(name, tensor, plan.sources[source], base.tensors)
+        elif (
+            not isinstance(tensor, FakeTensor)
+            and not tensor.is_meta
+            and _is_computed(model, name, plan)
+        ):
+            recipe = Value(tensor.detach(), "computed")
+        else:
+            missing.append(name)
+            continue
+        recipes[name] = made[id(tensor)] = recipe
+    if missing:
+        raise _no_bytes(missing, base.tensors)
+    return recipes
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _is_computed(model: nn.Module, name: str, plan: LoadPlan) -> bool:
+    """Whether the model's own code gives the value: buffers, and parameters that may be absent."""
+    owner, _, attribute = name.rpartition(".")
+    return attribute in model.get_submodule(owner)._buffers or name in plan.optional
+
+
+def _recipe(name: str, tensor: Tensor, source: Source, stored: Mapping[str, Read]) -> Recipe:
+    # A recipe object stands for one tensor of the model: an untied alias reads the same bytes
+    # through its own.
+    reads = tuple(replace(stored[key]) for key in source.keys)
+    recipe: Recipe = reads[0]
+    if source.convert is not None:
+        # Shards of one constant may have been stored in different dtypes; a conversion joins
+        # equals.
+        alike = (
+            tuple(cast(read, tensor.dtype) for read in reads)
+            if len({r.dtype for r in reads}) > 1
+            else reads
+        )
+        recipe = Converted(alike, source.convert, tuple(tensor.shape), source.label)
+    if recipe.shape != tuple(tensor.shape):
+        raise BaseModelError(
+            f"{name} has another shape in the checkpoint than config.json says",
+            expected=list(tensor.shape),
+            found=f"{list(recipe.shape)} in {recipe.describe()}",
+            next_step="use the config.json that belongs to these weights",
+        )
+    return cast(recipe, tensor.dtype)
+
+
+def _check_extra(extra: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    for name, value in extra.items():
+        if name not in tensors:
+            raise AdapterError(
+                f"the adapter saved {name}, which the base model does not have",
+                expected=f"a name such as {_nearest(name, tensors)}",
+                found=name,
+            )
+        if value.shape != tensors[name].shape:
+            raise AdapterError(
+                f"the adapter's {name} does not fit the base model",
+                expected=list(tensors[name].shape),
+                found=list(value.shape),
+            )
+        partners = [n for n, t in tensors.items() if t is tensors[name] and n not in extra]
+        if partners:
+            raise AdapterError(
+                f"the adapter saved {name}, which the base model ties to {', '.join(partners)}",
+                expected="a weight of its own",
+                next_step="untie it in the base model",
+            )
+
+
+def _no_bytes(missing: Sequence[str], stored: Mapping[str, Read]) -> BaseModelError:
+    shown = [f"{name} (nearest: {_nearest(name, stored)})" for name in missing[:5]]
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    return BaseModelError(
+        f"{len(missing)} parameter(s) of the model are not in the checkpoint: {missing[0]}",
+        expected=f"bytes for {'; '.join(shown)}{more}",
+        found=f"{len(stored)} tensors",
+        next_step="use the complete checkpoint, or an adapter that saved these (modules_to_save)",
+    )
+
+
+def _nearest(name: str, names: Mapping[str, object]) -> str:
+    return ", ".join(difflib.get_close_matches(name, names, n=2, cutoff=0.3)) or "none"

@@ -1,0 +1,1 @@
+"""Recipes computed and written, one band of rows at a time."""

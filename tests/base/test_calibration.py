@@ -1,0 +1,101 @@
+"""A run whose weights come and go measures what the folded model measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from bone_fx.adapter_folder import read_adapters
+from bone_fx.base.calibration import CalibrationError, built_in_text, run_in_pieces
+from bone_fx.base.loading import open_base, skeleton
+from bone_fx.deploy.builds.plan import adapted_sites
+from bone_fx.passes.fold import fold_weight
+from bone_fx.weights.apply_adapters import fold_recipes
+from bone_fx.weights.load_plan import recipes_for
+from bone_fx.weights.recipes.recipe import Recipe
+from tests.end_to_end.tiny import tiny_adapter, tiny_base
+
+IDS = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+def pieces(base: Path, adapter: Path | None) -> tuple[PreTrainedModel, dict[str, Recipe], Any]:
+    """A skeleton, its folded recipes, and what was folded."""
+    checkpoint = open_base(base)
+    model = skeleton(checkpoint, torch.float32, attn_implementation="eager")
+    adapters = read_adapters([adapter] if adapter else [])
+    sites = adapted_sites(model, adapters)
+    recipes = fold_recipes(recipes_for(model, checkpoint), sites, adapters)
+    return model, recipes, (sites, adapters)
+
+
+def measured(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """The same by plain hooks on a model that holds its weights."""
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            module.register_forward_pre_hook(
+                lambda _, args, name=f"{name}.weight": found.__setitem__(
+                    name, args[0].double().flatten(0, 1).square().mean(0)
+                )
+            )
+    with torch.no_grad():
+        model(input_ids=ids)
+    return found
+
+
+def assert_alike(found: Any, expected: dict[str, Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, moments in expected.items():
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name].double(), moments, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_moments_of_the_folded_model(tied: bool, tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", tie_word_embeddings=tied)
+    model, recipes, (sites, adapters) = pieces(base, tiny_adapter(tmp_path / "adapter"))
+    found = run_in_pieces(model, recipes, IDS)
+    real = LlamaForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
+    for name, site in sites.items():
+        steps = [(a.config.method, a.blocks[name]) for _, a in adapters]
+        weight = real.get_parameter(site.weight_name).data
+        weight.copy_(fold_weight(weight, steps, transposed=site.transposed, layer=name))
+    assert found.tokens == 48
+    assert_alike(found.of_inputs, measured(real, IDS))
+    assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+    assert {type(p).__name__ for p in model.parameters()} == {"FakeTensor"}
+
+
+def test_weights_stored_the_other_way_round(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=128, n_embd=48, n_layer=2, n_head=3, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    model, recipes, _ = pieces(tmp_path, None)
+    real = GPT2LMHeadModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert_alike(run_in_pieces(model, recipes, IDS).of_inputs, measured(real, IDS))
+
+
+def test_weight_used_outside_of_its_module(tmp_path: Path) -> None:
+    model, recipes, _ = pieces(tiny_base(tmp_path), None)
+    up = model.get_submodule("model.layers.0.mlp.up_proj")
+    up.forward = lambda x: x @ model.get_parameter("model.layers.1.mlp.up_proj.weight").t()
+    with pytest.raises(CalibrationError, match=r"down_proj\.weight is not computed"):
+        run_in_pieces(model, recipes, IDS)
+
+
+def test_model_that_refuses_the_ids(tmp_path: Path) -> None:
+    model, recipes, _ = pieces(tiny_base(tmp_path), None)
+    with pytest.raises(CalibrationError, match="piece by piece"):
+        run_in_pieces(model, recipes, IDS + 128)
+
+
+def test_built_in_text_is_packaged() -> None:
+    text = built_in_text()
+    assert len(text.content.split()) > 600
+    assert len(text.sha256) == 64

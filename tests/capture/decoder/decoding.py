@@ -1,0 +1,121 @@
+"""Runs a captured decoder in ONNX Runtime and its model in PyTorch on the same ragged texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from torch import Tensor, nn
+
+from bone_fx.base.skeleton import skeleton_from_config
+from bone_fx.capture.decoder.capture_decoder import DecoderCapture, capture_decoder
+from bone_fx.onnx.translate import translate
+from bone_fx.weights.recipes.recipe import Recipe, Value
+
+TEXTS = (5, 13)
+STEPS = 3
+
+
+def skeleton_of(model: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of the same class and configuration without weights."""
+    return skeleton_from_config(model.config, dtype, type(model))
+
+
+def capture_of(
+    model: Any, dtype: torch.dtype = torch.float32, *, last_token_logits: bool = False
+) -> DecoderCapture:
+    """Captures the model's skeleton, so that no weight can have had a part in it."""
+    return capture_decoder(skeleton_of(model, dtype), last_token_logits=last_token_logits)
+
+
+def onnx_of(capture: DecoderCapture, model: nn.Module) -> ir.Model:
+    """Translates a capture and binds the weights of a real model to it."""
+    state = model.state_dict()
+    recipes: dict[str, Recipe] = {name: Value(p.detach(), origin=name) for name, p in state.items()}
+    recipes |= {name: Value(t, origin=name) for name, t in capture.constants.items()}
+    for name, derived in capture.derived.items():
+        assert derived.function == "add_one"
+        recipes[name] = Value(state[derived.source].detach() + 1, origin=name)
+    return translate(
+        capture.program,
+        recipes,
+        input_names=capture.input_names,
+        output_names=capture.output_names,
+        dim_names=capture.axis_names,
+    )
+
+
+def session_of(model: ir.Model) -> ort.InferenceSession:
+    """A session on the CPU."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    content = ir.to_proto(model).SerializeToString()
+    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+class Generation:
+    """A cache and a mask that grow, as onnxruntime-genai feeds them."""
+
+    def __init__(self, session: ort.InferenceSession, capture: DecoderCapture, batch: int) -> None:
+        self.session = session
+        self.outputs = capture.output_names
+        self.dtype = np.float16 if capture.dtype is torch.float16 else np.float32
+        self.past = {}
+        for layer in capture.layers:
+            for kind, size in (("key", layer.key_size), ("value", layer.value_size)):
+                shape = (batch, layer.kv_heads, 0, size)
+                self.past[f"past_key_values.{layer.layer}.{kind}"] = np.zeros(shape, self.dtype)
+        self.mask = np.zeros((batch, 0), np.int64)
+
+    def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Logits of new tokens, of which `mask` says which are padding."""
+        self.mask = np.concatenate([self.mask, mask.numpy()], axis=1)
+        feeds = {"input_ids": tokens.numpy(), "attention_mask": self.mask, **self.past}
+        logits, *presents = self.session.run(self.outputs, feeds)
+        self.past = dict(zip(self.past, presents, strict=True))
+        return torch.from_numpy(np.asarray(logits)).float()
+
+
+def texts(vocabulary: int, lengths: tuple[int, ...] = TEXTS) -> list[Tensor]:
+    """Random texts, each long enough for the decode steps that follow."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, vocabulary, (n + STEPS,), generator=generator) for n in lengths]
+
+
+def differences(
+    model: Any, capture: DecoderCapture, session: ort.InferenceSession
+) -> dict[str, float]:
+    """Largest differences from the model run on each text alone and unpadded."""
+    rows = texts(model.config.vocab_size)
+    with torch.no_grad():
+        expected = [model(input_ids=row[None]).logits[0].float() for row in rows]
+    longest = max(TEXTS)
+    tokens, mask = (
+        torch.zeros(len(rows), longest, dtype=torch.long),
+        torch.zeros(len(rows), longest, dtype=torch.long),
+    )
+    for i, (row, n) in enumerate(zip(rows, TEXTS, strict=True)):
+        tokens[i, :n], mask[i, :n] = row[:n], 1
+    run = Generation(session, capture, len(rows))
+    prefill = run(tokens, mask)
+    found = {"prefill": max(_far(prefill[i, :n], expected[i][:n]) for i, n in enumerate(TEXTS))}
+    found["decode"] = 0.0
+    for step in range(STEPS):
+        new = torch.stack([row[n + step] for row, n in zip(rows, TEXTS, strict=True)])[:, None]
+        logits = run(new, torch.ones_like(new))
+        for i, n in enumerate(TEXTS):
+            found["decode"] = max(found["decode"], _far(logits[i, 0], expected[i][n + step]))
+    alone = Generation(session, capture, 1)
+    row = rows[0][None]
+    found["one"] = _far(alone(row[:, :4], torch.ones_like(row[:, :4]))[0], expected[0][:4])
+    found["chunk"] = _far(alone(row[:, 4:], torch.ones_like(row[:, 4:]))[0], expected[0][4:])
+    return found
+
+
+def _far(a: Tensor, b: Tensor) -> float:
+    assert torch.isfinite(a).all()
+    return float((a - b).abs().max())

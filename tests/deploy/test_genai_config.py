@@ -1,0 +1,96 @@
+"""onnxruntime-genai runs the folder as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from bone_fx.deploy.genai_config import copy_tokenizer, genai_config, write_genai_folder
+from bone_fx.errors import BaseModelError
+from tests.capture.decoder.decoders import DECODERS
+from tests.capture.decoder.decoding import capture_of, onnx_of
+
+og = pytest.importorskip("onnxruntime_genai")
+ROW = {row.name: row for row in DECODERS}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "mistral", "qwen2", "gemma3_text", "gpt2", "gpt_neox_quarter", "llama_head_20"],
+)
+def test_greedy_text_equals_transformers(name: str, tmp_path: Path) -> None:
+    model = ROW[name].build()
+    model.generation_config.eos_token_id = None
+    capture = capture_of(model)
+    ir.save(onnx_of(capture, model), tmp_path / "model.onnx")
+    model.config.eos_token_id = 98
+    warnings = write_genai_folder(tmp_path, model.config, capture, tmp_path / "nowhere")
+    assert "no tokenizer.json" in warnings[0]
+
+    prompt = torch.randint(3, 90, (1, 7), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = model.generate(
+            prompt, do_sample=False, max_new_tokens=12, eos_token_id=98, pad_token_id=0
+        )
+    parameters = og.GeneratorParams(loaded := og.Model(str(tmp_path)))
+    parameters.set_search_options(max_length=expected.shape[1], do_sample=False)
+    generator = og.Generator(loaded, parameters)
+    generator.append_tokens(prompt.numpy().astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert list(generator.get_sequence(0)) == expected[0].tolist()
+
+
+def test_generation_config_has_precedence() -> None:
+    model = ROW["llama"].build()
+    capture = capture_of(model)
+    generation = {
+        "eos_token_id": [7, 8],
+        "temperature": 0.6,
+        "top_k": 20,
+        "do_sample": True,
+        "top_p": None,
+    }
+    content = genai_config(model.config, capture, generation, provider="cuda")
+    assert content["model"]["eos_token_id"] == [7, 8]
+    assert content["model"]["pad_token_id"] == 0
+    assert content["model"]["context_length"] == content["search"]["max_length"] == 100
+    assert content["model"]["decoder"]["session_options"]["provider_options"] == [{"cuda": {}}]
+    search = content["search"]
+    assert (search["temperature"], search["top_k"], search["do_sample"], search["top_p"]) == (
+        0.6,
+        20,
+        True,
+        1.0,
+    )
+
+
+def test_the_buffer_is_shared_unless_the_graph_concatenates() -> None:
+    for name, shared in (("llama", True), ("llama_head_20", False)):
+        model = ROW[name].build()
+        search = genai_config(model.config, capture_of(model), {})["search"]
+        assert search["past_present_share_buffer"] is shared
+
+
+def test_tokenizer_files_are_copied_and_missing_ones_named(tmp_path: Path) -> None:
+    source, target = tmp_path / "base", tmp_path / "out"
+    source.mkdir()
+    target.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    (source / "weights.bin").write_text("not a tokenizer")
+    assert "no chat template" in copy_tokenizer(source, target)[0]
+    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert copy_tokenizer(source, target) == []
+    assert sorted(p.name for p in target.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+
+
+def test_a_broken_generation_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("{")
+    model = ROW["llama"].build()
+    with pytest.raises(BaseModelError, match=r"generation_config\.json"):
+        write_genai_folder(tmp_path, model.config, capture_of(model), tmp_path)
