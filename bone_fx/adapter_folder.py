@@ -82,13 +82,13 @@ class AdapterFolder:
         shape = METHODS[config.method].block_shape(
             site.in_features, site.out_features, config.r, config.mini_r
         )
-        found = tuple(self.blocks[site.name].shape)
-        if found != shape:
+        actual = tuple(self.blocks[site.name].shape)
+        if actual != shape:
             raise AdapterError(
                 f"{self.path / WEIGHTS_NAME}: the block of {site.name} has the wrong shape",
                 expected=f"{list(shape)} for {config.method} with r={config.r} on a layer"
                 f" {site.in_features} -> {site.out_features}",
-                found=list(found),
+                found=list(actual),
                 next_step="check that the adapter was trained on a base model of this width",
             )
 

@@ -153,10 +153,10 @@ class BoneConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `adapter_config.json`, as PEFT of the matching type reads it."""
-        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         if self.peft_type == "BONE":
-            del known["mini_r"], known["miss_dropout"]
-        return dict(sorted({**self.extra, **known}.items()))
+            del values["mini_r"], values["miss_dropout"]
+        return dict(sorted({**self.extra, **values}.items()))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `adapter_config.json` into a folder, which is made if needed."""
@@ -179,11 +179,11 @@ class BoneConfig:
                 found=repr(kind),
                 next_step="export adapters of other types with their own tools",
             )
-        own = {f.name for f in fields(cls)} - {"extra"}
+        names = {f.name for f in fields(cls)} - {"extra"}
         values = {
-            name: value for name, value in content.items() if name in own and value is not None
+            name: value for name, value in content.items() if name in names and value is not None
         }
-        extra = {name: value for name, value in content.items() if name not in own}
+        extra = {name: value for name, value in content.items() if name not in names}
         try:
             return cls(**values, extra=extra)
         except ConfigError as error:

@@ -188,8 +188,8 @@ def _listed(entries: list[str] | str | None, name: str) -> bool:
 
 
 def _in_layers(config: BoneConfig, name: str) -> bool:
-    wanted = config.layers_to_transform
-    if wanted is None or wanted == []:
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
         return True
     patterns: list[str] = [r"[^.]*"]
     if config.layers_pattern:
@@ -199,19 +199,19 @@ def _in_layers(config: BoneConfig, name: str) -> bool:
             else config.layers_pattern
         )
     matches = (_match(p, rf".*\.{p}\.(\d+)\.", name) for p in patterns)
-    found = next((match for match in matches if match), None)
-    return found is not None and int(found.group(1)) in (
-        [wanted] if isinstance(wanted, int) else wanted
+    numbered = next((match for match in matches if match), None)
+    return numbered is not None and int(numbered.group(1)) in (
+        [layers] if isinstance(layers, int) else layers
     )
 
 
-def _match(given: str, pattern: str, name: str, *, whole: bool = False) -> re.Match[str] | None:
+def _match(field: str, pattern: str, name: str, *, whole: bool = False) -> re.Match[str] | None:
     """The match of a pattern that was made of what a configuration gives."""
     try:
         return re.fullmatch(pattern, name) if whole else re.match(pattern, name)
     except re.error as error:
         raise SiteError(
-            f"{given!r} is not a regular expression",
+            f"{field!r} is not a regular expression",
             found=str(error),
             next_step="correct it in the adapter's configuration",
         ) from None

@@ -77,11 +77,11 @@ def spread_sums_(dx_TI: Tensor, dsum_TR: Tensor) -> Tensor:
     """Add the gradient of S(x) to every shard of the gradient of x, in place."""
     r = dsum_TR.shape[-1]
     in_features = dx_TI.shape[-1]
-    whole = in_features // r * r
-    if whole:
-        dx_TI[:, :whole].view(len(dx_TI), whole // r, r).add_(dsum_TR.unsqueeze(1))
-    if whole < in_features:
-        dx_TI[:, whole:].add_(dsum_TR[:, : in_features - whole])
+    even = in_features // r * r
+    if even:
+        dx_TI[:, :even].view(len(dx_TI), even // r, r).add_(dsum_TR.unsqueeze(1))
+    if even < in_features:
+        dx_TI[:, even:].add_(dsum_TR[:, : in_features - even])
     return dx_TI
 
 

@@ -70,9 +70,9 @@ def architecture_of(
                 type[PreTrainedModel],
                 get_class_from_dynamic_module(reference, folder, local_files_only=True),
             )
-    found = getattr(transformers, names[0], None)
-    if isinstance(found, type) and issubclass(found, PreTrainedModel):
-        return found
+    cls = getattr(transformers, names[0], None)
+    if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+        return cls
     raise BaseModelError(
         f"{folder} is a {names[0]}, which transformers {transformers.__version__} does not have",
         expected="a model class of transformers in config.json's architectures",
@@ -93,8 +93,8 @@ def auto_architecture(config: PreTrainedConfig, auto_class: str) -> type[PreTrai
             f"transformers has no {auto_class} for model_type {config.model_type!r}",
             next_step="name the class in config.json's architectures",
         )
-    found = mapping[type(config)]
-    return cast(type[PreTrainedModel], found[0] if isinstance(found, (tuple, list)) else found)
+    cls = mapping[type(config)]
+    return cast(type[PreTrainedModel], cls[0] if isinstance(cls, (tuple, list)) else cls)
 
 
 def with_overrides(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:

@@ -33,11 +33,11 @@ def download(hub_id: str, revision: str | None, *, trust_remote_code: bool) -> P
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = [*_WANTED, *(["*.py"] if trust_remote_code else [])]
+    patterns = [*_WANTED, *(["*.py"] if trust_remote_code else [])]
     try:
         return Path(
             snapshot_download(
-                hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED
+                hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=_UNWANTED
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

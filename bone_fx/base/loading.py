@@ -248,14 +248,14 @@ def _gguf_in(path: Path) -> Path | None:
         )
     if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").exists():
         return None
-    found = sorted(path.glob("*.gguf"))
-    if len(found) > 1:
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
         raise BaseModelError(
             f"{path} holds several GGUF files",
-            found=", ".join(file.name for file in found[:5]),
+            found=", ".join(file.name for file in files[:5]),
             next_step="give the path of one of them",
         )
-    return found[0] if found else None
+    return files[0] if files else None
 
 
 def _read_config(folder: Path) -> dict[str, object]:

@@ -132,17 +132,17 @@ def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype, loaded: Collect
         match = search.search(name)
         if match is None or match.lastgroup is None or name not in loaded:
             continue
-        kept = patterns[group_pattern[match.lastgroup]]
+        float_dtype = patterns[group_pattern[match.lastgroup]]
         owner, _, attribute = name.rpartition(".")
         is_parameter = isinstance(tensor, nn.Parameter)
-        value = _meta(tensor, kept) if is_parameter else tensor.to(kept)
+        value = _meta(tensor, float_dtype) if is_parameter else tensor.to(float_dtype)
         setattr(model.get_submodule(owner), attribute, value)
 
 
 def _compute_optional(model: PreTrainedModel, plan: LoadPlan) -> None:
     """Let the model's own code compute the parameters that a checkpoint need not hold."""
-    wanted = [name for name, _ in model.named_parameters() if name in plan.optional]
-    for name in wanted:
+    names = [name for name, _ in model.named_parameters() if name in plan.optional]
+    for name in names:
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
         shape, dtype = getattr(module, attribute).shape, getattr(module, attribute).dtype
@@ -152,9 +152,9 @@ def _compute_optional(model: PreTrainedModel, plan: LoadPlan) -> None:
             nn.Parameter(torch.full(shape, torch.nan, dtype=dtype), requires_grad=False),
         )
         module._is_hf_initialized = False  # type: ignore[assignment]  # transformers' own mark
-    if wanted:
+    if names:
         model.initialize_weights()  # type: ignore[no-untyped-call]
-    for name in wanted:
+    for name in names:
         if model.get_parameter(name).isnan().any():
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, _meta(model.get_parameter(name)))
@@ -192,18 +192,18 @@ def _tie(
 
 def _make_fake(model: nn.Module, in_checkpoint: Collection[str]) -> None:
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    made: dict[Tensor, Tensor] = {}
+    fakes: dict[Tensor, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
-        if tensor not in made:
+        if tensor not in fakes:
             with mode:
                 shell = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            made[tensor] = (
+            fakes[tensor] = (
                 nn.Parameter(shell, requires_grad=False)
                 if isinstance(tensor, nn.Parameter)
                 else shell
             )
-        return made[tensor]
+        return fakes[tensor]
 
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():

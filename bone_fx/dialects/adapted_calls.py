@@ -51,10 +51,10 @@ def read(gm: fx.GraphModule, node: fx.Node) -> LinearUse | None:
 
 def _infer(gm: fx.GraphModule, node: fx.Node) -> tuple[LinearSite, str]:
     """Site and family of a node whose meta was lost, as pickling loses it."""
-    found = weight_behind(gm, node.args[1])
-    if found is None:
+    source = weight_behind(gm, node.args[1])
+    if source is None:
         raise AssertionError(f"{node.name}: the weight of an adapted node is not a parameter")
-    name, weight, _ = found
+    name, weight, _ = source
     transposed = bool(node.args[6]) if len(node.args) > 6 else False
     out_features, in_features = weight.shape[::-1] if transposed else weight.shape
     return LinearSite(

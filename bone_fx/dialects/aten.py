@@ -41,14 +41,14 @@ def read(gm: fx.GraphModule, node: fx.Node) -> LinearUse | None:
 def _use(
     gm: fx.GraphModule, node: fx.Node, x: object, weight: object, bias: object, *, is_IO: bool
 ) -> LinearUse | None:
-    found = weight_behind(gm, weight)
+    source = weight_behind(gm, weight)
     if (
-        found is None
+        source is None
         or not isinstance(x, fx.Node)
         or not (bias is None or isinstance(bias, fx.Node))
     ):
         return None
-    weight_name, tensor, flipped = found
+    weight_name, tensor, flipped = source
     transposed = is_IO != flipped
     out_features, in_features = tensor.shape[::-1] if transposed else tensor.shape
     name = owner_of(weight_name)

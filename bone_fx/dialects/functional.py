@@ -18,16 +18,16 @@ def read(gm: fx.GraphModule, node: fx.Node) -> LinearUse | None:
     if node.op != "call_function" or node.target not in _TARGETS:
         return None
     names = ("input", "weight", "bias")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    x, bias = given.get("input"), given.get("bias")
-    found = weight_behind(gm, given.get("weight"))
+    arguments = dict(zip(names, node.args, strict=False)) | node.kwargs
+    x, bias = arguments.get("input"), arguments.get("bias")
+    source = weight_behind(gm, arguments.get("weight"))
     if (
-        found is None
+        source is None
         or not isinstance(x, fx.Node)
         or not (bias is None or isinstance(bias, fx.Node))
     ):
         return None
-    weight_name, weight, flipped = found
+    weight_name, weight, flipped = source
     out_features, in_features = weight.shape[::-1] if flipped else weight.shape
     name = owner_of(weight_name)
     site = LinearSite(

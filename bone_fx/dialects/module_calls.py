@@ -29,8 +29,8 @@ def read(gm: fx.GraphModule, node: fx.Node) -> LinearUse | None:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling the module is the product alone: no hooks, no forward of a subclass."""
-    own = type(module).__name__ == "Conv1D" or type(module).forward is nn.Linear.forward
-    return own and not module._forward_hooks and not module._forward_pre_hooks
+    linear = type(module).__name__ == "Conv1D" or type(module).forward is nn.Linear.forward
+    return linear and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def site_of(name: str, module: nn.Module) -> LinearSite | None:

@@ -32,11 +32,11 @@ def name_dims(model: ir.Model, names: DimNames) -> None:
     symbols: dict[str, str] = {}
     tensors = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
     for tensor, axes in names.items():
-        found = tensors.get(tensor)
-        if found is None or found.shape is None:
+        endpoint = tensors.get(tensor)
+        if endpoint is None or endpoint.shape is None:
             continue
         for axis, name in axes.items():
-            dim = found.shape[axis]
+            dim = endpoint.shape[axis]
             if isinstance(dim, int):
                 raise CaptureError(
                     f"dimension {axis} of {tensor!r} ({name}) has the fixed size {dim}",

@@ -49,7 +49,7 @@ def by_part_name(name: str, groups: int, widths: Sequence[int]) -> str:
 
 def groups_of(name: str) -> tuple[int, tuple[int, ...]] | None:
     """Groups and widths that `by_part_name` was given; None for other names."""
-    found = BY_PART.search(name)
-    if found is None:
+    match = BY_PART.search(name)
+    if match is None:
         return None
-    return int(found[1]), tuple(int(width) for width in found[2].split("_")[1:])
+    return int(match[1]), tuple(int(width) for width in match[2].split("_")[1:])

@@ -68,7 +68,7 @@ def place(model: ir.Model) -> Placement:
     Args:
         model: A translated model.
     """
-    found = Placement()
+    placement = Placement()
     dtypes: dict[ir.Value, ir.DataType | None] = {}
     shapes: set[ir.Value] = set()
     opsets = model.graph.opset_imports
@@ -81,16 +81,16 @@ def place(model: ir.Model) -> Placement:
         name = str(node.name or node.outputs[0].name)
         if _is_on_shapes(node, shapes, dtypes):
             shapes.update(node.outputs)
-            found.shapes[name] = operator
+            placement.shapes[name] = operator
             continue
         value = typed_by(node)
         dtype = None if value is None else dtypes.get(value, value.dtype)
         reason = why_not_on_cuda(node, dtype, opsets.get(node.domain, 1))
         if reason is None:
-            found.on_cuda += 1
+            placement.on_cuda += 1
         else:
-            found.missing[name] = (operator, reason)
-    return found
+            placement.missing[name] = (operator, reason)
+    return placement
 
 
 def _is_on_shapes(
@@ -111,10 +111,10 @@ def _dtype(
 ) -> ir.DataType | None:
     """The dtype of an output, whose type is forgotten once a graph is cleaned up."""
 
-    def known(value: ir.Value) -> ir.DataType | None:
+    def dtype_of(value: ir.Value) -> ir.DataType | None:
         return dtypes.get(value) or value.dtype
 
     if node.domain == CONTRIB or node.op_type == "SimplifiedLayerNormalization":
-        inputs = [known(value) for value in node.inputs if value is not None]
+        inputs = [dtype_of(value) for value in node.inputs if value is not None]
         return next((d for d in inputs if d is not None and d.is_floating_point()), None)
-    return inferred_dtype(node, index, known)
+    return inferred_dtype(node, index, dtype_of)

@@ -173,20 +173,21 @@ class QuantizeWeights(ir.passes.InPlacePass):
         product = ir.node(
             "MatMulNBits", [node.inputs[0], *parts], attributes, domain=CONTRIB, name=node.name
         )
-        made = [product]
+        nodes = [product]
         if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
-            made.append(ir.node("Add", [product.outputs[0], node.inputs[2]]))
+            nodes.append(ir.node("Add", [product.outputs[0], node.inputs[2]]))
         ir.convenience.replace_nodes_and_values(
-            graph, node, [node], made, node.outputs, made[-1].outputs
+            graph, node, [node], nodes, node.outputs, nodes[-1].outputs
         )
         self.done.products.append(str(weight.name))
 
     def _importance(self, recipe: Recipe, stored: str) -> Tensor | None:
         """The moments of a weight's inputs; weights packed into one product share their inputs."""
         inputs = stored.index("K")
-        known = (self.moments.get(id(part)) for part in behind_inputs(recipe, inputs))
-        found = next((moments for moments in known if moments is not None), None)
-        return found if found is not None and len(found) == recipe.shape[inputs] else None
+        candidates = (self.moments.get(id(part)) for part in behind_inputs(recipe, inputs))
+        moments = next((m for m in candidates if m is not None), None)
+        fits = moments is not None and len(moments) == recipe.shape[inputs]
+        return moments if fits else None
 
     def _replace_gather(
         self, graph: ir.Graph, node: ir.Node, weight: ir.Value, scheme: Scheme
@@ -242,7 +243,7 @@ def product_weight(node: ir.Node) -> str | None:
 def head_of(graph: ir.Graph) -> ir.Node | None:
     """The one product with a constant weight that `logits` comes through; None if there is none."""
     start = next((value for value in graph.outputs if value.name == "logits"), None)
-    found: set[ir.Node] = set()
+    readers: set[ir.Node] = set()
     seen: set[ir.Value] = set()
     waiting = [start]
     while waiting:
@@ -254,12 +255,12 @@ def head_of(graph: ir.Graph) -> ir.Node | None:
         if node is None:
             continue
         if product_weight(node) is not None or node.op_type == "MatMulNBits":
-            found.add(node)
+            readers.add(node)
         else:
             waiting += node.inputs
-        if len(found) > 1:
+        if len(readers) > 1:
             return None
-    return next(iter(found), None)
+    return next(iter(readers), None)
 
 
 def _gathered(node: ir.Node) -> ir.Value | None:

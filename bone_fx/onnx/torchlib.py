@@ -46,8 +46,8 @@ def _from_onnxscript(target: Any) -> Iterator[OnnxDecompMeta]:
     for name in _names(target):
         if name not in default_registry or _get_overload(name) != target:
             continue
-        found = default_registry[name]
-        for functions, is_complex in ((found.overloads, False), (found.complex, True)):
+        entry = default_registry[name]
+        for functions, is_complex in ((entry.overloads, False), (entry.complex, True)):
             for function in functions:
                 yield OnnxDecompMeta(
                     onnx_function=function, fx_target=target, signature=None, is_complex=is_complex

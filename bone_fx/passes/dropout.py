@@ -65,12 +65,12 @@ def set_dropout(graph_module: GraphModule, training: bool) -> bool:
 
 def random_nodes(graph_module: GraphModule) -> list[Node]:
     """The nodes that draw random numbers in evaluation too, and whose result is read."""
-    found = []
+    literals = []
     for module in graph_module.modules():
         if isinstance(module, GraphModule):
             live = _read(module)
-            found += [node for node in module.graph.nodes if node in live and _draws(node)]
-    return found
+            literals += [node for node in module.graph.nodes if node in live and _draws(node)]
+    return literals
 
 
 def _draws(node: Node) -> bool:
@@ -109,13 +109,13 @@ def _switch(node: Node, training: bool) -> bool:
     literals = _training_literals(node)
     changed = False
     for key, (in_training, in_evaluation) in literals.items():
-        wanted = in_training if training else in_evaluation
+        literal = in_training if training else in_evaluation
         now = node.args[key] if isinstance(key, int) else node.kwargs[key]
-        if now != wanted or type(now) is not type(wanted):
+        if now != literal or type(now) is not type(literal):
             if isinstance(key, int):
-                node.update_arg(key, wanted)
+                node.update_arg(key, literal)
             else:
-                node.update_kwarg(key, wanted)
+                node.update_kwarg(key, literal)
             changed = True
     return changed
 
@@ -124,11 +124,11 @@ def _training_literals(node: Node) -> dict[int | str, tuple[Any, Any]]:
     """{position or keyword of the literal: (in training, in evaluation)}, found once a node."""
     if node.op != "call_function" or not hasattr(node.target, "_schema"):
         return {}
-    known: dict[int | str, tuple[Any, Any]] | None = node.meta.get(TRAINING_LITERALS)
-    if known is not None:
-        return known
+    recorded: dict[int | str, tuple[Any, Any]] | None = node.meta.get(TRAINING_LITERALS)
+    if recorded is not None:
+        return recorded
     schema = node.target._schema
-    found: dict[int | str, tuple[Any, Any]] = {}
+    literals: dict[int | str, tuple[Any, Any]] = {}
     in_evaluation = _IN_EVALUATION.get(schema.name.rstrip("_"), {})
     for index, argument in enumerate(schema.arguments):
         if argument.name not in in_evaluation:
@@ -138,12 +138,12 @@ def _training_literals(node: Node) -> dict[int | str, tuple[Any, Any]]:
             continue  # left at its default, which is the value in evaluation (dropout_p=0.0)
         value = node.args[where] if isinstance(where, int) else node.kwargs[where]
         if isinstance(value, bool | int | float) and value != in_evaluation[argument.name]:
-            found[where] = (value, in_evaluation[argument.name])
+            literals[where] = (value, in_evaluation[argument.name])
     if _counts_batches(node):
-        found[1] = (node.args[1], 0)
-    if found:
-        node.meta[TRAINING_LITERALS] = found
-    return found
+        literals[1] = (node.args[1], 0)
+    if literals:
+        node.meta[TRAINING_LITERALS] = literals
+    return literals
 
 
 def _counts_batches(node: Node) -> bool:

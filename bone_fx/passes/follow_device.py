@@ -39,15 +39,15 @@ def follow_device(graph: Graph) -> int:
 
     A graph in which neither has a value in its `meta` stays as it is.
     """
-    known = _known(graph)
-    if known is None:
+    anchor = _known(graph)
+    if anchor is None:
         return 0
-    traced_on: torch.device = known.meta["val"].device
+    traced_on: torch.device = anchor.meta["val"].device
     fixed = [n for n in graph.nodes if n.op == "call_function" and _is_fixed(n, traced_on)]
     if not fixed:
         return 0
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
-        tensor = known if known.op == "placeholder" else graph.get_attr(str(known.target))
+        tensor = anchor if anchor.op == "placeholder" else graph.get_attr(str(anchor.target))
         here = graph.call_function(getattr, (tensor, "device"))
         kind = graph.call_function(getattr, (here, "type"))
     for node in fixed:

@@ -25,7 +25,7 @@ _REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
 
 def inline_no_grad(gm: GraphModule) -> int:
     """Put regions in line, in place; how many."""
-    found = 0
+    inlined = 0
     for node in list(gm.graph.nodes):
         if node.target is not _REGION or node.args[0] is not False:
             continue
@@ -40,8 +40,8 @@ def inline_no_grad(gm: GraphModule) -> int:
         if not region.users:
             gm.graph.erase_node(region)
             gm.delete_submodule(str(region.target))
-        found += 1
-    return found
+        inlined += 1
+    return inlined
 
 
 def _put_in_line(gm: GraphModule, node: Node, body: GraphModule, inputs: tuple[Any, ...]) -> None:
@@ -61,7 +61,7 @@ def _needs_no_grad(gm: GraphModule, value: Any) -> bool:
     if value.op == "get_attr":
         owner, _, leaf = str(value.target).rpartition(".")
         return leaf in gm.get_submodule(owner)._buffers
-    known: Any = value.meta.get("val")
-    return isinstance(known, torch.SymInt) or (
-        isinstance(known, torch.Tensor) and not (known.is_floating_point() or known.is_complex())
+    val: Any = value.meta.get("val")
+    return isinstance(val, torch.SymInt) or (
+        isinstance(val, torch.Tensor) and not (val.is_floating_point() or val.is_complex())
     )

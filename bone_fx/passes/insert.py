@@ -51,8 +51,7 @@ def insert_adapters(
         gm: A traced graph, by `torch.fx.symbolic_trace` or `torch.export`; it is left as it was.
         config: What to insert and where.
         adapter_name: Name of the adapter; its blocks are `<site>.bone_block.<adapter_name>`.
-        blocks: Blocks by site to use as they are (trained ones); missing: fresh ones, drawn in
-            module order.
+        blocks: Trained blocks by site, used as they are; None draws fresh ones, in module order.
         output_layers: Sites that `target_modules="all-linear"` leaves out.
         freeze_base: Freeze every parameter that is neither a block nor in `modules_to_save`.
         untie: Allow a target whose weight is shared with another layer, by giving that layer its
@@ -83,8 +82,8 @@ def insert_adapters(
     for site in chosen:
         check_fit(config, site)
         _refuse_both_ways(site, search.uses)
-        given = fresh[site.name] if not blocks else _given(blocks, site, config)
-        _mount(result, site, adapter_name, given)
+        adapter_blocks = fresh[site.name] if not blocks else _given(blocks, site, config)
+        _mount(result, site, adapter_name, adapter_blocks)
     names = {site.name for site in chosen}
     for node in [use.node for use in find_sites(result).uses if use.site.name in names]:
         use = read_use(result, node)  # again: its input may be a node rewritten before it
@@ -128,9 +127,9 @@ def _given(blocks: Mapping[str, Tensor], site: LinearSite, config: BoneConfig) -
     )
     block = blocks.get(site.name)
     if block is None or tuple(block.shape) != shape:
-        found = "none" if block is None else list(block.shape)
+        actual = "none" if block is None else list(block.shape)
         raise SiteError(
-            f"{site.name}: the block does not fit", expected=f"shape {list(shape)}", found=found
+            f"{site.name}: the block does not fit", expected=f"shape {list(shape)}", found=actual
         )
     return block
 

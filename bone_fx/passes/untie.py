@@ -52,8 +52,8 @@ def untie_weights(gm: fx.GraphModule, sites: list[LinearSite], *, untie: bool) -
             )
         for node in readers:
             with gm.graph.inserting_before(node):
-                own = gm.graph.get_attr(others[0])
-            node.replace_input_with(_reading(node, site.weight_name), own)
+                separate = gm.graph.get_attr(others[0])
+            node.replace_input_with(_reading(node, site.weight_name), separate)
         owner, leaf = container(gm, site.weight_name)
         owner.register_parameter(
             leaf, nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
@@ -65,7 +65,7 @@ def _reading(node: fx.Node, name: str) -> fx.Node:
     return next(n for n in node.all_input_nodes if n.op == "get_attr" and str(n.target) == name)
 
 
-def _other_readers(gm: fx.GraphModule, site: LinearSite, own: set[fx.Node]) -> list[fx.Node]:
+def _other_readers(gm: fx.GraphModule, site: LinearSite, uses: set[fx.Node]) -> list[fx.Node]:
     views = {site.weight_name}
     reads = [n for n in gm.graph.nodes if n.op == "get_attr" and str(n.target) in views]
     users = [user for read in reads for user in read.users]
@@ -74,5 +74,5 @@ def _other_readers(gm: fx.GraphModule, site: LinearSite, own: set[fx.Node]) -> l
     users += [
         n for n in calls if any(p is weight for p in gm.get_submodule(str(n.target)).parameters())
     ]
-    passing = {n for use in own for n in use.all_input_nodes}
-    return [user for user in users if user not in own and user not in passing]
+    passing = {n for use in uses for n in use.all_input_nodes}
+    return [user for user in users if user not in uses and user not in passing]

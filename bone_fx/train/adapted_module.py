@@ -315,8 +315,8 @@ class AdaptedModule(TrainingGraph):
 
     def _named(self, names: str | Sequence[str] | None) -> list[str]:
         """Adapter names as a list, the active ones for None; each must be there."""
-        given = self.active_adapters if names is None else names
-        chosen = [given] if isinstance(given, str) else list(given)
+        names = self.active_adapters if names is None else names
+        chosen = [names] if isinstance(names, str) else list(names)
         for name in chosen:
             self._adapter(name)
         return chosen
@@ -378,20 +378,20 @@ class AdaptedModule(TrainingGraph):
         """Write the graph anew for the active adapters and mount every kept parameter."""
         self._other_form = None
         carry_buffers(named_buffers(self), self._base)
-        own: dict[str, nn.Parameter] = dict(self._base.named_parameters(remove_duplicate=False))
+        parameters = dict(self._base.named_parameters(remove_duplicate=False))
         gm = self._base
         if not self._disabled:
             names = self._merged or self.active_adapters
             gm = self._inserted(names)
-            own |= self._saved(names)
+            parameters |= self._saved(names)
         if self._merged and not self._disabled:
             gm = fold_adapters(gm).graph_module
-            own |= {
+            parameters |= {
                 s.weight_name: gm.get_parameter(s.weight_name) for s in self._touched(self._merged)
             }
         root = copy_module(gm)
         mount_parameters(root, find_sites(self._base).sites, self._adapters)
-        for name, parameter in own.items():
+        for name, parameter in parameters.items():
             owner, leaf = container(root, name)
             owner.register_parameter(leaf, parameter)
         self._split_if_asked(root)

@@ -122,8 +122,8 @@ def _adopt_constants(graph: fx.Graph, unit: dict[fx.Node, str]) -> None:
         if path is None or node in unit or node.op in ("placeholder", "output"):
             continue
         if node.op == "get_attr":
-            own = str(node.target).startswith(f"{path}.")
-            if own or isinstance(_attribute(graph, node), fx.GraphModule):
+            inside = str(node.target).startswith(f"{path}.")
+            if inside or isinstance(_attribute(graph, node), fx.GraphModule):
                 unit[node] = path
         elif not any(str(entry[0]) for entry in _stack(node)):
             unit[node] = path

@@ -181,9 +181,9 @@ def _step(
 ) -> tuple[Tensor, dict[str, Any]]:
     names = [output.name for output in session.get_outputs()]
     feeds = {"input_ids": ids, "attention_mask": mask, **past}
-    wanted = {i.name for i in session.get_inputs()}
+    inputs = {i.name for i in session.get_inputs()}
     values = dict(
-        zip(names, session.run(None, {k: v for k, v in feeds.items() if k in wanted}), strict=True)
+        zip(names, session.run(None, {k: v for k, v in feeds.items() if k in inputs}), strict=True)
     )
     presents = {
         name.replace("present.", "past_key_values."): value

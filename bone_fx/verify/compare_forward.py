@@ -75,25 +75,25 @@ def verify_model(
     free = parity.tolerance if written is None else math.inf
     for number, (case, feeds) in enumerate(cases.items()):
         outputs = run_session(session, feeds)
-        for name, found, one, other in zip(
+        for name, actual, one, other in zip(
             names, outputs, reference[number], folded[number], strict=True
         ):
             keep = feeds.get(_MASK)
             parity.compare(
                 "unmerged_vs_folded", f"{case}: {name}", *_kept(keep, other, one), TOLERANCE["fp32"]
             )
-            parity.compare("onnx_vs_unmerged", f"{case}: {name}", *_kept(keep, found, one), free)
-            parity.compare("onnx_vs_folded", f"{case}: {name}", *_kept(keep, found, other), free)
+            parity.compare("onnx_vs_unmerged", f"{case}: {name}", *_kept(keep, actual, one), free)
+            parity.compare("onnx_vs_folded", f"{case}: {name}", *_kept(keep, actual, other), free)
         if written is None:
             continue
         runs = {"onnx_vs_written": (written.exact or session, parity.tolerance)}
         if written.exact is not None:
             runs["rounded_activations"] = (session, ROUNDED_ACTIVATIONS)
         for pair, (graph, tolerance) in runs.items():
-            for name, found, one in zip(
+            for name, actual, one in zip(
                 names, run_session(graph, feeds), quantized[number], strict=True
             ):
-                both = _kept(feeds.get(_MASK), found, one)
+                both = _kept(feeds.get(_MASK), actual, one)
                 parity.compare(pair, f"{case}: {name}", *both, tolerance)
     pairs = [
         (a, b)
@@ -126,22 +126,22 @@ def verify_module(
     cases |= _cases(session, cases[_EXAMPLE])
     for case, feeds in cases.items():
         values = iter(feeds.values())
-        given = pytree.tree_unflatten(
+        arguments = pytree.tree_unflatten(
             [next(values) if isinstance(x, Tensor) else x for x in leaves], spec
         )
         try:
             with torch.no_grad():
-                result = call(**given) if isinstance(given, Mapping) else call(*given)
+                result = call(**arguments) if isinstance(arguments, Mapping) else call(*arguments)
         except Exception as error:
             if case == _EXAMPLE:
                 raise
             parity.warnings.append(f"not compared at {case}: the module refuses it ({error})")
             continue
         expected = [v for v in pytree.tree_leaves(result) if isinstance(v, Tensor)]
-        for output, found, reference in zip(
+        for output, actual, reference in zip(
             session.get_outputs(), run_session(session, feeds), expected, strict=True
         ):
-            parity.compare("onnx_vs_torch", f"{case}: {output.name}", found, reference)
+            parity.compare("onnx_vs_torch", f"{case}: {output.name}", actual, reference)
     return parity
 
 
@@ -168,11 +168,11 @@ def _cases(session: onnxruntime.InferenceSession, examples: Feeds) -> dict[str, 
         sizes: dict[str, int] = {}
         feeds: Feeds = {}
         for name, example in examples.items():
-            wanted = [
+            shape = [
                 _size(dim, example.shape[axis], rows if dim == batch else length, sizes)
                 for axis, dim in enumerate(shapes[name])
             ]
-            feeds[name] = _resized(example, wanted)
+            feeds[name] = _resized(example, shape)
         label = ", ".join(
             f"{name} {list(tensor.shape)}" for name, tensor in list(feeds.items())[:1]
         )
@@ -189,8 +189,8 @@ def _cases(session: onnxruntime.InferenceSession, examples: Feeds) -> dict[str, 
     return cases
 
 
-def _size(dim: object, given: int, wanted: int, sizes: dict[str, int]) -> int:
-    return sizes.setdefault(dim, wanted) if isinstance(dim, str) else given
+def _size(dim: object, example: int, size: int, sizes: dict[str, int]) -> int:
+    return sizes.setdefault(dim, size) if isinstance(dim, str) else example
 
 
 def _resized(example: Tensor, shape: Sequence[int]) -> Tensor:
@@ -213,13 +213,13 @@ def _fields(output: Any, names: Sequence[str]) -> list[Tensor]:
     return [getattr(output, name).float() for name in names]
 
 
-def _kept(mask: Tensor | None, found: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+def _kept(mask: Tensor | None, actual: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Both without the positions that the mask takes out, where an output has positions."""
     if (
         mask is None
-        or found.dim() != 3
-        or found.shape[:2] != mask.shape
-        or found.shape != reference.shape
+        or actual.dim() != 3
+        or actual.shape[:2] != mask.shape
+        or actual.shape != reference.shape
     ):
-        return found, reference
-    return found[mask.bool()], reference[mask.bool()]
+        return actual, reference
+    return actual[mask.bool()], reference[mask.bool()]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bone_fx.errors import VerificationError
 from bone_fx.onnx.packed_names import groups_of, parts_of
 from bone_fx.runtime.session import open_session
-from bone_fx.weights.recipes.nbits import Blocks, unpack
+from bone_fx.weights.recipes.nbits import QuantizedGroups, unpack
 from bone_fx.weights.recipes.ungroup import row_order
 
 if TYPE_CHECKING:
@@ -55,13 +55,13 @@ class Written:
         """
         loaded = 0
         written = _weights(self.folder / "model.onnx")
-        for name, gathered, blocks, bits in _apart(written, model):
+        for name, gathered, groups, bits in _apart(written, model):
             owner, attribute, weight = _parameter(model, name, gathered)
             stored = weight.detach().float()
-            values = blocks.values()
+            values = groups.values()
             # A product's weight lies [N, K] in the file; the model may keep it [K, N].
             fits = [w for w in (stored, stored.t()) if w.shape == values.shape]
-            wrong = [_what_differs(w, values, blocks, bits) for w in fits]
+            wrong = [_what_differs(w, values, groups, bits) for w in fits]
             if not wrong or all(wrong):
                 raise VerificationError(
                     f"verification failed: {name}: the written weight is not the folded one",
@@ -104,27 +104,27 @@ def written_graph(folder: Path, provider: str) -> Written:
 
 
 def _apart(
-    written: Iterable[tuple[str, bool, Blocks, int]], model: nn.Module
-) -> Iterator[tuple[str, bool, Blocks, int]]:
+    written: Iterable[tuple[str, bool, QuantizedGroups, int]], model: nn.Module
+) -> Iterator[tuple[str, bool, QuantizedGroups, int]]:
     """Weights that were packed into one product, each by itself."""
-    for name, gathered, blocks, bits in written:
+    for name, gathered, groups, bits in written:
         parts = parts_of(name)
-        if (groups := groups_of(name.partition(".codes")[0])) is not None:
-            back = torch.argsort(row_order(*groups))
-            whole = (tensor[back] for tensor in (blocks.codes, blocks.scales, blocks.zeros))
-            yield name, gathered, Blocks(*whole), bits
+        if (order := groups_of(name.partition(".codes")[0])) is not None:
+            back = torch.argsort(row_order(*order))
+            ordered = (tensor[back] for tensor in (groups.codes, groups.scales, groups.zeros))
+            yield name, gathered, QuantizedGroups(*ordered), bits
             continue
         if len(parts) == 1:
-            yield name, gathered, blocks, bits
+            yield name, gathered, groups, bits
             continue
         rows = [_parameter(model, part, gathered)[2].shape[0] for part in parts]
-        tensors = (blocks.codes, blocks.scales, blocks.zeros)
+        tensors = (groups.codes, groups.scales, groups.zeros)
         pieces = zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
         for part, piece in zip(parts, pieces, strict=True):
-            yield part, gathered, Blocks(*piece), bits
+            yield part, gathered, QuantizedGroups(*piece), bits
 
 
-def _weights(path: Path) -> Iterator[tuple[str, bool, Blocks, int]]:
+def _weights(path: Path) -> Iterator[tuple[str, bool, QuantizedGroups, int]]:
     """Name, whether rows are gathered, content and bits of each quantized weight."""
     for node in ir.load(path).graph:
         gathered = node.op_type == "GatherBlockQuantized"
@@ -139,15 +139,15 @@ def _weights(path: Path) -> Iterator[tuple[str, bool, Blocks, int]]:
         )
         bits, size = (node.attributes[n].as_int() for n in ("bits", "block_size"))
         scales_NG = _content(scales)
-        blocks = scales_NG.shape[1]
+        count = scales_NG.shape[1]
         zeros_NG = (
             torch.full(scales_NG.shape, 1 << (bits - 1), dtype=torch.uint8)
             if zeros is None
-            else unpack(_content(zeros), bits, blocks)
+            else unpack(_content(zeros), bits, count)
         )
         assert codes is not None
         codes_NGB = unpack(_content(codes), bits, size)
-        yield str(codes.name), gathered, Blocks(codes_NGB, scales_NG, zeros_NG), bits
+        yield str(codes.name), gathered, QuantizedGroups(codes_NGB, scales_NG, zeros_NG), bits
 
 
 def _content(value: ir.Value | None) -> Tensor:
@@ -177,13 +177,13 @@ def _parameter(model: nn.Module, codes: str, gathered: bool) -> tuple[nn.Module,
     return model.get_submodule(owner), attribute, weight
 
 
-def _what_differs(weight: Tensor, values: Tensor, blocks: Blocks, bits: int) -> str:
+def _what_differs(weight: Tensor, values: Tensor, groups: QuantizedGroups, bits: int) -> str:
     """Why codes are not a weight rounded to nearest; empty if they are."""
     error = float((values - weight).norm() / weight.norm().clamp(min=1e-30))
     if error > LARGEST_ERROR[bits]:
         return f"other values: they differ by {error:.2g} of the weight"
-    scales = blocks.scales.float().unsqueeze(-1)
+    scales = groups.scales.float().unsqueeze(-1)
     inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
-    places = weight.view_as(blocks.codes) * inverse + blocks.zeros.float().unsqueeze(-1)
-    off = (places.clamp(0, (1 << bits) - 1) - blocks.codes.float()).abs().max()
+    places = weight.view_as(groups.codes) * inverse + groups.zeros.float().unsqueeze(-1)
+    off = (places.clamp(0, (1 << bits) - 1) - groups.codes.float()).abs().max()
     return "" if float(off) <= _NEAREST else f"a code that is {float(off):.2f} steps off"

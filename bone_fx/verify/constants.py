@@ -36,8 +36,8 @@ def verify_constants(
     Raises:
         VerificationError: A weight is missing or differs; the message names the layer.
     """
-    written = ir.load(folder / "model.onnx").graph.initializers
-    codes = (name.removesuffix(".codes") for name in written if name.endswith(".codes"))
+    constants = ir.load(folder / "model.onnx").graph.initializers
+    codes = (name.removesuffix(".codes") for name in constants if name.endswith(".codes"))
     quantized = {part for name in codes for part in parts_of(name)}
     for name, site in sites.items():
         if site.weight_name in quantized:
@@ -46,17 +46,17 @@ def verify_constants(
         weight = model.get_parameter(site.weight_name).detach()
         with torch.no_grad():
             expected = fold_weight(weight, steps, transposed=site.transposed, layer=name)
-        found = _written(written, site.weight_name, model)
-        if found is None:
+        actual = _written(constants, site.weight_name, model)
+        if actual is None:
             raise VerificationError(
                 f"{name}: the exported model has no constant {site.weight_name}"
             )
-        expected = expected.to(found.dtype)
-        if not (_equal(found, expected) or _equal(found, expected.t())):
-            base = weight.to(found.dtype)
+        expected = expected.to(actual.dtype)
+        if not (_equal(actual, expected) or _equal(actual, expected.t())):
+            base = weight.to(actual.dtype)
             what = (
                 "the base weight, unfolded"
-                if _equal(found, base) or _equal(found, base.t())
+                if _equal(actual, base) or _equal(actual, base.t())
                 else "other values"
             )
             raise VerificationError(
@@ -74,22 +74,22 @@ def _written(constants: Mapping[str, ir.Value], weight: str, model: nn.Module) -
         parts = parts_of(plain)
         if weight not in parts or value.const_value is None:
             continue
-        whole = _tensor(value.const_value)
+        packed = _tensor(value.const_value)
         if (groups := groups_of(plain)) is not None:
-            return _regrouped(whole, row_order(*groups))
+            return _regrouped(packed, row_order(*groups))
         if len(parts) == 1:
-            return whole
+            return packed
         rows = [model.get_parameter(part).shape[0] for part in parts]
-        axis = 0 if whole.shape[0] == sum(rows) and whole.shape[1] != sum(rows) else 1
+        axis = 0 if packed.shape[0] == sum(rows) and packed.shape[1] != sum(rows) else 1
         place = parts.index(weight)
-        return whole.narrow(axis, sum(rows[:place]), rows[place])
+        return packed.narrow(axis, sum(rows[:place]), rows[place])
     return None
 
 
-def _regrouped(written: Tensor, order: Tensor) -> Tensor:
+def _regrouped(weight: Tensor, order: Tensor) -> Tensor:
     """A weight in the order of the model's rows."""
-    axis = 0 if written.shape[0] == len(order) and written.shape[-1] != len(order) else 1
-    return torch.empty_like(written).index_copy_(axis, order, written)
+    axis = 0 if weight.shape[0] == len(order) and weight.shape[-1] != len(order) else 1
+    return torch.empty_like(weight).index_copy_(axis, order, weight)
 
 
 def _tensor(value: ir.TensorProtocol) -> Tensor:
@@ -99,5 +99,5 @@ def _tensor(value: ir.TensorProtocol) -> Tensor:
     return torch.from_numpy(content)
 
 
-def _equal(found: Tensor, expected: Tensor) -> bool:
-    return found.shape == expected.shape and torch.equal(found, expected)
+def _equal(actual: Tensor, expected: Tensor) -> bool:
+    return actual.shape == expected.shape and torch.equal(actual, expected)

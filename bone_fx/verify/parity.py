@@ -37,7 +37,12 @@ class Parity:
     warnings: list[str] = field(default_factory=list)
 
     def compare(
-        self, pair: str, case: str, found: Tensor, reference: Tensor, tolerance: float | None = None
+        self,
+        pair: str,
+        case: str,
+        actual: Tensor,
+        reference: Tensor,
+        tolerance: float | None = None,
     ) -> None:
         """Record a pair's difference in one case and refuse it if it is too large.
 
@@ -46,13 +51,13 @@ class Parity:
                 the tolerance.
         """
         allowed = self.tolerance if tolerance is None else tolerance
-        gap = difference(found, reference)
+        gap = difference(actual, reference)
         if case not in self.cases:
             self.cases.append(case)
         self.figures[pair] = max(self.figures.get(pair, 0.0), gap)
         if gap <= allowed:
             return
-        if not bool(torch.isfinite(found).all()):
+        if not bool(torch.isfinite(actual).all()):
             what = "NaN or Inf in the output"
         else:
             what = f"a difference of {gap:.3g}"
@@ -80,16 +85,16 @@ def check_effect(parity: Parity, pairs: Sequence[tuple[Tensor, Tensor]]) -> None
         )
 
 
-def difference(found: Tensor, reference: Tensor) -> float:
+def difference(actual: Tensor, reference: Tensor) -> float:
     """Largest absolute difference over max(1, largest reference value).
 
     Infinite for NaN, Inf or another shape.
     """
-    if found.shape != reference.shape:
+    if actual.shape != reference.shape:
         return float("inf")
-    found, reference = found.float(), reference.float()
-    if not bool(torch.isfinite(found).all()) or not bool(torch.isfinite(reference).all()):
+    actual, reference = actual.float(), reference.float()
+    if not bool(torch.isfinite(actual).all()) or not bool(torch.isfinite(reference).all()):
         return float("inf")
-    if found.numel() == 0:
+    if actual.numel() == 0:
         return 0.0
-    return float((found - reference).abs().max() / reference.abs().max().clamp_min(1.0))
+    return float((actual - reference).abs().max() / reference.abs().max().clamp_min(1.0))

@@ -89,17 +89,17 @@ def recipes_for(
     tensors = dict(_named_tensors(model))
     _check_extra(extra, tensors)
     plan = base.plan(model)
-    made: dict[int, Recipe] = {}
+    by_tensor: dict[int, Recipe] = {}
     recipes: dict[str, Recipe] = {}
     missing: list[str] = []
     for name, tensor in tensors.items():
         if name in extra:
-            recipes[name] = made.setdefault(
+            recipes[name] = by_tensor.setdefault(
                 id(tensor), cast(Value(extra[name], "adapter's"), tensor.dtype)
             )
             continue
-        if id(tensor) in made:
-            recipes[name] = made[id(tensor)]
+        if id(tensor) in by_tensor:
+            recipes[name] = by_tensor[id(tensor)]
             continue
         source = plan.source_name(name)
         if source is not None:
@@ -113,7 +113,7 @@ def recipes_for(
         else:
             missing.append(name)
             continue
-        recipes[name] = made[id(tensor)] = recipe
+        recipes[name] = by_tensor[id(tensor)] = recipe
     if missing:
         raise _no_bytes(missing, base.tensors)
     return recipes

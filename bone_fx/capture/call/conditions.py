@@ -51,17 +51,19 @@ class Conditions:
     def __reduce__(self) -> Any:
         return Conditions, (self.texts,)
 
-    def require(self, given: Mapping[str, Any]) -> None:
+    def require(self, arguments: Mapping[str, Any]) -> None:
         """Raises `InputRefusedError` if the sizes of `given` lead the model along another path."""
         if not self.texts:
             return
-        tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+        tensors = {
+            name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)
+        }
         with_one = any(1 in value.shape for value in tensors.values())
         for text, check in zip(self.texts, self._checks, strict=True):
             if with_one and any(sign in text for sign in _NOT_ONE):
                 continue
             try:
-                holds = check(given)
+                holds = check(arguments)
             except (NameError, ZeroDivisionError):
                 continue  # a function that only the tracer has, or a quotient that is not one
             if not holds:

@@ -65,18 +65,18 @@ def _lookups(graph_module: GraphModule) -> Iterator[tuple[int, Node]]:
 
 def _ancestors(node: Node) -> list[Node] | None:
     """What `node` is computed from, itself included, in order; None if that is a lot."""
-    found = {node}
+    nodes = {node}
     waiting = [node]
     while waiting:
         for source in waiting.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
+            if source not in nodes:
+                nodes.add(source)
                 waiting.append(source)
-        if len(found) > _MOST_NODES:
+        if len(nodes) > _MOST_NODES:
             return None
-    if any(n.target is torch.ops.aten.embedding.default for n in found):
+    if any(n.target is torch.ops.aten.embedding.default for n in nodes):
         return None
-    return [n for n in node.graph.nodes if n in found]
+    return [n for n in node.graph.nodes if n in nodes]
 
 
 def _limit(
@@ -118,13 +118,13 @@ def _largest_index(
                 name, shape = rows[node]
                 if any(size is None for size in shape):
                     return None
-                wanted = [
+                shape = [
                     1 if s == "batch" else s if isinstance(s, int) else sizes.get(str(s), 2)
                     for s in shape
                 ]
                 example = node.meta["val"]
                 value = 1 if name.endswith("mask") else token
-                values[node] = torch.full(wanted, value, dtype=example.dtype, device=example.device)
+                values[node] = torch.full(shape, value, dtype=example.dtype, device=example.device)
             elif node.op == "get_attr":
                 values[node] = attribute_at(graph_module, str(node.target))
             else:

@@ -100,21 +100,21 @@ class CallSignature:
                 was captured with.
             InputRefusedError: A tensor has a size that the graph cannot take.
         """
-        given = self._by_name(args, kwargs)
-        self._derive(given)
-        missing = [name for name in self.input_names if given.get(name) is None]
+        arguments = self._by_name(args, kwargs)
+        self._derive(arguments)
+        missing = [name for name in self.input_names if arguments.get(name) is None]
         if missing:
             raise UsageError(
                 f"the call lacks {', '.join(missing)}",
                 expected=", ".join(self.input_names),
-                found=", ".join(name for name, value in given.items() if value is not None)
+                found=", ".join(name for name, value in arguments.items() if value is not None)
                 or "nothing",
             )
-        self._expand_rows(given)
+        self._expand_rows(arguments)
         sizes: dict[str, tuple[int, str]] = {}
         flat: list[Any] = []
         for argument in self.arguments:
-            leaves, nesting = Nesting.split(given[argument.name])
+            leaves, nesting = Nesting.split(arguments[argument.name])
             if nesting != argument.nesting:
                 raise UsageError(
                     f"{argument.name} is nested otherwise than in the example inputs",
@@ -124,7 +124,7 @@ class CallSignature:
             for leaf, shape in zip(leaves, argument.shapes, strict=True):
                 self._check_sizes(argument.name, leaf, shape, sizes)
             flat.extend(leaves)
-        self.conditions.require(given)
+        self.conditions.require(arguments)
         return tuple(flat)
 
     def pack(self, outputs: Any) -> Any:
@@ -138,8 +138,8 @@ class CallSignature:
 
     def labels_of(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """The labels among the arguments of a call, by name; none if there are none."""
-        given = {**dict(zip(self.positional, args, strict=False)), **kwargs}
-        return {name: given[name] for name in self.ignored if given.get(name) is not None}
+        arguments = {**dict(zip(self.positional, args, strict=False)), **kwargs}
+        return {name: arguments[name] for name in self.ignored if arguments.get(name) is not None}
 
     def loss_options_of(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """What a call says about the loss besides the labels, by name."""
@@ -151,14 +151,14 @@ class CallSignature:
                 f"{len(args)} positional arguments are too many",
                 expected=f"at most {len(self.positional)}: {', '.join(self.positional)}",
             )
-        given = dict(zip(self.positional, args, strict=False))
+        arguments = dict(zip(self.positional, args, strict=False))
         for name, value in kwargs.items():
-            if given.get(name) is not None:
+            if arguments.get(name) is not None:
                 raise UsageError(f"{name} is given twice, by position and by name")
-            given[name] = value
-        known = set(self.input_names)
-        for name, value in given.items():
-            if name in known or name in self.ignored:
+            arguments[name] = value
+        names = set(self.input_names)
+        for name, value in arguments.items():
+            if name in names or name in self.ignored:
                 continue
             if name in self.constants:
                 if value is not None and value != self.constants[name]:
@@ -181,12 +181,12 @@ class CallSignature:
                     found=name,
                     next_step=f"capture again with {name} in the example inputs",
                 )
-        return given
+        return arguments
 
-    def _derive(self, given: dict[str, Any]) -> None:
+    def _derive(self, arguments: dict[str, Any]) -> None:
         """Fills in what a model derives when it is left out: decoder inputs, and masks of ones."""
         names = self.input_names
-        labels = given.get("labels")
+        labels = arguments.get("labels")
         decoder = ("decoder_input_ids", "decoder_inputs_embeds")
         if self.decoder_inputs is not None and labels is not None:
             if not any(name in names for name in decoder):
@@ -194,27 +194,29 @@ class CallSignature:
                     "the graph makes its decoder's inputs from input_ids, the model from labels",
                     next_step="capture again with labels or decoder_input_ids among the examples",
                 )
-            if decoder[0] in names and given.get(decoder[0]) is None:
-                given[decoder[0]] = self.decoder_inputs(labels)
+            if decoder[0] in names and arguments.get(decoder[0]) is None:
+                arguments[decoder[0]] = self.decoder_inputs(labels)
         for argument in self.arguments:
-            if argument.ones_like is None or given.get(argument.name) is not None:
+            if argument.ones_like is None or arguments.get(argument.name) is not None:
                 continue
-            like = given.get(argument.ones_like)
+            like = arguments.get(argument.ones_like)
             if like is None:
                 continue
-            _refuse_packed(argument.name, given.get("position_ids"))
-            given[argument.name] = torch.ones(like.shape[:2], dtype=torch.long, device=like.device)
+            _refuse_packed(argument.name, arguments.get("position_ids"))
+            arguments[argument.name] = torch.ones(
+                like.shape[:2], dtype=torch.long, device=like.device
+            )
 
-    def _expand_rows(self, given: dict[str, Any]) -> None:
+    def _expand_rows(self, arguments: dict[str, Any]) -> None:
         """Gives an input of one row (such as `position_ids`) the rows of the others."""
         batched = [
             a for a in self.arguments if a.is_tensor and a.shapes[0] and a.shapes[0][0] == "batch"
         ]
-        rows = max([1, *(given[a.name].shape[0] for a in batched if given[a.name].dim())])
+        rows = max([1, *(arguments[a.name].shape[0] for a in batched if arguments[a.name].dim())])
         for argument in batched:
-            value = given[argument.name]
+            value = arguments[argument.name]
             if rows > 1 and value.dim() and value.shape[0] == 1 and not value.is_floating_point():
-                given[argument.name] = value.expand(rows, *value.shape[1:])
+                arguments[argument.name] = value.expand(rows, *value.shape[1:])
 
     def _check_sizes(
         self,

@@ -1,13 +1,13 @@
-"""Blocks of a weight as codes of 4 or 8 bits, a scale and a zero point, in ONNX Runtime's format.
+"""Groups of a weight as codes of 4 or 8 bits, a scale and a zero point, in ONNX Runtime's format.
 
 A value is `scale * (code - zero_point)`. Without importance the bytes are those of ONNX Runtime's
-own quantizer: round to nearest over the block's range. With importance each block takes, of a grid
+own quantizer: round to nearest over the group's range. With importance each group takes, of a grid
 of narrower ranges and of other zero points, the one with the smallest squared error, in which an
 input counts as much as its mean square does: the expected squared error of a product is
 `sum_k E[x_k^2] * error_k^2` where inputs are uncorrelated. A search that counts all inputs alike is
 no better than none: narrow ranges lose the large weights, which are where the large inputs are.
 
-Shape letters: N outputs, K inputs, G blocks of a row, B values of a block.
+Shape letters: N outputs, K inputs, G groups of a row, B values of a group.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Scheme:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class QuantizedGroups:
     """A quantized weight.
 
     Attributes:
@@ -69,7 +69,9 @@ class Blocks:
         return (shifted * self.scales.float().unsqueeze(-1)).flatten(1)
 
 
-def quantize(weight_NK: Tensor, scheme: Scheme, importance_K: Tensor | None = None) -> Blocks:
+def quantize(
+    weight_NK: Tensor, scheme: Scheme, importance_K: Tensor | None = None
+) -> QuantizedGroups:
     """Quantize a weight, rows at a time.
 
     Args:
@@ -89,7 +91,7 @@ def quantize(weight_NK: Tensor, scheme: Scheme, importance_K: Tensor | None = No
         )
         for start in range(0, weight_NK.shape[0], rows)
     ]
-    return Blocks(
+    return QuantizedGroups(
         torch.cat([p.codes for p in parts]),
         torch.cat([p.scales for p in parts]),
         torch.cat([p.zeros for p in parts]),
@@ -112,13 +114,13 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :length]
 
 
-def _quantize_rows(weight: Tensor, scheme: Scheme, counts: Tensor | None) -> Blocks:
+def _quantize_rows(weight: Tensor, scheme: Scheme, counts: Tensor | None) -> QuantizedGroups:
     best = _encode(weight, *_range(weight, scheme, 1.0), scheme)
     if counts is None:
         return best
     error = _error(weight, best, counts)
 
-    def keep_better(other: Blocks) -> None:
+    def keep_better(other: QuantizedGroups) -> None:
         nonlocal best, error
         best, error = _better(weight, best, error, other, counts)
 
@@ -136,7 +138,7 @@ def _quantize_rows(weight: Tensor, scheme: Scheme, counts: Tensor | None) -> Blo
 
 
 def _range(weight: Tensor, scheme: Scheme, shrink: float) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of every block for its range times `shrink`, as float32."""
+    """Scale and zero point of every group for its range times `shrink`, as float32."""
     low, high = weight.amin(-1), weight.amax(-1)
     if scheme.symmetric:
         # The value that lies furthest from zero gets the code 0, at the longer end of the codes.
@@ -148,37 +150,39 @@ def _range(weight: Tensor, scheme: Scheme, shrink: float) -> tuple[Tensor, Tenso
     return scale, zero.clamp(0, scheme.levels)
 
 
-def _encode(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Blocks:
+def _encode(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> QuantizedGroups:
     stored = scale.to(scheme.scale_dtype)
     zero = _round(zero)
     divisor = stored.float()
     inverse = torch.where(divisor == 0, 0.0, 1.0 / divisor).unsqueeze(-1)
     codes = _round(weight * inverse + zero.unsqueeze(-1)).clamp(0, scheme.levels)
-    return Blocks(codes.to(torch.uint8), stored, zero.to(torch.uint8))
+    return QuantizedGroups(codes.to(torch.uint8), stored, zero.to(torch.uint8))
 
 
-def _refit(weight: Tensor, blocks: Blocks, scheme: Scheme, counts: Tensor) -> Blocks:
-    """The scale of least squares for the codes that a block has, and new codes for it."""
-    shifted = blocks.codes.float() - blocks.zeros.float().unsqueeze(-1)
+def _refit(
+    weight: Tensor, groups: QuantizedGroups, scheme: Scheme, counts: Tensor
+) -> QuantizedGroups:
+    """The scale of least squares for the codes that a group has, and new codes for it."""
+    shifted = groups.codes.float() - groups.zeros.float().unsqueeze(-1)
     counted = shifted * counts
     square = (shifted * counted).sum(-1)
     floor = torch.finfo(torch.float32).tiny
     scale = torch.where(
-        square == 0, blocks.scales.float(), (weight * counted).sum(-1) / square.clamp(min=floor)
+        square == 0, groups.scales.float(), (weight * counted).sum(-1) / square.clamp(min=floor)
     )
-    return _encode(weight, scale, blocks.zeros.float(), scheme)
+    return _encode(weight, scale, groups.zeros.float(), scheme)
 
 
-def _error(weight: Tensor, blocks: Blocks, counts: Tensor) -> Tensor:
-    return ((blocks.values().view_as(weight) - weight).square() * counts).sum(-1)
+def _error(weight: Tensor, groups: QuantizedGroups, counts: Tensor) -> Tensor:
+    return ((groups.values().view_as(weight) - weight).square() * counts).sum(-1)
 
 
 def _better(
-    weight: Tensor, best: Blocks, error: Tensor, other: Blocks, counts: Tensor
-) -> tuple[Blocks, Tensor]:
+    weight: Tensor, best: QuantizedGroups, error: Tensor, other: QuantizedGroups, counts: Tensor
+) -> tuple[QuantizedGroups, Tensor]:
     others = _error(weight, other, counts)
     wins = others < error
-    chosen = Blocks(
+    chosen = QuantizedGroups(
         torch.where(wins.unsqueeze(-1), other.codes, best.codes),
         torch.where(wins, other.scales, best.scales),
         torch.where(wins, other.zeros, best.zeros),

@@ -63,7 +63,7 @@ class QuantizedWeight:
             parts["zero_points"].append(pack(blocks.zeros, bits))
         if self.scheme.symmetric:
             del parts["zero_points"]
-        return {name: torch.cat(found) for name, found in parts.items()}
+        return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -204,8 +204,8 @@ class Cast(Recipe):
             CastOverflowError: A finite value is not finite any more.
         """
         if isinstance(self.recipe, Transpose):  # the order of the source is the quicker one
-            turned = self.recipe
-            Transpose(Cast(turned.recipe, self.to), turned.permutation).fill(out, at)
+            transpose = self.recipe
+            Transpose(Cast(transpose.recipe, self.to), transpose.permutation).fill(out, at)
             return
         for band in bands(at, BAND_BYTES, self.recipe.dtype.itemsize) if self.cuts(0) else [at]:
             place = out[within(band, at)]
@@ -235,8 +235,8 @@ class Concat(Recipe):
     def __post_init__(self) -> None:
         rests = {(*r.shape[: self.dim], *r.shape[self.dim + 1 :]) for r in self.recipes}
         if len(rests) != 1 or len({r.dtype for r in self.recipes}) != 1:
-            found = [(list(r.shape), r.dtype) for r in self.recipes]
-            raise ValueError(f"cannot concatenate along dimension {self.dim}: {found}")
+            shapes = [(list(r.shape), r.dtype) for r in self.recipes]
+            raise ValueError(f"cannot concatenate along dimension {self.dim}: {shapes}")
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102 - documented on Recipe
@@ -339,13 +339,13 @@ def cast(recipe: Recipe, dtype: torch.dtype) -> Recipe:
 
 def rounded(recipes: Mapping[str, Recipe], dtype: torch.dtype) -> dict[str, Recipe]:
     """Recipes of the same dtypes with floats rounded to another on the way; shared ones shared."""
-    made = {
+    parts_by_id = {
         id(recipe): cast(cast(recipe, dtype), recipe.dtype)
         if recipe.dtype.is_floating_point
         else recipe
         for recipe in recipes.values()
     }
-    return {name: made[id(recipe)] for name, recipe in recipes.items()}
+    return {name: parts_by_id[id(recipe)] for name, recipe in recipes.items()}
 
 
 def without_cast(recipe: Recipe) -> Recipe:

@@ -55,12 +55,12 @@ class Rounding:
 
         The same for the same weights, whatever the order in which they were folded.
         """
-        found = {}
+        shares = {}
         for site, parts in sorted(self._measured.items()):
             lost, effect = (math.fsum(values) for values in zip(*parts.values(), strict=True))
             if effect > 0:
-                found[site] = round(max(0.0, 1 - lost / effect), 3)
-        return found
+                shares[site] = round(max(0.0, 1 - lost / effect), 3)
+        return shares
 
     def warnings(self) -> list[str]:
         """What to tell a person: nothing if every layer keeps enough."""

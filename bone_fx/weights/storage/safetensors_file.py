@@ -271,10 +271,10 @@ def _check_no_overlap(path: Path, entries: Mapping[str, TensorEntry]) -> None:
         end = entry.offset + entry.nbytes
 
 
-def _broken(path: Path, found: str, expected: str | None = None) -> BaseModelError:
+def _broken(path: Path, problem: str, expected: str | None = None) -> BaseModelError:
     return BaseModelError(
         f"{path} is not a readable safetensors file",
         expected=expected,
-        found=found,
+        found=problem,
         next_step="copy or download it again",
     )

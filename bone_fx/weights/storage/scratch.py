@@ -82,9 +82,9 @@ def put(values: Tensor, out: Tensor) -> None:
         out: Of the same shape and dtype.
     """
     if out.dim() == 2 and out.stride(0) == 1 < out.stride(1) and not out.is_contiguous():
-        with scratch(out.shape[::-1], out.dtype) as turned:
-            turned.copy_(values.t())
-            out.t().copy_(turned)
+        with scratch(out.shape[::-1], out.dtype) as transposed:
+            transposed.copy_(values.t())
+            out.t().copy_(transposed)
     else:
         out.copy_(values)
 
