@@ -50,6 +50,13 @@ class BoneConfig:
     Raises:
         ConfigError: A field has a value that is not allowed; the message names field, value and
             what is allowed.
+
+    Example:
+        >>> config = BoneConfig(r=16, target_modules=["q_proj", "v_proj"])
+        >>> config.method, config.peft_type
+        ('bone', 'BONE')
+        >>> BoneConfig(r=16, init_weights="bat", target_modules="all-linear").method
+        'bat'
     """
 
     r: int = 64

@@ -66,6 +66,16 @@ def insert_adapters(
     Raises:
         SiteError: Nothing matched, a block does not fit its layer, a name is taken, or a target is
             tied.
+
+    Example:
+        >>> import bone_fx
+        >>> net = nn.Sequential(nn.Linear(48, 80), nn.ReLU(), nn.Linear(80, 7))
+        >>> config = bone_fx.BoneConfig(r=16, target_modules=["0"])
+        >>> result = bone_fx.insert_adapters(fx.symbolic_trace(net), config)
+        >>> [site.name for site in result.applied]
+        ['0']
+        >>> [name for name, p in result.graph_module.named_parameters() if p.requires_grad]
+        ['0.bone_block.default']
     """
     if not adapter_name or "." in adapter_name or hasattr(nn.Module(), adapter_name):
         raise SiteError(

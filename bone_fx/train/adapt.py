@@ -55,6 +55,15 @@ def adapt(
         ConfigError: A field of the configuration is not allowed.
         SiteError: The targets match nothing, a block cannot fit a layer, or a target is tied.
         AdapterError: The folder is broken or does not fit this model.
+
+    Example:
+        >>> import bone_fx, torch
+        >>> net = nn.Sequential(nn.Linear(48, 80), nn.ReLU(), nn.Linear(80, 7))
+        >>> config = bone_fx.BoneConfig(r=16, target_modules=["0"])
+        >>> adapted = bone_fx.adapt(net, config, [torch.randn(3, 48)]).train()
+        >>> adapted(torch.randn(5, 48)).sum().backward()
+        >>> [name for name, p in adapted.named_parameters() if p.grad is not None]
+        ['0.bone_block.default']
     """
     settings = (
         config if isinstance(config, BoneConfig) else read_adapter(config, adapter_name).config

@@ -27,7 +27,9 @@ from bone_fx.train.folded import FoldedModule
 from bone_fx.train.mounting import (
     MountedAdapter,
     Origin,
+    adapter_named,
     carry_buffers,
+    clone_parameters,
     copy_values,
     delta_weight,
     insert_mounted,
@@ -36,6 +38,7 @@ from bone_fx.train.mounting import (
     mounted_values,
     named_buffers,
     new_adapter,
+    refuse_taken_name,
     with_parameters,
 )
 from bone_fx.train.training_graph import TrainingGraph, refuse_hidden_names, sign_as
@@ -48,6 +51,19 @@ class AdaptedModule(TrainingGraph):
         config: The base model's own configuration, if it has one.
         active_adapters: Names of the adapters in the graph, in the order in which they apply.
         refused: Targets of the adapters that could not be adapted.
+
+    Example:
+        >>> import bone_fx
+        >>> net = nn.Sequential(nn.Linear(48, 80), nn.ReLU(), nn.Linear(80, 7))
+        >>> x = torch.randn(3, 48)
+        >>> adapted = bone_fx.adapt(net, BoneConfig(r=16, target_modules=["0"]), [x])
+        >>> with adapted.disable_adapter():
+        ...     torch.equal(adapted(x), net(x))
+        True
+        >>> adapted.add_adapter("second", BoneConfig(r=8, target_modules=["2"]))
+        >>> adapted.set_adapter(["default", "second"], train="second")
+        >>> type(adapted.merge_and_unload()).__name__  # the model's class, folded weights
+        'Sequential'
     """
 
     active_adapters: list[str]
@@ -87,7 +103,7 @@ class AdaptedModule(TrainingGraph):
             SiteError: Nothing matched, or a block cannot fit its layer.
             UsageError: The name is taken.
         """
-        self._check_new(adapter_name)
+        refuse_taken_name(self._adapters, adapter_name)
         adapter = new_adapter(self._base, self._origin, adapter_name, config)
         with self._change():
             self._adapters[adapter_name] = adapter
@@ -100,7 +116,7 @@ class AdaptedModule(TrainingGraph):
             SiteError: Its configuration matches nothing here.
             UsageError: The name is taken.
         """
-        self._check_new(adapter_name)
+        refuse_taken_name(self._adapters, adapter_name)
         folder = read_adapter(directory, adapter_name)
         search = find_sites(self._base)
         folder.match(search.sites, search.others, self._origin.output_layers)
@@ -277,13 +293,8 @@ class AdaptedModule(TrainingGraph):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedModule:
         copied = AdaptedModule(copy.copy(self._origin))
-        for name, parameter in self._base.named_parameters(remove_duplicate=False):
-            twin = copied._base.get_parameter(name)
-            twin.data = parameter.data.clone()
-            twin.requires_grad_(parameter.requires_grad)
-        for name, buffer in self.named_buffers(remove_duplicate=False):
-            owner, leaf = container(copied, name)
-            owner._buffers[leaf] = buffer.clone()
+        clone_parameters(self._base, copied._base)
+        carry_buffers({n: b.clone() for n, b in named_buffers(self).items()}, copied)
         copied._adapters.update(copy.deepcopy(self._adapters, memo))
         copied.active_adapters = list(self.active_adapters)
         copied._merged, copied._disabled = list(self._merged), self._disabled
@@ -299,19 +310,8 @@ class AdaptedModule(TrainingGraph):
             next_step="keep adapters with save_pretrained(dir), parameters with state_dict()",
         )
 
-    def _check_new(self, name: str) -> None:
-        if name in self._adapters:
-            raise UsageError(
-                f"there is already an adapter {name!r}",
-                next_step="delete_adapter it, or use another name",
-            )
-
     def _adapter(self, name: str) -> MountedAdapter:
-        if name not in self._adapters:
-            raise UsageError(
-                f"there is no adapter {name!r}", expected=f"one of {list(self._adapters)}"
-            )
-        return self._adapters[name]
+        return adapter_named(self._adapters, name)
 
     def _named(self, names: str | Sequence[str] | None) -> list[str]:
         """Adapter names as a list, the active ones for None; each must be there."""

@@ -17,7 +17,7 @@ from bone_fx.capture.call.signature import CallSignature
 from bone_fx.capture.training.loss import ModelLoss
 from bone_fx.config import BoneConfig
 from bone_fx.dialects import find_sites
-from bone_fx.errors import AdapterError
+from bone_fx.errors import AdapterError, UsageError
 from bone_fx.passes.fold import fold_weight
 from bone_fx.passes.frame import container
 from bone_fx.passes.insert import BLOCK, insert_adapters
@@ -76,6 +76,30 @@ class Origin:
     untie: bool = False
     freeze_base: bool = True
     recompute: bool = True
+
+
+def adapter_named(adapters: Mapping[str, MountedAdapter], name: str) -> MountedAdapter:
+    """The adapter of a name.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if name not in adapters:
+        raise UsageError(f"there is no adapter {name!r}", expected=f"one of {list(adapters)}")
+    return adapters[name]
+
+
+def refuse_taken_name(adapters: Mapping[str, MountedAdapter], name: str) -> None:
+    """Refuse a name for a new adapter that another one has.
+
+    Raises:
+        UsageError: It is taken.
+    """
+    if name in adapters:
+        raise UsageError(
+            f"there is already an adapter {name!r}",
+            next_step="delete_adapter it, or use another name",
+        )
 
 
 def saved_parameters(
@@ -239,6 +263,14 @@ def _whole(parameter: nn.Parameter) -> Tensor:
 def named_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Buffers under all their names."""
     return dict(module.named_buffers(remove_duplicate=False))
+
+
+def clone_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Give a twin of a module copies of its parameters' values."""
+    for name, parameter in source.named_parameters(remove_duplicate=False):
+        twin = target.get_parameter(name)
+        twin.data = parameter.data.clone()
+        twin.requires_grad_(parameter.requires_grad)
 
 
 def carry_buffers(buffers: Mapping[str, Tensor], module: nn.Module) -> None:

@@ -22,6 +22,14 @@ class AdapterTrainer(Trainer):
 
     `save_steps` and `save_model` write what `AdaptedModule.save_pretrained` writes, and
     `resume_from_checkpoint` and `load_best_model_at_end` read it.
+
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> arguments = TrainingArguments("runs", max_steps=100)  # doctest: +SKIP
+        >>> trainer = AdapterTrainer(adapted, arguments, train_dataset=rows)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+
+        Skipped as a doctest: it needs a model and accelerate; `examples/smollm2_trainer.py` runs.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
