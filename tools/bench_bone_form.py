@@ -5,7 +5,7 @@
 
 `bone_fx.operators.joint_linear` takes the second where T·R / I exceeds `FOLD_ABOVE` of the device.
 The table shows the time of the second form over that of the first by T·R / I; the constant
-belongs where the second is clearly faster: the first has the bits of PEFT's results.
+belongs where the second is clearly faster.
 
     python tools/bench_bone_form.py
     python tools/bench_bone_form.py --device cuda --dtype bf16 --shapes 4096x4096 4096x14336
