@@ -27,17 +27,15 @@ def refusal(in_features: int, out_features: int, r: int, mini_r: int) -> str | N
     return None
 
 
-def fold(w_OI: Tensor, d_RO: Tensor, out: Tensor | None = None) -> Tensor:
-    """The folded weight `[O, I]`; a new tensor, or `out`, contiguous and of the result's dtype."""
+def fold(w_OI: Tensor, d_RO: Tensor) -> Tensor:
+    """The folded weight `[O, I]`, a new tensor."""
     out_features, in_features = w_OI.shape
     r = d_RO.shape[0]
     d_OR = d_RO.t().contiguous()
     if in_features % r == 0:
-        to = None if out is None else out.view(out_features, -1, r)
-        shards = torch.add(w_OI.reshape(out_features, -1, r), d_OR.unsqueeze(1), out=to)
+        shards = w_OI.reshape(out_features, -1, r) + d_OR.unsqueeze(1)
         return shards.view(out_features, in_features)
-    tiled = d_OR.repeat(1, -(-in_features // r))[:, :in_features]
-    return torch.add(w_OI, tiled, out=out)
+    return w_OI + d_OR.repeat(1, -(-in_features // r))[:, :in_features]
 
 
 def fold_(w_OI: Tensor, d_RO: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Leaves the product that only the model's output has to the loss.
+"""Marks the product that makes the logits, so that a loss can take it in chunks.
 
 Before:
     %logits = aten.linear(%x, %lm_head_weight);   return (%logits,)

@@ -9,8 +9,8 @@ from bone_fx.operators.adapted_linear import ADAPTED_LINEAR
 from bone_fx.operators.adapted_linears import ADAPTED_LINEARS
 from bone_fx.operators.gate_product import ACTIVATIONS, GATE_PRODUCT
 from bone_fx.operators.joint_linear import JOINED_METHODS, KEEP_SUMS
-from bone_fx.operators.loss.head import HEAD, loss_follows
-from bone_fx.operators.loss.lean_loss import lean_cross_entropy
+from bone_fx.operators.loss.head import HEAD, HeadInputs, head_inputs
+from bone_fx.operators.loss.linear_cross_entropy import linear_cross_entropy
 from bone_fx.operators.masked_attention import ATTENTION, forget_masks
 from bone_fx.operators.rms_norm import RMS_NORM
 from bone_fx.operators.rotary_embedding import ROTARY
@@ -26,7 +26,8 @@ __all__ = [
     "KEEP_SUMS",
     "RMS_NORM",
     "ROTARY",
+    "HeadInputs",
     "forget_masks",
-    "lean_cross_entropy",
-    "loss_follows",
+    "head_inputs",
+    "linear_cross_entropy",
 ]

@@ -1,9 +1,9 @@
-"""What the backwards of the operators here have in common.
+"""A decorator for the backward of an autograd function that has first derivatives only.
 
-They compute in the dtypes that forward chose, also where `loss.backward()` is called under
+A backward computes in the dtypes that forward chose, also where `loss.backward()` is called under
 autocast: that is for forwards, and would round in between.
 
-Those that cannot be differentiated say so when someone tries.
+One that cannot be differentiated says so when someone tries.
 PyTorch's `once_differentiable` says so only where the incoming gradient requires one. That of a
 loss is the constant 1, and what depends on the saved tensors would silently be left out.
 """

@@ -4,19 +4,13 @@ Kept for backward: the shard sums of x (one for all Bone sites of one R), and x 
 BAT block or a base weight trains. No folded weight is kept, and no gradient of one is formed for
 Bone. Terms are accumulated into the base product, and the gradients of x into one tensor.
 
-Each number is rounded where PEFT 0.18.1 rounds it, and sums have its order: in float32 with MKL,
-results and gradients are those of PEFT's layers to the bit. (Up to R = 192; a longer sum that MKL
-adds to a tensor is added in parts.) Training is chaotic enough for that to matter: of two runs that
-differ in one bit the losses differ in the third digit after nine steps of 1e-3.
-
 Bone has two forms with the same result:
 
     on activations:  y = x Wᵀ + S(x) D      4·T·R·O operations more than the base, both directions
     on the weight:   y = x W'ᵀ              O·I numbers read and written, in each direction
 
 The second is taken where `T·R / I` exceeds `FOLD_ABOVE` of the device (`bench_bone_form.py`), for
-weights that have the block's dtype: a fold in a narrower one would round the block away. Its bits
-are its own.
+weights that have the block's dtype: a fold in a narrower one would round the block away.
 
 Shapes: T tokens, I in_features, O out_features, R block size.
 """
@@ -33,8 +27,7 @@ from torch.nn import functional
 
 from bone_fx.adapters import bat, bone
 from bone_fx.operators.first_order import first_order
-from bone_fx.operators.plain import cast, is_plain, on_plain_cpu
-from bone_fx.operators.workspace import workspace
+from bone_fx.operators.plain import cast, is_plain
 
 JOINED_METHODS = frozenset({"bone", "bat"})
 """The methods that are computed here."""
@@ -42,12 +35,13 @@ JOINED_METHODS = frozenset({"bone", "bat"})
 KEEP_SUMS = frozenset({"bone"})
 """Those that keep the shard sums of x at most, under a frozen weight."""
 
-FOLD_ABOVE = {"cpu": 100.0, "cuda": 200.0}
-"""`T·R / I` from which Bone's weight is folded a step. The forms cross where that is the product's
-rate in operations over the rate at which weights are read and written: on a CPU of two cores in
-float32 at 25 to 45 (`tools/bench_bone_form.py`). From 100 a fold saves a tenth, and PEFT's bits are
-worth less than that. On an H200 it saves a tenth in bfloat16 from about 150, and 3 % in float32;
-layers of a few hundred features take as long as their kernels' launches in both."""
+FOLD_ABOVE = {"cpu": 45.0, "cuda": 200.0}
+"""`T·R / I` (tokens · block size / in_features) from which Bone's weight is folded, by device.
+
+The forms cross where that is the rate of products in operations over the rate at which weights are
+read and written: on a CPU of two cores in float32 at 25 to 45 (`tools/bench_bone_form.py`). On an
+H200 a fold saves a tenth in bfloat16 from about 150, and 3 % in float32; layers of a few hundred
+features take as long as their kernels' launches in both."""
 
 
 class Site(NamedTuple):
@@ -87,12 +81,12 @@ class JointLinear(torch.autograd.Function):
         sums: dict[int, Tensor] = {}
         kept: list[Tensor | None] = []
         outputs = []
-        for site, (weight, bias, block) in zip(sites, _threes(tensors), strict=True):
+        for site, (weight, bias, block) in zip(sites, _by_site(tensors), strict=True):
             assert weight is not None
             assert block is not None
             acting, on_weight = _acting(site, weight, block, x_TI)
-            own = None if bias is None else cast(bias, acting.dtype)
-            y_TO = functional.linear(x_in.to(acting.dtype), acting, own)
+            b_O = None if bias is None else cast(bias, acting.dtype)
+            y_TO = functional.linear(x_in.to(acting.dtype), acting, b_O)
             if site.method == "bone":
                 r = block.shape[0]
                 if r not in sums:
@@ -121,31 +115,35 @@ class JointLinear(torch.autograd.Function):
         x_TI, *saved = ctx.saved_tensors
         sums = dict(zip(ctx.rs, saved, strict=False))
         kept = saved[len(sums) : len(sums) + len(ctx.sites)]
-        threes = list(_threes(saved[len(sums) + len(ctx.sites) :]))
-        needs = list(_threes(ctx.needs_input_grad[2:]))
+        of_sites = list(_by_site(saved[len(sums) + len(ctx.sites) :]))
+        needs = list(_by_site(ctx.needs_input_grad[2:]))
         x_in = None if x_TI is None else _Casts(x_TI)
         dx: Tensor | None = None
-        found: list[list[Tensor | None]] = [[None, None, None] for _ in threes]
-        # From the last to the first, as autograd would go through them.
-        for i, (weight, bias, block) in reversed(list(enumerate(threes))):
+        dsums: dict[int, Tensor] = {}
+        site_grads: list[list[Tensor | None]] = [[None, None, None] for _ in of_sites]
+        for i, (weight, bias, block) in enumerate(of_sites):
             site, dy = ctx.sites[i], gradients[i]
             if dy is None:
                 continue
             dy_in = _Casts(dy.reshape(-1, dy.shape[-1]))
             w_OI = cast(weight, block.dtype) if site.method == "bat" else weight
             if ctx.needs_input_grad[0]:
-                acting, on_weight = _acting(site, w_OI, block, dy_in.given, kept[i])
-                dsum = None
+                acting, on_weight = _acting(site, w_OI, block, dy_in.tensor, kept[i])
+                dx = _plus_product(dx, dy_in.to(acting.dtype), acting, dy.dtype)
                 if site.method == "bone" and not on_weight:
                     dsum = dy_in.to(site.dtype) @ cast(block, site.dtype).t()
-                dx = _gradient_added(dx, dy_in.to(acting.dtype), acting, dsum, dy.dtype)
+                    r = block.shape[0]
+                    dsums[r] = dsums[r] + dsum if r in dsums else dsum
                 del acting
-            found[i] = _own_gradients(site, needs[i], (x_in, dy_in, sums), w_OI, bias, block)
-            if found[i][0] is not None:
-                found[i][0] = cast(found[i][0], weight.dtype)
+            s_TR = sums.get(block.shape[0])
+            site_grads[i] = _site_gradients(site, needs[i], x_in, dy_in, s_TR, w_OI, bias, block)
+            if site_grads[i][0] is not None:
+                site_grads[i][0] = cast(site_grads[i][0], weight.dtype)
         if dx is not None:
+            for dsum in dsums.values():
+                bone.spread_sums_(dx, dsum)
             dx = dx.view(ctx.shape)
-        return dx, None, *itertools.chain.from_iterable(found)
+        return dx, None, *itertools.chain.from_iterable(site_grads)
 
 
 def joint_linear(
@@ -175,22 +173,22 @@ def joint_linear(
     return list(outputs)
 
 
-def _threes(values: Any) -> Any:
+def _by_site(values: Any) -> Any:
     return zip(values[0::3], values[1::3], values[2::3], strict=True)
 
 
 class _Casts:
     """A tensor in every dtype that is asked for; each cast is made once."""
 
-    def __init__(self, given: Tensor) -> None:
-        self.given = given
-        self._made = {given.dtype: given}
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._by_dtype = {tensor.dtype: tensor}
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """The tensor in a dtype."""
-        if dtype not in self._made:
-            self._made[dtype] = self.given.to(dtype)
-        return self._made[dtype]
+        if dtype not in self._by_dtype:
+            self._by_dtype[dtype] = self.tensor.to(dtype)
+        return self._by_dtype[dtype]
 
 
 def _acting(
@@ -209,14 +207,11 @@ def _acting(
             if site.recompute:
                 block = _unshared(block)
             return cast(w_OI + bat.delta(w_OI, block), site.dtype), True
-        out = workspace("folded", tuple(w_OI.shape), w_OI) if site.recompute else None
-        return cast(bat.fold(w_OI, block, out), site.dtype), True
+        return cast(bat.fold(w_OI, block), site.dtype), True
     same = weight.dtype == block.dtype == rows.dtype
     work = rows.shape[0] * block.shape[0] / weight.shape[1]
     if same and work > FOLD_ABOVE.get(weight.device.type, float("inf")):
-        if not is_plain(weight):
-            return bone.fold(weight, _unshared(block)), True
-        return bone.fold(weight, block, workspace("folded", tuple(weight.shape), weight)), True
+        return bone.fold(weight, block if is_plain(weight) else _unshared(block)), True
     return cast(weight, rows.dtype), False
 
 
@@ -230,16 +225,13 @@ def _unshared(block: Tensor) -> Tensor:
     return block.new_empty((1, *block.shape)).copy_(block)[0]
 
 
-def _gradient_added(
-    dx_TI: Tensor | None, dy_TO: Tensor, w_OI: Tensor, dsum_TR: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """`(dx + spread(dS)) + dy W` in a dtype, in place if there is a dx."""
-    if dx_TI is not None and dsum_TR is not None:
-        bone.spread_sums_(dx_TI, dsum_TR)
-    product_TI = cast(dy_TO @ w_OI, dtype)
-    if dx_TI is not None:
-        return dx_TI.add_(product_TI)
-    return product_TI if dsum_TR is None else bone.spread_sums_(product_TI, dsum_TR)
+def _plus_product(dx_TI: Tensor | None, dy_TO: Tensor, w_OI: Tensor, dtype: torch.dtype) -> Tensor:
+    """`dx + dy W` in a dtype, in place if there is a dx."""
+    if dx_TI is None:
+        return cast(dy_TO @ w_OI, dtype)
+    if dx_TI.dtype == w_OI.dtype:
+        return dx_TI.addmm_(dy_TO, w_OI)
+    return dx_TI.add_(dy_TO @ w_OI)
 
 
 def _accumulated(y_TO: Tensor, s_TR: Tensor, d_RO: Tensor) -> Tensor:
@@ -249,38 +241,30 @@ def _accumulated(y_TO: Tensor, s_TR: Tensor, d_RO: Tensor) -> Tensor:
     return y_TO.add_(s_TR @ d_RO)
 
 
-def _own_gradients(
+def _site_gradients(
     site: Site,
     needs: tuple[bool, bool, bool],
-    of: tuple[_Casts | None, _Casts, dict[int, Tensor]],
+    x_TI: _Casts | None,
+    dy_TO: _Casts,
+    s_TR: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     block: Tensor,
 ) -> list[Tensor | None]:
     """Gradients of a layer's weight, bias and block, from x, dy and the shard sums of x."""
-    x_TI, dy_TO, sums = of
     dw = dbias = dblock = None
-    dacting: Tensor | None = None
+    if needs[2] and site.method == "bone":
+        assert s_TR is not None
+        dblock = cast(s_TR.t() @ dy_TO.to(s_TR.dtype), block.dtype)
     if needs[0] or (needs[2] and site.method == "bat"):
         assert x_TI is not None
-        dtype = site.dtype if site.method == "bat" else x_TI.given.dtype
-        rows, columns = dy_TO.to(dtype), x_TI.to(dtype)
-        out = None if needs[0] else workspace("gradient", tuple(weight.shape), rows)
-        dacting = torch.mm(rows.t(), columns, out=out)
-    if needs[2] and site.method == "bone":
-        s_TR = sums[block.shape[0]]
-        dblock = cast(s_TR.t() @ dy_TO.to(s_TR.dtype), block.dtype)
-    elif needs[2] and dacting is not None:
-        dblock = bat.gradient(
-            cast(weight, block.dtype),
-            cast(dacting, block.dtype),
-            block.shape[-1],
-            in_turn=on_plain_cpu(weight, dacting),
-        )
-    if needs[0] and dacting is not None:
-        dw = dacting
+        dtype = site.dtype if site.method == "bat" else x_TI.tensor.dtype
+        dw = dy_TO.to(dtype).t() @ x_TI.to(dtype)
         if site.method == "bat":
-            dw = bat.weight_gradient(cast(dacting, block.dtype), block)
+            dw = cast(dw, block.dtype)
+            if needs[2]:
+                dblock = bat.gradient(cast(weight, block.dtype), dw, block.shape[-1])
+            dw = bat.weight_gradient(dw, block) if needs[0] else None
     if bias is not None and needs[1]:
-        dbias = dy_TO.given.sum(0).to(bias.dtype)
+        dbias = dy_TO.tensor.sum(0).to(bias.dtype)
     return [dw, dbias, dblock]

@@ -3,8 +3,8 @@
 A trace holds for every batch, so its masks are tensors. Most batches need none: every token of an
 encoder sees every token, or the mask is the triangle that `is_causal` stands for. PyTorch's kernels
 then skip what is hidden and keep no mask for backward (transformers looks at its masks for the same
-reason, `masking_utils`). What a needed mask adds to the scores is made once for all layers. The
-results are the same to the bit: what is hidden weighs zero.
+reason, `masking_utils`). What a needed mask adds to the scores is made once for all layers. What is
+hidden weighs zero either way.
 
 Grouped keys and values are read as they are where the kernels take them. PyTorch's (2.13) for CUDA
 do in half precision, without a mask, for heads up to 256; they would form the scores otherwise.
@@ -25,11 +25,11 @@ from bone_fx.operators.library import register
 from bone_fx.operators.plain import is_plain
 
 LARGEST_HEAD = 256
-"""Of the flash kernel."""
+"""Features of a head, of PyTorch's flash kernel."""
 
 
 class _Seen(NamedTuple):
-    """What a mask was, when it had this version.
+    """Properties of a mask, of the version that was looked at.
 
     Attributes:
         version: Of the mask.

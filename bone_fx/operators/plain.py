@@ -1,17 +1,9 @@
-"""Plain tensors: which of them may be given to what no trace can see, and casts of them."""
+"""Ordinary tensors outside of traces, and casts that cost nothing where nothing changes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-
-
-def on_plain_cpu(*tensors: Tensor) -> bool:
-    """Whether all are ordinary tensors on a CPU, outside of `torch.compile` and of traces."""
-    for tensor in tensors:
-        if not tensor.is_cpu:
-            return False
-    return is_plain(*tensors)
 
 
 def is_plain(*tensors: Tensor) -> bool:

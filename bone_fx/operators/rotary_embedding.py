@@ -21,26 +21,24 @@ class Rotary(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The shape and dtype of `x`."""
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin)
+        return _rotated(x, cos, sin)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient turned back."""
+        """The gradient, rotated back."""
         cos, sin = ctx.saved_tensors
-        return _turned(dy, cos, sin, back=True), None, None
+        return _rotated(dy, cos, sin, back=True), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
-    """Turned by the angle, or back by it: then the halves change places."""
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    """Each pair rotated by the angle, or back by it: then the halves change places."""
     y = x * cos
     (x1, x2), (y1, y2), (sin1, sin2) = (t.chunk(2, -1) for t in (x, y, sin))
     if back:
         x1, x2, y1, y2 = x2, x1, y2, y1
-    # Not addcmul, which rounds once where the trace rounds twice.
-    term = x2 * sin1
-    y1.sub_(term)
-    y2.add_(torch.mul(x1, sin2, out=term))
+    y1.addcmul_(x2, sin1, value=-1)
+    y2.addcmul_(x1, sin2)
     return y
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from bone_fx.errors import UsageError
 from bone_fx.lean.deferred_logits import defer_logits
 from bone_fx.lean.form import lean_form
-from bone_fx.operators import forget_masks, loss_follows
+from bone_fx.operators import forget_masks, head_inputs
 from bone_fx.train.called_graph import LayerGraph, LeanLayerGraph
 from bone_fx.train.model_graph import Form, ModelGraph
 from bone_fx.train.mounting import Origin, carry_buffers, has_processes, named_buffers
@@ -191,10 +191,14 @@ class TrainingGraph(ModelGraph):
                 f"the loss of {type(origin.model).__name__} is not known",
                 next_step="leave the labels out and compute the loss on the output",
             )
-        sparing = self.is_gradient_checkpointing
-        with nullcontext() if _is_fsdp(self) else loss_follows(sparing=sparing):
+        in_chunks = origin.loss.takes_head_inputs and not (
+            _is_fsdp(self) or torch.compiler.is_compiling()
+        )
+        with head_inputs() if in_chunks else nullcontext() as request:
             packed = origin.signature.pack(self._run(*inputs))
-        return origin.loss.attach(packed, labels, **origin.signature.loss_options_of(kwargs))
+        head = None if request is None else request.inputs
+        options = origin.signature.loss_options_of(kwargs)
+        return origin.loss.attach(packed, labels, head, **options)
 
     def _as_it_runs(self, graph: fx.Graph) -> fx.Graph:
         running = lean_form(graph)
@@ -265,7 +269,7 @@ class TrainingGraph(ModelGraph):
 
 
 def _is_fsdp(module: nn.Module) -> bool:
-    """Whether FSDP2 sets a hook on a module's results: their gradients are formed then."""
+    """Whether FSDP2 shards a module: its head's weight is gone once forward is over."""
     if torch.compiler.is_compiling() or not has_processes():
         return False
     from torch.distributed.fsdp import FSDPModule

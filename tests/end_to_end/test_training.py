@@ -11,8 +11,8 @@ from torch import Tensor
 
 import bone_fx
 from bone_fx.errors import UsageError
-from bone_fx.operators.loss import head
-from bone_fx.operators.loss.deferred import DeferredTensor
+from bone_fx.operators import HeadInputs
+from bone_fx.operators.loss.linear_cross_entropy import CHUNK
 from tests.end_to_end.test_adapted import BAT, CONFIG, Headed, inputs, llama, logits, stir
 
 
@@ -74,20 +74,45 @@ def test_logits_are_left_to_the_loss(checkpointing: bool, monkeypatch: pytest.Mo
     loss, gradients = _step(adapted)
     labels = inputs()["input_ids"]
     plain = adapted(**inputs(), labels=labels).logits
-    assert type(plain) is Tensor
-    monkeypatch.setattr(head, "SPARING", {"cpu": 0})
-    monkeypatch.setattr(head, "AT_A_TIME", {"cpu": 3 * plain.shape[-1]})
+    formed: list[Tensor] = []
+    form = HeadInputs.logits
+
+    def noted(self: HeadInputs) -> Tensor:
+        formed.append(form(self))
+        return formed[-1]
+
+    monkeypatch.setattr(HeadInputs, "logits", noted)
+    monkeypatch.setitem(CHUNK, "cpu", 3 * plain.shape[-1])
     again, regained = _step(adapted)
+    assert not formed
     torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
     assert regained.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(regained[name], gradient, rtol=1e-4, atol=1e-6)
     output = adapted(**inputs(), labels=labels)
-    assert isinstance(output.logits, DeferredTensor)
     assert torch.equal(output.logits.detach(), plain.detach())
-    assert type(adapted(**inputs()).logits) is Tensor
+    assert output.logits is formed.pop()
     with torch.no_grad():
-        assert type(adapted(**inputs(), labels=labels).logits) is Tensor
+        assert torch.equal(adapted(**inputs(), labels=labels).logits, plain.detach())
+    assert not formed
+
+
+def test_a_term_of_the_logits_beside_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = bone_fx.adapt(llama(), CONFIG, inputs()).train()
+    stir(adapted, "default")
+    blocks = [p for p in adapted.parameters() if p.requires_grad]
+
+    def gradients() -> tuple[Tensor, ...]:
+        output = adapted(**inputs(), labels=inputs()["input_ids"], num_items_in_batch=5)
+        return torch.autograd.grad(output.loss + output.logits.square().mean(), blocks)
+
+    expected = gradients()
+    monkeypatch.setitem(CHUNK, "cpu", 3 * 96)
+    for found, other in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-6)
+    output = adapted(**inputs(), labels=inputs()["input_ids"])
+    with pytest.raises(RuntimeError, match="not have been used"):
+        torch.autograd.grad(output.loss, output.logits)
 
 
 def test_verbs_work_on_a_split_module() -> None:

@@ -19,8 +19,9 @@ import torch
 from torch.nn import functional
 
 from bone_fx.capture.trace.hf_model import is_transformers_model
+from bone_fx.capture.training.lazy_output import with_lazy_logits
 from bone_fx.errors import UsageError
-from bone_fx.operators import lean_cross_entropy
+from bone_fx.operators import HeadInputs, linear_cross_entropy
 
 Labels = torch.Tensor | Mapping[str, torch.Tensor]
 _Compute = Callable[
@@ -58,28 +59,73 @@ class ModelLoss:
         Raises:
             UsageError: Labels are missing.
         """
+        given = self._by_name(labels)
+        return self._with_auxiliary(self.compute(self, output, given, options), output)
+
+    def _by_name(self, labels: Labels) -> Mapping[str, torch.Tensor]:
         given = labels if isinstance(labels, Mapping) else {self.label_names[0]: labels}
         missing = [name for name in self.label_names if given.get(name) is None]
         if missing:
             raise UsageError(
                 f"the loss lacks {', '.join(missing)}", expected=", ".join(self.label_names)
             )
-        with lean_cross_entropy():
-            loss = self.compute(self, output, given, options)
+        return given
+
+    def _with_auxiliary(self, loss: torch.Tensor, output: Mapping[str, Any]) -> torch.Tensor:
         auxiliary = output.get("aux_loss")
         coefficient = getattr(self.config, "router_aux_loss_coef", None)
-        if auxiliary is not None and coefficient is not None:
-            loss = loss + coefficient * auxiliary.to(loss.device)
-        return loss
+        if auxiliary is None or coefficient is None:
+            return loss
+        return loss + coefficient * auxiliary.to(loss.device)
 
     @property
     def counts_items(self) -> bool:
         """Whether `num_items_in_batch` changes the loss: only then is it summed over batches."""
         return self.compute is _tokens and self.function is not None
 
-    def attach(self, output: Any, labels: Labels, **options: Any) -> Any:
-        """`output` with the loss as its first field, as the model gives it back with labels."""
+    def attach(
+        self, output: Any, labels: Labels, head: HeadInputs | None = None, **options: Any
+    ) -> Any:
+        """`output` with the loss as its first field, as the model gives it back with labels.
+
+        Args:
+            output: What the model gives back without labels.
+            labels: As for a call.
+            head: The inputs of the head, if `output` has a placeholder for what it makes. The loss
+                then takes a few rows of the logits at a time, and the output forms them when they
+                are read.
+            **options: As for a call.
+        """
+        if head is not None and output["logits"] is head.placeholder:
+            loss = self._with_auxiliary(self._in_chunks(head, labels, **options), output)
+            return with_lazy_logits(type(output)(loss=loss, **output), head.logits)
+        if head is not None:  # not the one that makes the logits
+            for name in [n for n, value in output.items() if value is head.placeholder]:
+                output[name] = head.logits()
         return type(output)(loss=self(output, labels, **options), **output)
+
+    @property
+    def takes_head_inputs(self) -> bool:
+        """Whether the loss is a cross entropy of tokens, which can be taken in chunks."""
+        return self.compute is _tokens and self._function_name in _CROSS_ENTROPIES
+
+    @property
+    def _function_name(self) -> str | None:
+        return None if self.function is None else self.function.__name__
+
+    def _in_chunks(
+        self,
+        head: HeadInputs,
+        labels: Labels,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        target = self._by_name(labels)["labels"]
+        if self._function_name == _SHIFTED:
+            target = functional.pad(target, (0, 1), value=-100)[..., 1:]
+        divisor = None if self.function is None else num_items_in_batch
+        loss = linear_cross_entropy(head.x, head.weight, head.bias, target, divisor)
+        # transformers' functions compute in float32, a plain cross entropy in the logits' dtype.
+        return loss.to(head.x.dtype) if self.function is None else loss
 
 
 def loss_for(model: torch.nn.Module) -> ModelLoss | None:
@@ -187,6 +233,10 @@ def _span(
         labels["end_positions"],
     )
 
+
+_SHIFTED = "ForCausalLMLoss"
+_CROSS_ENTROPIES = (_SHIFTED, "ForMaskedLMLoss", None)
+"""transformers' loss functions over tokens (`loss_utils`, 5.23), and none: a plain cross entropy."""
 
 _LABELS = ("labels",)
 _SPAN = ("start_positions", "end_positions")

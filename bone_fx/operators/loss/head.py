@@ -1,103 +1,101 @@
-"""`bone_fx::head`: the linear layer that makes the model's output, left to a loss that follows.
+"""`bone_fx::head`: the linear layer that makes the logits, which a loss may take in chunks.
 
-Shapes: T tokens, V classes, I in_features.
+Shapes: T tokens, V classes, I in_features of the head.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bone_fx.operators.first_order import first_order
+from bone_fx.errors import UsageError
 from bone_fx.operators.library import register
-from bone_fx.operators.loss.deferred import deferred
-from bone_fx.operators.loss.deferred_loss import LogitGradient, Logits
+from bone_fx.operators.loss.linear_cross_entropy import chunk_rows
 from bone_fx.operators.plain import is_plain
 
-AT_A_TIME = {"cpu": 1 << 24, "cuda": 1 << 27}
-"""Numbers of the logits that a loss forms at a time, by device; in float32 those of a CPU are the
-most that a workspace keeps."""
 
-SPARING = {"cpu": 6 << 20, "cuda": 1 << 25}
-"""The same where memory counts for more than time; logits that are no more are not deferred.
+class HeadInputs:
+    """The inputs of a head whose logits are not formed.
 
-Products of fewer rows are slower. On a CPU of two cores those of SmolLM2's head run at 170 and 180
-GFLOP/s (forward, backward) for 256 rows, at 155 and 160 for 128. For a GPU it is an estimate: a
-thousand rows of 128256 classes keep it busy.
-"""
+    Args:
+        x: `[..., I]`.
+        weight: `[V, I]`, frozen.
+        bias: `[V]`, frozen, or None.
 
-_LOSS_FOLLOWS: ContextVar[dict[str, int] | None] = ContextVar("loss_follows", default=None)
+    Attributes:
+        placeholder: An empty tensor that stands for the logits in the graph's output.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.x, self.weight, self.bias = x, weight, bias
+        self.placeholder = x.new_empty(0)
+        self._version = weight._version
+
+    def logits(self) -> Tensor:
+        """The logits `[..., V]`, through which gradients flow.
+
+        Raises:
+            UsageError: The head's weight was changed since.
+        """
+        if self.weight._version != self._version:
+            raise UsageError(
+                "the logits of a training step are read after their head's weight was changed",
+                next_step="read them before; or call the model without labels",
+            )
+        with torch.enable_grad():
+            return functional.linear(self.x, self.weight, self.bias)
 
 
-class Head(torch.autograd.Function):
-    """`x Wᵀ + b`, not formed, for a frozen weight."""
+@dataclass
+class _Request:
+    """A loss that would take the inputs of a head; `inputs` is set by the first that has many."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, at_a_time: int) -> Tensor:
-        """`[..., V]`."""
-        ctx.shape = x.shape
-        ctx.save_for_backward(weight)
-        logits = Logits(x.detach().reshape(-1, x.shape[-1]), weight, bias, at_a_time)
-        return logits.tensor([*x.shape[:-1], len(weight)])
+    inputs: HeadInputs | None = None
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of x, which the loss may have computed."""
-        gradient = deferred(dy)
-        if isinstance(gradient, LogitGradient):
-            return gradient.dx_TI.view(ctx.shape), None, None, None
-        (weight,) = ctx.saved_tensors
-        return dy @ weight, None, None, None
+
+_REQUEST: ContextVar[_Request | None] = ContextVar("request", default=None)
 
 
 @contextmanager
-def loss_follows(*, sparing: bool = False) -> Iterator[None]:
-    """While open, `bone_fx::head` may leave its product to the loss; not under `torch.compile`.
-
-    Args:
-        sparing: Whether memory counts for more than time.
-    """
-    if torch.compiler.is_compiling():
-        yield
-        return
-    token = _LOSS_FOLLOWS.set(SPARING if sparing else AT_A_TIME)
+def head_inputs() -> Iterator[_Request]:
+    """While open, the first frozen head with many logits leaves its inputs here instead."""
+    request = _Request()
+    token = _REQUEST.set(request)
     try:
-        yield
+        yield request
     finally:
-        _LOSS_FOLLOWS.reset(token)
+        _REQUEST.reset(token)
 
 
 def head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear layer whose result, `[..., V]`, only the model's output has: it may be deferred."""
-    at_a_time = _LOSS_FOLLOWS.get()
-    if at_a_time is None or not _may_wait(x, weight, bias):
+    """A linear layer whose result, `[..., V]`, only the model's output has."""
+    request = _REQUEST.get()
+    if request is None or request.inputs or not _can_wait(x, weight, bias):
         return functional.linear(x, weight, bias)
-    y: Tensor = Head.apply(x, weight, bias, at_a_time[x.device.type])  # type: ignore[no-untyped-call]
-    return y
+    request.inputs = HeadInputs(x, weight, bias)
+    return request.inputs.placeholder
 
 
 HEAD = register("head(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", head)
 """The operator as it stands in graphs: `torch.ops.bone_fx.head.default`."""
 
 
-def _may_wait(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the logits are many, the head frozen, and the loss can compute the gradient of x."""
+def _can_wait(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the logits are more than a chunk, the head frozen, and the gradient of x wanted."""
     fixed = (weight,) if bias is None else (weight, bias)
     return (
         torch.is_grad_enabled()
         and x.requires_grad
         and not any(tensor.requires_grad for tensor in fixed)
-        and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
+        and x.dtype in (torch.float32, torch.bfloat16)
         and all(tensor.dtype == x.dtype for tensor in fixed)
-        and x.numel() // x.shape[-1] * len(weight) > SPARING.get(x.device.type, math.inf)
+        and x.numel() // x.shape[-1] > chunk_rows(weight)
         and not torch.is_autocast_enabled(x.device.type)
         and is_plain(x, *fixed)
     )
