@@ -7,7 +7,6 @@ mode, and the capture is refused with the setting that avoids it.
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +20,6 @@ from bone_fx.capture.trace.examples import Examples
 from bone_fx.capture.trace.hf_model import configs_of, without_cache
 from bone_fx.errors import CaptureError
 from bone_fx.passes.dropout import random_nodes, set_dropout
-
-log = logging.getLogger(__name__)
 
 
 def _positive(value: Any, _: Any) -> bool:
@@ -188,8 +185,7 @@ def require_same_evaluation(
     """Runs the model in evaluation mode and the graph with dropout off on the examples.
 
     Raises:
-        CaptureError: They differ, and not in one evaluation of three only, or the graph draws
-            random numbers with dropout off.
+        CaptureError: They differ, or the graph draws random numbers with dropout off.
     """
     model.eval()
     set_dropout(graph_module, False)
@@ -205,7 +201,7 @@ def require_same_evaluation(
 
     try:
         with torch.no_grad(), without_cache(model):
-            gap = None if drawing else _lasting_gap(type(model).__name__, evaluate)
+            gap = None if drawing else _gap_and_who_changed(evaluate)
     finally:
         set_dropout(graph_module, True)
         model.train()
@@ -220,32 +216,16 @@ def require_same_evaluation(
         )
 
 
-def _lasting_gap(name: str, evaluate: Callable[[], tuple[list[Any], list[Any]]]) -> str | None:
-    """How the model's outputs differ from the graph's, unless they did so once only.
-
-    Two evaluations more decide. If all four outputs of those agree, and the graph or the model had
-    them in the first as well, then what differed was one evaluation and not the graph.
-    """
+def _gap_and_who_changed(evaluate: Callable[[], tuple[list[Any], list[Any]]]) -> str | None:
+    """How the model's outputs differ from the graph's, and which of them are not steady."""
     first = evaluate()
     gap = _gap(*first)
     if gap is None:
         return None
-    second, third = evaluate(), evaluate()
-    later = [_gap(second[0], other) for other in (second[1], *third)]
-    changed = [_gap(a, b) for a, b in zip(first, second, strict=True)]
-    if later == [None] * 3 and None in changed:
-        who = "it" if changed[0] else "its graph"
-        log.warning(
-            "%s differed from its graph in the first of three evaluations on the same inputs, in "
-            "which %s was not what it was in the others: %s",
-            name,
-            who,
-            gap,
-        )
-        return None
-    unsteady = changed[0] or _gap(second[0], third[0])
-    if unsteady is not None:
-        gap += f"; evaluated again on the same inputs, the model itself changes: {unsteady}"
+    for who, one, other in zip(("model", "graph"), first, evaluate(), strict=True):
+        change = _gap(one, other)
+        if change is not None:
+            gap += f"; evaluated again on the same inputs, the {who} itself changes: {change}"
     return gap
 
 

@@ -236,7 +236,7 @@ def _span(
 
 _SHIFTED = "ForCausalLMLoss"
 _CROSS_ENTROPIES = (_SHIFTED, "ForMaskedLMLoss", None)
-"""transformers' loss functions over tokens (`loss_utils`, 5.23), and none: a plain cross entropy."""
+"""Loss functions of transformers over tokens (`loss_utils`); None is a plain cross entropy."""
 
 _LABELS = ("labels",)
 _SPAN = ("start_positions", "end_positions")
