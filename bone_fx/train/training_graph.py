@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -191,10 +191,13 @@ class TrainingGraph(ModelGraph):
                 f"the loss of {type(origin.model).__name__} is not known",
                 next_step="leave the labels out and compute the loss on the output",
             )
-        in_chunks = origin.loss.takes_head_inputs and not (
-            _is_fsdp(self) or torch.compiler.is_compiling()
+        in_chunks = (
+            not torch.compiler.is_compiling()
+            and origin.loss.takes_head_inputs
+            and not _is_fsdp(self)
         )
-        with head_inputs() if in_chunks else nullcontext() as request:
+        context: AbstractContextManager[Any] = head_inputs() if in_chunks else nullcontext()
+        with context as request:
             packed = origin.signature.pack(self._run(*inputs))
         head = None if request is None else request.inputs
         options = origin.signature.loss_options_of(kwargs)
