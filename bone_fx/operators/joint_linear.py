@@ -137,8 +137,8 @@ class JointLinear(torch.autograd.Function):
                 del acting
             s_TR = sums.get(block.shape[0])
             site_grads[i] = _site_gradients(site, needs[i], x_in, dy_in, s_TR, w_OI, bias, block)
-            if site_grads[i][0] is not None:
-                site_grads[i][0] = cast(site_grads[i][0], weight.dtype)
+            dw = site_grads[i][0]
+            site_grads[i][0] = None if dw is None else cast(dw, weight.dtype)
         if dx is not None:
             for dsum in dsums.values():
                 bone.spread_sums_(dx, dsum)

@@ -23,12 +23,13 @@ def with_lazy_logits(output: Any, form: Callable[[], Tensor]) -> Any:
         form: Called once at most.
     """
     output.__dict__[_FORM] = form
-    output.__class__ = _lazy_class(type(output))
+    cls: Any = type(output)
+    output.__class__ = _lazy_class(cls)
     return output
 
 
 @functools.cache
-def _lazy_class(cls: type) -> type:
+def _lazy_class(cls: Any) -> Any:
     return type(cls.__name__, (_LazyLogits, cls), {"__slots__": (), "__module__": cls.__module__})
 
 

@@ -40,7 +40,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         log_T1 = torch.empty_like(target_T1, dtype=torch.float32)
         scale_T1 = torch.where(counted_T1, 1 / divisor, 0)
         size = chunk_rows(weight_VI)
-        chunks = (t.split(size) for t in (x_TI, target_T1, scale_T1, dx_TI, log_T1))
+        chunks = (torch.split(t, size) for t in (x_TI, target_T1, scale_T1, dx_TI, log_T1))
         for x_NI, target_N1, scale_N1, dx_NI, log_N1 in zip(*chunks, strict=True):
             log_NV = functional.linear(x_NI, weight_VI, bias).float()
             torch.log_softmax(log_NV, -1, out=log_NV)
