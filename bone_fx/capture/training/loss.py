@@ -76,7 +76,8 @@ class ModelLoss:
         coefficient = getattr(self.config, "router_aux_loss_coef", None)
         if auxiliary is None or coefficient is None:
             return loss
-        return loss + coefficient * auxiliary.to(loss.device)
+        total: torch.Tensor = loss + coefficient * auxiliary.to(loss.device)
+        return total
 
     @property
     def counts_items(self) -> bool:
