@@ -100,7 +100,7 @@ def measure_inputs(
         FoldError: A folded weight is not finite.
     """
     ids = _windows(base, text)
-    model = skeleton(
+    model, _ = skeleton(
         base,
         torch.float32,
         architecture=architecture,

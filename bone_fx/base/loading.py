@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -102,6 +102,18 @@ class BaseCheckpoint:
         return plan_loading(cast("PreTrainedModel", model), self.tensors)
 
 
+class Skeleton(NamedTuple):
+    """A base model without its weights, and where these are.
+
+    Attributes:
+        model: The model in eval mode: parameters fake, computed buffers real.
+        plan: How the checkpoint's names become the model's.
+    """
+
+    model: PreTrainedModel
+    plan: LoadPlan
+
+
 def open_base(
     base: str | Path,
     *,
@@ -167,7 +179,7 @@ def skeleton(
     config_overrides: Mapping[str, Any] | None = None,
     attn_implementation: str | None = None,
     untie: Collection[str] = (),
-) -> PreTrainedModel:
+) -> Skeleton:
     """The model in eval mode without its weights: parameters fake, computed buffers real.
 
     Args:
@@ -180,13 +192,13 @@ def skeleton(
         untie: Parameters that get a tensor of their own though the model ties them.
 
     Returns:
-        The model; its parameters are FakeTensors of one FakeTensorMode.
+        The model, whose parameters are FakeTensors of one FakeTensorMode, and its load plan.
 
     Raises:
         BaseModelError: The model cannot be built.
     """
     from bone_fx.base.architectures import with_overrides
-    from bone_fx.base.skeleton import skeleton_from_config
+    from bone_fx.base.skeleton import complete, meta_model
 
     def stored_alike(plan: LoadPlan, one: str, other: str) -> bool:
         first, second = plan.sources[one], plan.sources[other]
@@ -195,15 +207,11 @@ def skeleton(
         a, b = base.tensors[first.keys[0]], base.tensors[second.keys[0]]
         return same_bytes(a.path, a.entry, b.path, b.entry)
 
-    return skeleton_from_config(
-        with_overrides(base.config, config_overrides or {}),
-        dtype,
-        architecture or base.architecture,
-        plan_of=base.plan,
-        same_bytes=stored_alike,
-        attn_implementation=attn_implementation,
-        untie=untie,
-    )
+    config = with_overrides(base.config, config_overrides or {})
+    model = meta_model(config, dtype, architecture or base.architecture, attn_implementation)
+    plan = base.plan(model)
+    complete(model, dtype, plan, stored_alike, untie)
+    return Skeleton(model, plan)
 
 
 def architecture_for_task(base: BaseCheckpoint, task_type: str | None) -> type[PreTrainedModel]:

@@ -26,7 +26,6 @@ from transformers.core_model_loading import build_glob_alternation
 from bone_fx.errors import BaseModelError
 from bone_fx.weights.load_plan import LoadPlan
 
-PlanOf = Callable[[nn.Module], LoadPlan]
 SameBytes = Callable[[LoadPlan, str, str], bool]
 _BUILD_ERRORS = (
     RuntimeError,
@@ -42,27 +41,27 @@ _BUILD_ERRORS = (
 
 
 def skeleton_from_config(
+    config: PreTrainedConfig, dtype: torch.dtype, architecture: type[PreTrainedModel]
+) -> PreTrainedModel:
+    """A skeleton whose checkpoint would hold everything that the model saves."""
+    model = meta_model(config, dtype, architecture)
+    complete(model, dtype)
+    return model
+
+
+def meta_model(
     config: PreTrainedConfig,
     dtype: torch.dtype,
     architecture: type[PreTrainedModel],
-    *,
-    plan_of: PlanOf | None = None,
-    same_bytes: SameBytes | None = None,
     attn_implementation: str | None = None,
-    untie: Collection[str] = (),
 ) -> PreTrainedModel:
-    """A model in eval mode whose parameters are FakeTensors of one FakeTensorMode.
+    """A model whose parameters are meta tensors, none tied yet, and whose buffers are real.
 
     Args:
         config: The model's configuration; it is copied.
-        dtype: Floating dtype of the parameters; modules that the model keeps in float32 stay so.
+        dtype: Floating dtype of the parameters.
         architecture: The model's class.
-        plan_of: From a model to what its checkpoint holds; without one, everything that is saved
-            counts as there.
-        same_bytes: Whether two names have the same bytes in the checkpoint, for tied weights that
-            are both there.
         attn_implementation: Name of the attention function, if not the default.
-        untie: Parameters that get a tensor of their own though the model ties them.
 
     Raises:
         BaseModelError: The class cannot be built from the configuration.
@@ -82,7 +81,26 @@ def skeleton_from_config(
             found=f"{type(error).__name__}: {error}",
             next_step="use the config.json that belongs to this model",
         ) from error
-    plan = plan_of(model) if plan_of is not None else None
+    return model
+
+
+def complete(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    plan: LoadPlan | None = None,
+    same_bytes: SameBytes | None = None,
+    untie: Collection[str] = (),
+) -> None:
+    """Make a meta model a skeleton in eval mode, in place: its parameters become fake.
+
+    Args:
+        model: From `meta_model`.
+        dtype: Floating dtype of the parameters; modules that the model keeps in float32 stay so.
+        plan: What the checkpoint holds; without one, everything that is saved counts as there.
+        same_bytes: Whether two names have the same bytes in the checkpoint, for tied weights that
+            are both there.
+        untie: Parameters that get a tensor of their own though the model ties them.
+    """
     saved = model.state_dict()
     in_checkpoint = {name for name in saved if plan is None or plan.source_name(name) is not None}
     if plan is not None:
@@ -91,7 +109,6 @@ def skeleton_from_config(
     _tie(model, plan, same_bytes, untie)
     _make_fake(model, in_checkpoint)
     nn.Module.eval(model)
-    return model
 
 
 @contextmanager

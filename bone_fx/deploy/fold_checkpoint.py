@@ -99,17 +99,17 @@ def fold_checkpoint(
         checkpoint = open_base(base, trust_remote_code=trust_remote_code, revision=revision)
         checkpoint.start_hashing()
         architecture, overrides, heads = heads_and_class(checkpoint, read)
-        model = skeleton(
+        model, load_plan = skeleton(
             checkpoint, torch.float32, architecture=architecture, config_overrides=overrides
         )
         plan = Plan(architecture, overrides, heads, read, adapted_sites(model, read))
         stored = next(iter(checkpoint.tensors.values())).dtype
         rounding = Rounding(stored) if stored.itemsize == 2 else None
-        recipes = recipes_for(model, checkpoint, extra=heads)
+        recipes = recipes_for(model, load_plan, checkpoint.tensors, extra=heads)
         recipes = fold_recipes(recipes, plan.sites, read, rounding=rounding)
         changed = {
             **_folded(recipes, plan),
-            **_heads(checkpoint, checkpoint.plan(model).source_name, plan),
+            **_heads(checkpoint, load_plan.source_name, plan),
         }
         told.stage("fold the weights")
         files = _write(checkpoint, changed, staging.folder, told)

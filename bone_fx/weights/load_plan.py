@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -55,25 +54,19 @@ class LoadPlan:
         return next((alias for alias in aliases if alias in self.sources), None)
 
 
-class Checkpoint(Protocol):
-    """What recipes need to know of a base."""
-
-    @property
-    def tensors(self) -> Mapping[str, Read]:
-        """Every tensor of the checkpoint under its name on disk."""
-
-    def plan(self, model: nn.Module) -> LoadPlan:
-        """How the checkpoint's names become the model's."""
-
-
 def recipes_for(
-    model: nn.Module, base: Checkpoint, *, extra: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    plan: LoadPlan,
+    stored: Mapping[str, Read],
+    *,
+    extra: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Recipe]:
     """A recipe for every parameter and buffer of a model, under its name in memory.
 
     Args:
         model: A model, as a rule a skeleton; its tensors give the shapes and dtypes.
-        base: Where the bytes are.
+        plan: How the checkpoint's names become the model's.
+        stored: Every tensor of the checkpoint under its name on disk.
         extra: Parameters that come from elsewhere (`modules_to_save` of an adapter) and go before
             the base's.
 
@@ -88,7 +81,6 @@ def recipes_for(
     extra = extra or {}
     tensors = dict(_named_tensors(model))
     _check_extra(extra, tensors)
-    plan = base.plan(model)
     by_tensor: dict[int, Recipe] = {}
     recipes: dict[str, Recipe] = {}
     missing: list[str] = []
@@ -103,7 +95,7 @@ def recipes_for(
             continue
         source = plan.source_name(name)
         if source is not None:
-            recipe: Recipe = _recipe(name, tensor, plan.sources[source], base.tensors)
+            recipe: Recipe = _recipe(name, tensor, plan.sources[source], stored)
         elif (
             not isinstance(tensor, FakeTensor)
             and not tensor.is_meta
@@ -115,7 +107,7 @@ def recipes_for(
             continue
         recipes[name] = by_tensor[id(tensor)] = recipe
     if missing:
-        raise _no_bytes(missing, base.tensors)
+        raise _no_bytes(missing, stored)
     return recipes
 
 

@@ -151,7 +151,7 @@ def test_configs_that_do_not_make_the_model(
 
 def _all_recipes(folder: Path) -> None:
     base = open_base(folder)
-    recipes_for(skeleton(base, torch.float32), base)
+    recipes_for(*skeleton(base, torch.float32), base.tensors)
 
 
 def test_code_in_a_checkpoint_is_not_run(folder: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_local_base_never_touches_the_network(
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     base = open_base(folder)
-    recipes_for(skeleton(base, torch.float32), base)
+    recipes_for(*skeleton(base, torch.float32), base.tensors)
     with pytest.raises(UsageError, match="revisions"):
         open_base(folder, revision="main")
 

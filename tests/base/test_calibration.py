@@ -27,10 +27,10 @@ IDS = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(3))
 def pieces(base: Path, adapter: Path | None) -> tuple[PreTrainedModel, dict[str, Recipe], Any]:
     """A skeleton, its folded recipes, and what was folded."""
     checkpoint = open_base(base)
-    model = skeleton(checkpoint, torch.float32, attn_implementation="eager")
+    model, plan = skeleton(checkpoint, torch.float32, attn_implementation="eager")
     adapters = read_adapters([adapter] if adapter else [])
     sites = adapted_sites(model, adapters)
-    recipes = fold_recipes(recipes_for(model, checkpoint), sites, adapters)
+    recipes = fold_recipes(recipes_for(model, plan, checkpoint.tensors), sites, adapters)
     return model, recipes, (sites, adapters)
 
 

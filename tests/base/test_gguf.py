@@ -101,8 +101,8 @@ def test_dequantized_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     before = base.files[0].stat().st_mtime_ns
     assert open_base(tmp_path / "base" / "tiny.gguf").folder == base.folder
     assert base.files[0].stat().st_mtime_ns == before
-    model = skeleton(base, torch.float32)
-    recipes = recipes_for(model, base)
+    model, plan = skeleton(base, torch.float32)
+    recipes = recipes_for(model, plan, base.tensors)
     assert {name for name, _ in model.named_parameters()} == set(expected)
     for name, values in expected.items():
         assert torch.equal(recipes[name].evaluate(), values), name

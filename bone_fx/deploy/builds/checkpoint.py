@@ -146,7 +146,7 @@ def build_checkpoint(
     checkpoint.start_hashing()
     architecture, overrides, heads = heads_and_class(checkpoint, adapters)
     told.stage("capture without weights")
-    model = skeleton(
+    model, load_plan = skeleton(
         checkpoint,
         DTYPES[options.activations],
         architecture=architecture,
@@ -154,7 +154,7 @@ def build_checkpoint(
     )
     sites = adapted_sites(model, adapters)
     plan = Plan(architecture, overrides, heads, adapters, sites)
-    recipes = recipes_for(model, checkpoint, extra=heads)
+    recipes = recipes_for(model, load_plan, checkpoint.tensors, extra=heads)
     narrow = options.quantization is None and options.activations in ("fp16", "bf16")
     rounding = Rounding(DTYPES[options.activations]) if narrow and adapters else None
     recipes = fold_recipes(recipes, sites, adapters, rounding=rounding)
