@@ -1,4 +1,4 @@
-"""`bone-export`: flags to one call of `bone_fx.export`, its errors to exit codes."""
+"""`bone-export`: flags to the options of one export, its errors to exit codes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,29 @@ import gc
 import json
 import os
 import sys
-from contextlib import nullcontext
-from enum import StrEnum
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from bone_fx.deploy.options import (
+    BLOCK_SIZE,
+    DTYPE,
+    HEAD,
+    HELP,
+    Dtype,
+    ExportOptions,
+    Part,
+    Provider,
+    Verify,
+)
 from bone_fx.errors import BoneFxError
+from bone_fx.progress import Lines, Progress, Silent
+
+if TYPE_CHECKING:
+    from bone_fx.deploy.export import ExportResult
+    from bone_fx.deploy.fold_checkpoint import FoldResult
 
 INTERRUPTED = 130
 INTERNAL = 1
@@ -45,182 +60,108 @@ Exit codes as for bone-export.
 """
 
 
-class Dtype(StrEnum):
-    """Dtypes of an exported model."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
-    int4 = "int4"
-    int8 = "int8"
+def _option(choice: str, *flags: str, **settings: Any) -> Any:
+    """An option of one of `ExportOptions`' choices, with its sentence."""
+    return typer.Option(*flags, help=HELP[choice], **settings)
 
 
-class Part(StrEnum):
-    """What the head or the embeddings of a quantized model become."""
+Base = Annotated[
+    str, typer.Argument(metavar="BASE", help="Hugging Face folder, GGUF file or hub id.")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to publish.")]
+ADAPTER = typer.Option(
+    "--adapter",
+    metavar="DIR",
+    help="Bone, BAT or MiSS adapter in PEFT's layout; repeat to apply several, in order.",
+)
+Overwrite = Annotated[bool, _option("overwrite", "--overwrite")]
+Revision = Annotated[str | None, _option("revision")]
+RemoteCode = Annotated[bool, _option("trust_remote_code", "--trust-remote-code")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result, or the error, as JSON on stdout.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
-    keep = "keep"
-    int4 = "int4"
-    int8 = "int8"
+_SETTINGS: dict[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+}
+_HELP_FLAGS = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(**_SETTINGS)
+fold_app = typer.Typer(**_SETTINGS)
 
 
-class Provider(StrEnum):
-    """Execution providers that a graph is written for."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Verify(StrEnum):
-    """How much is compared before an export is published."""
-
-    full = "full"
-    fast = "fast"
-    off = "off"
-
-
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
-@app.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@app.command(epilog=EPILOG, context_settings=_HELP_FLAGS)
 def bone_export(
-    base: Annotated[
-        str, typer.Argument(metavar="BASE", help="Hugging Face folder, GGUF file or hub id.")
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to publish.")
-    ],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter",
-            metavar="DIR",
-            help="Bone, BAT or MiSS adapter in PEFT's layout; repeat to apply several, in order.",
-        ),
-    ] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Dtype of weights and activations; int4, int8: of weights.")
-    ] = Dtype.fp32,
-    provider: Annotated[
-        Provider, typer.Option(help="Provider that the graph is written for.")
-    ] = Provider.cpu,
-    verify: Annotated[
-        Verify, typer.Option(help="Compare with torch before publishing.")
-    ] = Verify.full,
-    verify_on: Annotated[
-        Provider | None, typer.Option(help="Verify on another provider than --provider.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier output.")
-    ] = False,
-    block_size: Annotated[
-        int, typer.Option(help="int4, int8: values of a weight that share a scale.")
-    ] = 16,
+    base: Base,
+    output: Output,
+    adapter: Annotated[list[str] | None, ADAPTER] = None,
+    dtype: Annotated[Dtype | None, _option("dtype", show_default=DTYPE)] = None,
+    provider: Annotated[Provider, _option("provider")] = "cpu",
+    verify: Annotated[Verify, _option("verify")] = "full",
+    verify_on: Annotated[Provider | None, _option("verify_on")] = None,
+    overwrite: Overwrite = False,
+    block_size: Annotated[int | None, _option("block_size", show_default=str(BLOCK_SIZE))] = None,
     symmetric: Annotated[
-        bool, typer.Option("--symmetric/--asymmetric", help="int4, int8: no zero points.")
-    ] = False,
-    head: Annotated[Part, typer.Option(help="int4, int8: the head.")] = Part.int8,
-    embeddings: Annotated[
-        Part | None,
-        typer.Option(help="int4, int8: the embeddings; kept unless tied to a quantized head."),
+        bool | None,
+        _option("symmetric", "--symmetric/--asymmetric", show_default="asymmetric"),
     ] = None,
-    last_token_logits: Annotated[
-        bool, typer.Option("--last-token-logits", help="Logits of each text's last token only.")
-    ] = False,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="int4: a text instead of the built-in one; none: to nearest."
-        ),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python files that come with the base.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result, or the error, as JSON on stdout.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    head: Annotated[Part | None, _option("head", show_default=HEAD)] = None,
+    embeddings: Annotated[Part | None, _option("embeddings")] = None,
+    last_token_logits: Annotated[bool, _option("last_token_logits", "--last-token-logits")] = False,
+    calibration: Annotated[str | None, _option("calibration", metavar="FILE")] = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fold block adapters into a base model and export it to ONNX, verified, for ONNX Runtime."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from bone_fx.deploy.export import export
-    from bone_fx.progress import Lines, Silent
+    options = ExportOptions(
+        dtype=dtype,
+        provider=provider,
+        verify=verify,
+        verify_on=verify_on,
+        overwrite=overwrite,
+        block_size=block_size,
+        symmetric=symmetric,
+        head=head,
+        embeddings=embeddings,
+        last_token_logits=last_token_logits,
+        calibration=calibration,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    from bone_fx.deploy.export import export_with
 
-    with nullcontext(Silent()) if quiet else Lines() as told:
-        result = export(
-            base,
-            output=output,
-            adapters=adapter or (),
-            dtype=dtype.value,
-            provider=provider.value,
-            verify=verify.value,
-            verify_on=verify_on.value if verify_on else None,
-            overwrite=overwrite,
-            block_size=block_size,
-            symmetric=symmetric,
-            head=head.value,
-            embeddings=embeddings.value if embeddings else None,
-            last_token_logits=last_token_logits,
-            calibration=calibration,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=told,
-        )
-    for warning in result.warnings:
-        typer.echo(f"note: {warning}", err=True)
-    if as_json:
-        typer.echo(
-            json.dumps(
-                {"output": str(result.output), "warnings": result.warnings, **result.manifest}
-            )
-        )
-        return
-    verified = result.manifest["verification"]
+    with _progress(quiet=quiet) as progress:
+        result = export_with(base, adapter or (), output, options, progress)
+    verification = result.manifest["verification"]
     figures = (
         "not verified"
-        if verified is None
-        else ", ".join(f"{k} {v:.2g}" for k, v in verified["figures"].items())
+        if verification is None
+        else ", ".join(f"{k} {v:.2g}" for k, v in verification["figures"].items())
     )
-    typer.echo(f"{result.output}: {figures}")
+    _report(result, figures, as_json=as_json)
 
 
-fold_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
-@fold_app.command(epilog=FOLD_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@fold_app.command(epilog=FOLD_EPILOG, context_settings=_HELP_FLAGS)
 def bone_export_fold(
-    base: Annotated[
-        str, typer.Argument(metavar="BASE", help="Hugging Face folder, GGUF file or hub id.")
-    ],
-    adapter: Annotated[
-        list[str],
-        typer.Option(
-            "--adapter",
-            metavar="DIR",
-            help="Bone, BAT or MiSS adapter in PEFT's layout; repeat to apply several, in order.",
-        ),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to publish.")
-    ],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier output.")
-    ] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python files that come with the base.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result, or the error, as JSON on stdout.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    base: Base,
+    adapter: Annotated[list[str], ADAPTER],
+    output: Output,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fold block adapters into a checkpoint: a Hugging Face folder of the same layout."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from bone_fx.deploy.fold_checkpoint import fold_checkpoint
-    from bone_fx.progress import Lines, Silent
 
-    with nullcontext(Silent()) if quiet else Lines() as told:
+    with _progress(quiet=quiet) as progress:
         result = fold_checkpoint(
             base,
             adapters=adapter,
@@ -228,15 +169,21 @@ def bone_export_fold(
             overwrite=overwrite,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            progress=told,
+            progress=progress,
         )
+    _report(result, f"{len(result.folded)} weights folded and read back", as_json=as_json)
+
+
+def _progress(*, quiet: bool) -> AbstractContextManager[Progress]:
+    return nullcontext(Silent()) if quiet else Lines()
+
+
+def _report(result: ExportResult | FoldResult, summary: str, *, as_json: bool) -> None:
+    """Notes on stderr; on stdout the summary in a line, or everything as JSON."""
     for warning in result.warnings:
         typer.echo(f"note: {warning}", err=True)
-    if as_json:
-        content = {"output": str(result.output), "warnings": result.warnings, **result.manifest}
-        typer.echo(json.dumps(content))
-        return
-    typer.echo(f"{result.output}: {len(result.folded)} weights folded and read back")
+    content = {"output": str(result.output), "warnings": result.warnings, **result.manifest}
+    typer.echo(json.dumps(content) if as_json else f"{result.output}: {summary}")
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ def without_kernel(name: str) -> str:
     import torch
 
     from bone_fx.capture.decoder.capture_decoder import capture_decoder
-    from bone_fx.deploy.builds.checkpoint import NO_BIAS, NO_FP32_KERNEL
+    from bone_fx.deploy.builds.checkpoint_graph import NO_BIAS, NO_FP32_KERNEL
     from bone_fx.onnx.placement import place
 
     model, found = model_of(name, FEW), []

@@ -2,6 +2,16 @@
 
 Tensors keep their names on disk, their files, their order and their dtype. They are read, folded
 and written one at a time; no model is built with weights.
+
+1. A staging folder is made beside the output (`deploy.staging.staged`).
+2. The adapters are read and the base is opened (`deploy.checkpoint_inputs.open_checkpoint`).
+3. The adapters are folded into the recipes of a model without weights (`CheckpointInputs.fold`);
+   what they change gets its name and dtype on disk (`_folded_weights`, `_head_weights`).
+4. Every weight file is written again (`_write`), and what stands beside it copied
+   (`_copy_the_rest`).
+5. Every folded weight is read back and compared with torch's own fold (`_verify`).
+6. The manifest is written and the folder moved to the output (`deploy.manifest.manifest_of`,
+   `Staging.publish`).
 """
 
 from __future__ import annotations
@@ -18,14 +28,17 @@ import torch
 from torch import Tensor
 
 from bone_fx.adapter_folder import read_adapters
-from bone_fx.deploy.builds.plan import Adapters, Plan, adapted_sites, heads_and_class
-from bone_fx.deploy.manifest import adapter_entries, versions, write_manifest
+from bone_fx.deploy.checkpoint_inputs import (
+    Adapters,
+    CheckpointInputs,
+    FoldedCheckpoint,
+    open_checkpoint,
+)
+from bone_fx.deploy.manifest import manifest_of
 from bone_fx.deploy.staging import MANIFEST, refuse_inputs_as_output, staged
 from bone_fx.errors import FoldError, UsageError, VerificationError
 from bone_fx.passes.fold import fold_weight
 from bone_fx.progress import Progress, Silent
-from bone_fx.weights.apply_adapters import fold_recipes
-from bone_fx.weights.load_plan import recipes_for
 from bone_fx.weights.recipes.fold_recipe import Fold, FoldPart
 from bone_fx.weights.recipes.recipe import Read, Recipe, Value, cast
 from bone_fx.weights.recipes.rounding import Rounding
@@ -82,94 +95,102 @@ def fold_checkpoint(
         overwrite: Replace an earlier output.
         trust_remote_code: Run Python files that come with the base, and copy them.
         revision: Branch, tag or commit of a hub id.
-        progress: Told about stages and bytes.
+        progress: Gets the stages and the bytes.
 
     Raises:
         BoneFxError: One of its kinds; nothing is published, the inputs are as they were.
-    """
-    from bone_fx.base.loading import open_base, skeleton
 
+    Example:
+        >>> import bone_fx, tempfile
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))
+        >>> config = bone_fx.BoneConfig(r=8, target_modules=["c_attn"])
+        >>> with tempfile.TemporaryDirectory() as d:
+        ...     model.save_pretrained(f"{d}/base")
+        ...     bone_fx.adapt(model, config, model.dummy_inputs).save_pretrained(f"{d}/adapter")
+        ...     fold_checkpoint(f"{d}/base", adapters=[f"{d}/adapter"], output=f"{d}/out").folded
+        ('transformer.h.0.attn.c_attn.weight',)
+    """
     if not adapters:
         raise UsageError("there is nothing to fold", expected="one adapter or more")
-    told = progress or Silent()
+    progress = progress or Silent()
     refuse_inputs_as_output(output, [*adapters, str(base)])
     with staged(output, overwrite=overwrite) as staging:
-        told.stage("read the inputs")
-        read = read_adapters(adapters)
-        checkpoint = open_base(base, trust_remote_code=trust_remote_code, revision=revision)
-        checkpoint.start_hashing()
-        architecture, overrides, heads = heads_and_class(checkpoint, read)
-        model, load_plan = skeleton(
-            checkpoint, torch.float32, architecture=architecture, config_overrides=overrides
+        progress.stage("read the inputs")
+        inputs = open_checkpoint(
+            base,
+            read_adapters(adapters),
+            trust_remote_code=trust_remote_code,
+            revision=revision,
         )
-        plan = Plan(architecture, overrides, heads, read, adapted_sites(model, read))
-        stored = next(iter(checkpoint.tensors.values())).dtype
+        stored = _usual_dtype(inputs.checkpoint)
         rounding = Rounding(stored) if stored.itemsize == 2 else None
-        recipes = recipes_for(model, load_plan, checkpoint.tensors, extra=heads)
-        recipes = fold_recipes(recipes, plan.sites, read, rounding=rounding)
-        changed = {
-            **_folded(recipes, plan),
-            **_heads(checkpoint, load_plan.source_name, plan),
-        }
-        told.stage("fold the weights")
-        files = _write(checkpoint, changed, staging.folder, told)
-        _copy_the_rest(checkpoint, plan, staging.folder)
-        told.stage("verify")
-        _verify(files, changed, plan.adapters)
-        told.stage("publish")
-        manifest = {
-            "format": 1,
-            "kind": "checkpoint",
-            "architecture": architecture.__name__,
-            "base": {
-                "name": Path(checkpoint.origin).name,
-                "files": checkpoint.sha256(),
+        folded = inputs.fold(torch.float32, rounding)
+        recipes = {**_folded_weights(folded), **_head_weights(folded)}
+        progress.stage("fold the weights")
+        files = _write(inputs.checkpoint, recipes, staging.folder, progress)
+        _copy_the_rest(inputs, staging.folder)
+        progress.stage("verify")
+        _verify(files, recipes, inputs.adapters)
+        progress.stage("publish")
+        manifest = manifest_of(
+            "checkpoint",
+            architecture=inputs.architecture.__name__,
+            base_name=Path(inputs.checkpoint.origin).name,
+            base_files=inputs.checkpoint.sha256(),
+            adapters=inputs.adapters,
+            entries={
+                "rounding": None if rounding is None else rounding.report(),
+                "files": {path.name: sha256 for path, sha256 in files.items()},
             },
-            "adapters": adapter_entries(read),
-            "rounding": rounding.report() if rounding is not None else None,
-            "files": {path.name: digest for path, digest in files.items()},
-            "versions": versions(),
-        }
-        write_manifest(staging.folder / MANIFEST, manifest)
-        staging.publish()
-    folded = tuple(key for key, recipe in changed.items() if isinstance(recipe, Fold))
-    warnings = rounding.warnings() if rounding is not None else []
-    return FoldResult(staging.output, folded, manifest, tuple(warnings))
+        )
+        staging.publish(manifest)
+    names = tuple(key for key, recipe in recipes.items() if isinstance(recipe, Fold))
+    warnings = () if rounding is None else tuple(rounding.warnings())
+    return FoldResult(staging.output, names, manifest, warnings)
 
 
-def _folded(recipes: Mapping[str, Recipe], plan: Plan) -> dict[str, Recipe]:
+def _usual_dtype(checkpoint: BaseCheckpoint) -> torch.dtype:
+    """The dtype of a checkpoint's first tensor."""
+    return next(iter(checkpoint.tensors.values())).dtype
+
+
+def _folded_weights(folded: FoldedCheckpoint) -> dict[str, Recipe]:
     """The folded weights under their names on disk, in the dtype they are stored in."""
-    found: dict[str, Recipe] = {}
-    for name, site in plan.sites.items():
-        fold = recipes[site.weight_name]
+    weights: dict[str, Recipe] = {}
+    for name, site in folded.sites.items():
+        fold = folded.recipes[site.weight_name]
         if not isinstance(fold, Fold) or not isinstance(fold.base, Read):
             raise FoldError(
                 f"{name} has no tensor of its own in the checkpoint: {fold.describe()}",
                 expected="a weight that is stored as the model has it",
                 next_step="export it with bone-export, or save the base with transformers first",
             )
-        found[fold.base.key] = replace(fold, to=fold.base.dtype)
-    return found
+        weights[fold.base.key] = replace(fold, to=fold.base.dtype)
+    return weights
 
 
-def _heads(checkpoint: BaseCheckpoint, source_name: Any, plan: Plan) -> dict[str, Recipe]:
+def _head_weights(folded: FoldedCheckpoint) -> dict[str, Recipe]:
     """Parameters that come from the adapters, in the dtype of the checkpoint."""
+    checkpoint, plan = folded.inputs.checkpoint, folded.skeleton.plan
     stored = checkpoint.tensors
-    usual = next(iter(stored.values())).dtype
     heads: dict[str, Recipe] = {}
-    for name, tensor in plan.heads.items():
-        on_disk = name if name in stored else (source_name(name) or name)
-        dtype = stored[on_disk].dtype if on_disk in stored else usual
+    for name, tensor in folded.inputs.heads.items():
+        on_disk = name if name in stored else (plan.source_name(name) or name)
+        dtype = stored[on_disk].dtype if on_disk in stored else _usual_dtype(checkpoint)
         heads[on_disk] = cast(Value(tensor, "adapter's"), dtype)
     return heads
 
 
 def _write(
-    checkpoint: BaseCheckpoint, changed: Mapping[str, Recipe], folder: Path, told: Progress
+    checkpoint: BaseCheckpoint,
+    recipes: Mapping[str, Recipe],
+    folder: Path,
+    progress: Progress,
 ) -> dict[Path, str]:
-    """Write every weight file; returns SHA-256 by path."""
-    known = {key for file in checkpoint.files for key in read_header(file)}
-    added = {key: recipe for key, recipe in changed.items() if key not in known}
+    """Write every weight file, with recipes in the place of tensors; returns SHA-256 by path."""
+    stored = {key for file in checkpoint.files for key in read_header(file)}
+    new = {key: recipe for key, recipe in recipes.items() if key not in stored}
     total = sum(file.stat().st_size for file in checkpoint.files)
     if shutil.disk_usage(folder).free < total:
         raise FoldError(
@@ -183,44 +204,46 @@ def _write(
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        told.advance(min(done, total), total)
+        progress.advance(min(done, total), total)
 
-    written: dict[Path, str] = {}
+    sha256: dict[Path, str] = {}
     for place, file in enumerate(checkpoint.files, start=1):
         content: dict[str, Recipe] = {
-            key: changed.get(key) or Read(file, key, entry)
+            key: recipes.get(key) or Read(file, key, entry)
             for key, entry in read_header(file).items()
         }
         if place == len(checkpoint.files):
-            content |= added
+            content |= new
         target = folder / file.name
-        written[target] = write_safetensors(target, content, advance)
+        sha256[target] = write_safetensors(target, content, advance)
     for index in checkpoint.folder.glob(f"*{INDEX_SUFFIX}"):
-        listed = json.loads(index.read_text(encoding="utf-8"))
-        listed["weight_map"] |= dict.fromkeys(added, checkpoint.files[-1].name)
-        (folder / index.name).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
-    return written
+        content_of_index = json.loads(index.read_text(encoding="utf-8"))
+        content_of_index["weight_map"] |= dict.fromkeys(new, checkpoint.files[-1].name)
+        text = json.dumps(content_of_index, indent=2) + "\n"
+        (folder / index.name).write_text(text, encoding="utf-8")
+    return sha256
 
 
-def _copy_the_rest(checkpoint: BaseCheckpoint, plan: Plan, folder: Path) -> None:
+def _copy_the_rest(inputs: CheckpointInputs, folder: Path) -> None:
     """Copy configuration, tokenizer and what else stands beside the weights."""
     from bone_fx.base.real_model import write_config
 
+    checkpoint = inputs.checkpoint
     kinds = (*_BESIDE_WEIGHTS, *((".py",) if checkpoint.trust_remote_code else ()))
     for path in sorted(checkpoint.folder.iterdir()):
-        taken = path.name.endswith(INDEX_SUFFIX) or path.name == MANIFEST
-        if path.is_file() and path.suffix in kinds and not taken:
+        is_written = path.name.endswith(INDEX_SUFFIX) or path.name == MANIFEST
+        if path.is_file() and path.suffix in kinds and not is_written:
             shutil.copyfile(path, folder / path.name)
-    if plan.overrides or plan.architecture is not checkpoint.architecture:
-        write_config(checkpoint, plan.architecture, plan.overrides, folder)
+    if inputs.overrides or inputs.architecture is not checkpoint.architecture:
+        write_config(checkpoint, inputs.architecture, inputs.overrides, folder)
 
 
-def _verify(files: Iterable[Path], changed: Mapping[str, Recipe], adapters: Adapters) -> None:
+def _verify(files: Iterable[Path], recipes: Mapping[str, Recipe], adapters: Adapters) -> None:
     """Read every folded weight back and compare it with torch's own fold, bit for bit."""
     by_key = {
         key: Read(path, key, entry) for path in files for key, entry in read_header(path).items()
     }
-    for key, recipe in changed.items():
+    for key, recipe in recipes.items():
         if not isinstance(recipe, Fold):
             continue
         same = partial(_is_the_fold, by_key[key], recipe, adapters)

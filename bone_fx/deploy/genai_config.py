@@ -78,10 +78,10 @@ def write_genai_folder(
 
 def copy_tokenizer(source: Path, folder: Path) -> list[str]:
     """Copies tokenizer and chat template; returns warnings about what is missing."""
-    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for name in found:
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for name in names:
         shutil.copyfile(source / name, folder / name)
-    if "tokenizer.json" not in found:
+    if "tokenizer.json" not in names:
         return [f"{source.name} has no tokenizer.json: onnxruntime-genai gets token ids only"]
     templates = source / "chat_template.jinja", source / "tokenizer_config.json"
     if not any(

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bone_fx.adapter_folder import WEIGHTS_NAME, AdapterFolder
 from bone_fx.config import CONFIG_NAME
+from bone_fx.deploy.checkpoint_inputs import Adapters
+from bone_fx.deploy.options import ExportOptions
 from bone_fx.verify.parity import Parity
 
 if TYPE_CHECKING:
-    from bone_fx.deploy.builds import Build
+    from bone_fx.deploy.builds import Build, Written
 
 _PACKAGES = (
     "bone_fx",
@@ -30,75 +31,110 @@ _PACKAGES = (
 
 
 def manifest_of(
-    build: Build,
-    adapters: Sequence[tuple[str, AdapterFolder]],
-    provider: str,
-    verify: str,
-    verified_on: str,
-    parity: Parity | None,
-    folder: Path,
+    kind: str,
+    *,
+    architecture: str,
+    base_name: str,
+    base_files: Mapping[str, str],
+    adapters: Adapters,
+    entries: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The manifest's content.
+    """The content of a manifest.
 
     No times and no absolute paths, so that the same inputs give the same bytes.
+
+    Args:
+        kind: What was published: `"decoder"`, `"model"`, `"module"` or `"checkpoint"`.
+        architecture: Class name of the model.
+        base_name: Name of the base, without its path.
+        base_files: SHA-256 of the base's weight files by name.
+        adapters: The adapters by name, in the order in which they apply.
+        entries: What only this kind of output has.
     """
     return {
         "format": 1,
-        "kind": build.kind,
-        "architecture": build.architecture,
-        "base": {"name": build.base_name, "files": build.base_files()},
-        "adapters": adapter_entries(adapters),
-        "dtype": build.dtype,
-        "activations": build.activations or build.dtype,
-        "quantization": build.quantization,
-        "rounding": build.rounding.report() if build.rounding is not None else None,
-        "placement": build.placement.report() if build.placement is not None else None,
-        "provider": provider,
-        "opset": build.opset,
-        "operators": operator_counts(folder / "model.onnx"),
-        "files": {
-            path.relative_to(folder).as_posix(): {
-                "bytes": path.stat().st_size,
-                "sha256": build.written.get(path.relative_to(folder).as_posix()) or sha256(path),
-            }
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        },
-        "verified": parity is not None,
-        "verification": None
-        if parity is None
-        else {
-            "mode": verify,
-            "provider": verified_on,
-            "tolerance": parity.tolerance,
-            "figures": {name: float(f"{value:.3g}") for name, value in parity.figures.items()},
-            "cases": len(parity.cases),
-            "warnings": parity.warnings,
-        },
-        "notes": build.notes,
+        "kind": kind,
+        "architecture": architecture,
+        "base": {"name": base_name, "files": dict(base_files)},
+        "adapters": [_adapter_entry(name, adapter) for name, adapter in adapters],
+        **entries,
         "versions": versions(),
     }
 
 
-def adapter_entries(adapters: Sequence[tuple[str, AdapterFolder]]) -> list[dict[str, Any]]:
-    """What a manifest says about the adapters, in the order in which they apply."""
-    return [
-        {
-            "name": name,
-            "peft_type": adapter.config.peft_type,
-            "method": adapter.config.method,
-            "r": adapter.config.r,
-            "sites": list(adapter.blocks),
-            "modules_to_save": list(adapter.modules_to_save),
-            "files": {n: sha256(adapter.path / n) for n in (CONFIG_NAME, WEIGHTS_NAME)},
-        }
-        for name, adapter in adapters
-    ]
+def export_manifest(
+    build: Build,
+    written: Written,
+    parity: Parity | None,
+    *,
+    adapters: Adapters,
+    options: ExportOptions,
+    folder: Path,
+) -> dict[str, Any]:
+    """The manifest of an ONNX export.
+
+    Args:
+        build: What was exported.
+        written: What was written of it.
+        parity: What was compared with torch; None if nothing was.
+        adapters: The adapters by name, in the order in which they apply.
+        options: What the person chose.
+        folder: The folder that will be published.
+    """
+    from bone_fx.onnx.torch_exporter import OPSET
+
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path: path.relative_to(folder).as_posix() for path in paths}
+    return manifest_of(
+        build.kind,
+        architecture=build.architecture,
+        base_name=build.base_name,
+        base_files=build.base_files(),
+        adapters=adapters,
+        entries={
+            "dtype": build.dtype,
+            "activations": build.activations,
+            "quantization": build.quantization,
+            "rounding": written.rounding,
+            "placement": None if build.placement is None else build.placement.report(),
+            "provider": options.provider,
+            "opset": OPSET,
+            "operators": operator_counts(folder / "model.onnx"),
+            "files": {
+                name: {
+                    "bytes": path.stat().st_size,
+                    "sha256": written.sha256.get(name) or sha256(path),
+                }
+                for path, name in names.items()
+            },
+            "verified": parity is not None,
+            "verification": None if parity is None else _verification_entry(parity, options),
+            "notes": [*build.notes, *written.notes],
+        },
+    )
 
 
-def write_manifest(path: Path, content: dict[str, Any]) -> None:
-    """Write the manifest as JSON."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _verification_entry(parity: Parity, options: ExportOptions) -> dict[str, Any]:
+    return {
+        "mode": options.verify,
+        "provider": options.verification_provider,
+        "tolerance": parity.tolerance,
+        "figures": {name: float(f"{value:.3g}") for name, value in parity.figures.items()},
+        "cases": len(parity.cases),
+        "warnings": parity.warnings,
+    }
+
+
+def _adapter_entry(name: str, adapter: AdapterFolder) -> dict[str, Any]:
+    return {
+        "name": name,
+        "peft_type": adapter.config.peft_type,
+        "method": adapter.config.method,
+        "r": adapter.config.r,
+        "sites": list(adapter.blocks),
+        "modules_to_save": list(adapter.modules_to_save),
+        "files": {file: sha256(adapter.path / file) for file in (CONFIG_NAME, WEIGHTS_NAME)},
+    }
 
 
 def operator_counts(model: Path) -> dict[str, int]:
@@ -115,13 +151,13 @@ def operator_counts(model: Path) -> dict[str, int]:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that make an export."""
-    found = {}
+    installed = {}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def sha256(path: Path) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bone_fx.errors import ExportError, UsageError, VerificationError
 
@@ -33,8 +35,13 @@ class Staging:
         """Where a build that failed verification is kept."""
         return self.output.with_name(self.output.name + ".rejected")
 
-    def publish(self) -> None:
-        """Move the folder into place; an earlier output goes only when the new one is there."""
+    def publish(self, manifest: Mapping[str, Any]) -> None:
+        """Write the manifest and move the folder into place.
+
+        An earlier output goes only when the new one is there.
+        """
+        content = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        (self.folder / MANIFEST).write_text(content, encoding="utf-8")
         old = self.output.with_name(f".{self.output.name}.old-{os.getpid()}")
         had_old = self.output.exists()
         if had_old:
@@ -81,7 +88,7 @@ def staged(output: str | Path, *, overwrite: bool) -> Iterator[Staging]:
             next_step="choose another -o; nothing was deleted",
         )
     try:
-        made = _make_parents(target.parent)
+        parents = _make_parents(target.parent)
         folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.staging-"))
         folder.chmod(0o755)
         _check_replaceable(target)
@@ -96,12 +103,12 @@ def staged(output: str | Path, *, overwrite: bool) -> Iterator[Staging]:
         yield staging
     except VerificationError:
         staging.reject()
-        made = []
+        parents = []
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if not target.exists():
-            for parent in reversed(made):
+            for parent in reversed(parents):
                 if not any(parent.iterdir()):
                     parent.rmdir()
 
@@ -113,21 +120,21 @@ def refuse_inputs_as_output(output: str | Path, inputs: Iterable[str | Path]) ->
         UsageError: It does; publishing would change an input.
     """
     target = Path(output).expanduser().resolve()
-    for given in inputs:
-        path = Path(given).expanduser()
+    for each in inputs:
+        path = Path(each).expanduser()
         if not path.exists():
             continue
         path = path.resolve()
         if target == path or target in path.parents or path in target.parents:
             raise UsageError(
-                f"the output {output} overlaps the input {given}",
+                f"the output {output} overlaps the input {each}",
                 expected="a folder apart from the base and the adapters",
                 next_step="choose another -o",
             )
 
 
 def _make_parents(parent: Path) -> list[Path]:
-    """Make missing parents; returns those that were made, outermost first."""
+    """Make missing parents; returns them, outermost first."""
     missing = [p for p in (parent, *parent.parents) if not p.exists()]
     parent.mkdir(parents=True, exist_ok=True)
     return missing[::-1]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from enum import Enum
+import re
 from importlib import metadata
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import typer
@@ -64,13 +64,15 @@ FOLD_OPTIONS = {
     )
 }
 CHOICES = {
-    "dtype": ("fp32", ["fp32", "fp16", "bf16", "int4", "int8"]),
+    "dtype": (None, ["fp32", "fp16", "bf16", "int4", "int8"]),
     "provider": ("cpu", ["cpu", "cuda"]),
-    "head": ("int8", ["keep", "int4", "int8"]),
+    "head": (None, ["keep", "int4", "int8"]),
     "embeddings": (None, ["keep", "int4", "int8"]),
     "verify": ("full", ["full", "fast", "off"]),
     "verify_on": (None, ["cpu", "cuda"]),
 }
+EFFECTIVE = {"dtype": "fp32", "block-size": "16", "symmetric": "asymmetric", "head": "int8"}
+"""What a choice is that was left open, as the help says it."""
 EXIT_CODES = {
     "UsageError": 2,
     "InputRefusedError": 3,
@@ -95,14 +97,12 @@ def _options(app: typer.Typer) -> dict[str, list[str]]:
 def _choices() -> dict[str, tuple[str | None, list[str]]]:
     """Default and allowed values of every parameter that takes one of a few words."""
     hints = get_type_hints(cli.bone_export)
-    found = {}
-    for name, parameter in inspect.signature(cli.bone_export).parameters.items():
-        kinds = [hints[name], *get_args(hints[name])]
-        for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, Enum):
-                default = getattr(parameter.default, "value", parameter.default)
-                found[name] = (default, [choice.value for choice in kind])
-    return found
+    return {
+        name: (parameter.default, list(get_args(kind)))
+        for name, parameter in inspect.signature(cli.bone_export).parameters.items()
+        for kind in (hints[name], *get_args(hints[name]))
+        if get_origin(kind) is Literal
+    }
 
 
 def test_public_names() -> None:
@@ -132,6 +132,16 @@ def test_command_line_options() -> None:
 
 def test_command_line_choices_and_defaults() -> None:
     assert _choices() == CHOICES
+
+
+@pytest.mark.parametrize("name", EFFECTIVE)
+def test_help_says_what_an_open_choice_is(name: str) -> None:
+    command = typer.main.get_command(cli.app)
+    with command.make_context("bone-export", [], resilient_parsing=True) as context:
+        text = " ".join(command.get_help(context).split())
+    default = re.search(rf" --{name} .*?\[default: \((\w+)\)]", text)
+    assert default is not None
+    assert default[1] == EFFECTIVE[name]
 
 
 def test_console_script() -> None:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from bone_fx.adapter_folder import read_adapters
 from bone_fx.base.calibration import CalibrationError, built_in_text, run_in_pieces
 from bone_fx.base.loading import open_base, skeleton
-from bone_fx.deploy.builds.plan import adapted_sites
+from bone_fx.deploy.checkpoint_inputs import adapted_sites
 from bone_fx.passes.fold import fold_weight
 from bone_fx.weights.apply_adapters import fold_recipes
 from bone_fx.weights.load_plan import recipes_for

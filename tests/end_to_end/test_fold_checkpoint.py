@@ -149,8 +149,7 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
 
 
 def test_a_wrong_byte_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bone_fx import folding
-    from bone_fx.errors import VerificationError
+    from bone_fx.deploy import fold_checkpoint as folding
 
     base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
     adapter_of(adapter, checkpoint(base, torch.float32), "bone", task_type="CAUSAL_LM")

@@ -23,8 +23,7 @@ HIDDEN, VOCABULARY, R = 1024, 100_000, 16
 PROGRAM = f"""
 import resource, sys
 import bone_fx, torch
-from bone_fx import folding
-from bone_fx.deploy.builds import build_checkpoint
+from bone_fx.deploy import builds, fold_checkpoint
 from bone_fx.onnx import torchlib
 from transformers import LlamaForCausalLM
 import torch.export._trace

@@ -22,7 +22,7 @@ from transformers import (
 
 import bone_fx
 from bone_fx.capture.decoder.capture_decoder import capture_decoder
-from bone_fx.deploy.builds.checkpoint import NO_BIAS, NO_FP32_KERNEL
+from bone_fx.deploy.builds.checkpoint_graph import NO_BIAS, NO_FP32_KERNEL
 from bone_fx.errors import ExportError
 from bone_fx.onnx.placement import SHAPES, place
 from tests.capture.decoder.decoders import DECODERS

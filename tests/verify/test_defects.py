@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bone_fx import build as building
 from bone_fx.cli import main
+from bone_fx.deploy import builds as building
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
 from bone_fx.weights.recipes.fold_recipe import Fold
 from bone_fx.weights.recipes.recipe import Concat, Recipe, Transpose, cast

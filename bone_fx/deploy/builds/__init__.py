@@ -6,17 +6,15 @@ by its forward; a module of the user's own becomes a `ModuleBuild`.
 
 from __future__ import annotations
 
-from bone_fx.deploy.builds.base import Build
+from bone_fx.deploy.builds.base import Build, Written
 from bone_fx.deploy.builds.checkpoint import CheckpointBuild, build_checkpoint
 from bone_fx.deploy.builds.module import ModuleBuild, build_module
-from bone_fx.deploy.builds.options import DTYPES, BuildOptions
 
 __all__ = [
-    "DTYPES",
     "Build",
-    "BuildOptions",
     "CheckpointBuild",
     "ModuleBuild",
+    "Written",
     "build_checkpoint",
     "build_module",
 ]

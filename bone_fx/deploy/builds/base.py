@@ -1,74 +1,96 @@
-"""An export before it is written: an ONNX model over recipes, and how to verify it."""
+"""An export before it is written: an ONNX model over recipes, and what may be done with it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from bone_fx.onnx.placement import Placement, place
-from bone_fx.onnx.torch_exporter import OPSET
 from bone_fx.onnx.writer import write_model
 from bone_fx.progress import Progress
 from bone_fx.verify.parity import Parity
-from bone_fx.weights.recipes.rounding import Rounding
 
 
-@dataclass
-class Build:
+@dataclass(frozen=True)
+class Written:
+    """What a build wrote.
+
+    Attributes:
+        sha256: SHA-256 by name of the files that were hashed while they were written.
+        rounding: What the cast to a half dtype costs the adapters, for the manifest; None for other
+            exports.
+        notes: What a person should know.
+    """
+
+    sha256: dict[str, str]
+    rounding: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Build(ABC):
     """An export before it is written.
 
     Attributes:
         model: The ONNX model; its constants are recipes.
         kind: `"decoder"`, `"model"` or `"module"`.
         architecture: Class name of what was captured.
-        dtype: Dtype of weights, and of activations unless the weights are quantized.
-        activations: Dtype of activations; empty if it is `dtype`.
-        placement: For CUDA, where each node runs; None for a graph for the CPU.
-        quantization: What was quantized and how; None for a float export.
         base_name: Name of the base, without its path.
+        dtype: Dtype of the weights.
+        activations: Dtype of the activations.
+        quantization: What was quantized and how; None for a float export.
+        placement: For CUDA, where each node runs; None for a graph for the CPU.
         notes: What a person should know.
-        rounding: What the cast to a half dtype costs the adapters; None for other exports.
-        written: SHA-256 of the model's files by name, once it is written.
     """
 
     model: ir.Model
     kind: str
     architecture: str
+    base_name: str
     dtype: str
-    base_name: str = ""
-    notes: list[str] = field(default_factory=list)
-    opset: int = OPSET
-    activations: str = ""
-    quantization: dict[str, Any] | None = None
-    placement: Placement | None = None
-    rounding: Rounding | None = None
-    written: dict[str, str] = field(default_factory=dict)
+    activations: str
+    quantization: dict[str, Any] | None
+    placement: Placement | None
+    notes: tuple[str, ...]
 
+    @abstractmethod
     def base_files(self) -> dict[str, str]:
         """SHA-256 of the base's weight files by name."""
-        return {}
 
-    def place_on_cuda(self, next_step: str) -> None:
-        """Find out where each node runs.
-
-        Raises:
-            ExportError: One has no CUDA kernel.
-        """
-        self.placement = place(self.model)
-        self.placement.require_kernels(next_step)
-
-    def write(self, folder: Path, told: Progress) -> None:
+    @abstractmethod
+    def write(self, folder: Path, progress: Progress) -> Written:
         """Write the model, and what stands beside it, into a folder."""
-        model = write_model(self.model, folder, told.advance)
-        self.written = {file.name: file.sha256 for file in model.files}
 
-    def verify(self, folder: Path, provider: str, mode: str) -> Parity:
+    @abstractmethod
+    def verify(self, folder: Path, provider: str, level: str) -> Parity:
         """Compare the written model with torch.
+
+        Args:
+            folder: Where the model was written.
+            provider: ONNX Runtime's provider to run it on, `"cpu"` or `"cuda"`.
+            level: `"full"` or `"fast"`.
 
         Raises:
             VerificationError: They disagree.
         """
-        raise AssertionError(f"{type(self).__name__} has no verification")
+
+
+def write_graph(model: ir.Model, folder: Path, progress: Progress) -> dict[str, str]:
+    """Write a model into a folder; returns SHA-256 of its files by name."""
+    written = write_model(model, folder, progress.advance)
+    return {file.name: file.sha256 for file in written.files}
+
+
+def cuda_placement(model: ir.Model, next_step: str) -> Placement:
+    """Where each node of a model for CUDA runs.
+
+    Raises:
+        ExportError: A node has no CUDA kernel; the message names it and says `next_step`.
+    """
+    placement = place(model)
+    placement.require_kernels(next_step)
+    return placement

@@ -9,44 +9,33 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bone_fx.deploy.builds.plan import Plan
+from bone_fx.deploy.checkpoint_inputs import FoldedCheckpoint
 from bone_fx.errors import UsageError
-from bone_fx.weights.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from bone_fx.base.calibration import Text
-    from bone_fx.base.loading import BaseCheckpoint
-
-OFF = "none"
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is known of the inputs of a decoder's products.
+    """Statistics of the inputs of a decoder's products.
 
     Attributes:
         moments: Mean squares of a weight's inputs, float32 `[K]`, by the id of the weight's recipe.
-        described: For the manifest; None if nothing was measured.
+        entries: For the manifest; None if nothing was measured.
         notes: What a person should know.
     """
 
     moments: Mapping[int, Tensor] = field(default_factory=dict)
-    described: dict[str, Any] | None = None
+    entries: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
 
-def calibrate(
-    checkpoint: BaseCheckpoint,
-    plan: Plan,
-    recipes: Mapping[str, Recipe],
-    choice: str | Path | None,
-) -> Calibration:
+def calibrate(folded: FoldedCheckpoint, choice: str | Path | None) -> Calibration:
     """Run a decoder on a text, its folded weights one at a time.
 
     Args:
-        checkpoint: The base model.
-        plan: Its class and configuration.
-        recipes: The folded weights by parameter name.
+        folded: The decoder and its folded weights.
         choice: A text file; None for the built-in text.
 
     Raises:
@@ -55,18 +44,21 @@ def calibrate(
     from bone_fx.base.calibration import CalibrationError, built_in_text, measure_inputs
 
     text = built_in_text() if choice is None else _text_of(Path(choice))
+    inputs, recipes = folded.inputs, folded.recipes
     try:
-        found = measure_inputs(checkpoint, plan.architecture, plan.overrides, recipes, text)
+        measured = measure_inputs(
+            inputs.checkpoint, inputs.architecture, inputs.overrides, recipes, text
+        )
     except CalibrationError as error:
         return Calibration(
             notes=(f"int4 is not calibrated but rounded to nearest: {error}",),
         )
     moments: dict[int, Tensor] = {}
-    for name, mean in found.of_inputs.items():
+    for name, mean in measured.of_inputs.items():
         shared = moments.get(id(recipes[name]))
         moments[id(recipes[name])] = mean if shared is None else shared + mean
-    described = {"text": text.name, "sha256": text.sha256, "tokens": found.tokens}
-    return Calibration(moments, described)
+    entries = {"text": text.name, "sha256": text.sha256, "tokens": measured.tokens}
+    return Calibration(moments, entries)
 
 
 def _text_of(path: Path) -> Text:

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from bone_fx.deploy.builds.base import Build
+from bone_fx.deploy.builds.base import Build, Written, cuda_placement, write_graph
+from bone_fx.deploy.options import ExportOptions
 from bone_fx.errors import UsageError
 from bone_fx.progress import Progress
 from bone_fx.verify.parity import Parity
@@ -26,26 +27,36 @@ _DTYPES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModuleBuild(Build):
-    """A module, graph or program of the user's own."""
+    """A module, graph or program of the user's own.
 
-    call: Callable[..., Any] | None = None
-    example: Any = ()
+    Attributes:
+        call: The module in evaluation mode.
+        example: The arguments of one call.
+    """
 
-    def verify(self, folder: Path, provider: str, mode: str) -> Parity:
+    call: Callable[..., Any]
+    example: Any
+
+    def base_files(self) -> dict[str, str]:
+        """A module has no files."""
+        return {}
+
+    def write(self, folder: Path, progress: Progress) -> Written:
+        """Write the model; nothing stands beside it."""
+        return Written(write_graph(self.model, folder, progress))
+
+    def verify(self, folder: Path, provider: str, level: str) -> Parity:
         """Compare the written model with the module, on the example and on other batch sizes."""
         from bone_fx.runtime.session import open_session
         from bone_fx.verify.compare_forward import verify_module
 
-        assert self.call is not None
         session = open_session(folder / "model.onnx", provider)
         return verify_module(session, self.call, self.example, dtype=self.dtype)
 
 
-def build_module(
-    base: object, example_inputs: Any, dynamic_shapes: Any, provider: str, told: Progress
-) -> ModuleBuild:
+def build_module(base: object, options: ExportOptions, progress: Progress) -> ModuleBuild:
     """Capture a module, graph or program of the user's own with the weights it has.
 
     Raises:
@@ -55,7 +66,7 @@ def build_module(
     from bone_fx.onnx.forward_model import forward_model
     from bone_fx.train.adapted_module import AdaptedModule
 
-    told.stage("capture")
+    progress.stage("capture")
     if isinstance(base, AdaptedModule):
         base = base.fold()
     if not isinstance(base, nn.Module | ExportedProgram):
@@ -63,26 +74,27 @@ def build_module(
             f"cannot export a {type(base).__name__}",
             expected="a path, a module or an ExportedProgram",
         )
-    if isinstance(base, ExportedProgram) and example_inputs is None:
-        example_inputs = (
-            base.example_inputs[1] or base.example_inputs[0] if base.example_inputs else ()
-        )
-    capture = capture_forward(base, example_inputs, dynamic_shapes=dynamic_shapes)
-    told.stage("translate to ONNX")
-    translated = forward_model(capture, skip_norms=provider == "cuda")
-    build = ModuleBuild(
-        translated,
-        "module",
+    example = options.example_inputs
+    if isinstance(base, ExportedProgram) and example is None:
+        example = base.example_inputs[1] or base.example_inputs[0] if base.example_inputs else ()
+    capture = capture_forward(base, example, dynamic_shapes=options.dynamic_shapes)
+    progress.stage("translate to ONNX")
+    cuda = options.provider == "cuda"
+    model = forward_model(capture, skip_norms=cuda)
+    next_step = "export for the CPU, or replace the operator in the module"
+    return ModuleBuild(
+        model=model,
+        kind="module",
         architecture=type(base).__name__,
-        dtype=_dtype_of(translated),
         base_name=type(base).__name__,
-        notes=list(capture.notes),
+        dtype=_dtype_of(model),
+        activations=_dtype_of(model),
+        quantization=None,
+        placement=cuda_placement(model, next_step) if cuda else None,
+        notes=tuple(capture.notes),
         call=_evaluated(base.module() if isinstance(base, ExportedProgram) else base),
-        example=example_inputs,
+        example=example,
     )
-    if provider == "cuda":
-        build.place_on_cuda("export for the CPU, or replace the operator in the module")
-    return build
 
 
 def _evaluated(module: nn.Module) -> Callable[..., Any]:

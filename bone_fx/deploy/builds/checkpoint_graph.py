@@ -1,0 +1,146 @@
+"""A checkpoint's graph: a decoder with a cache if the model generates, else its forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from bone_fx.deploy.checkpoint_inputs import FoldedCheckpoint
+from bone_fx.deploy.options import ExportOptions
+from bone_fx.errors import UsageError
+from bone_fx.onnx.translate import translate
+from bone_fx.progress import Progress
+from bone_fx.weights.recipes.recipe import Converted, Recipe, Value
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bone_fx.capture.decoder.capture_decoder import DecoderCapture
+
+NO_FP32_KERNEL = "GroupQueryAttention has no fp32 kernel on CUDA: attention is written out"
+NO_BIAS = "GroupQueryAttention takes no bias on CUDA: attention is written out"
+
+
+@dataclass(frozen=True)
+class DecoderGraph:
+    """One graph for prefill and decode, with the cache as inputs and outputs.
+
+    Attributes:
+        model: The ONNX model; its constants are recipes.
+        capture: What it was translated from.
+        notes: What a person should know.
+    """
+
+    model: ir.Model
+    capture: DecoderCapture
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ForwardGraph:
+    """A model's forward, without a cache.
+
+    Attributes:
+        model: The ONNX model; its constants are recipes.
+        examples: Inputs that verification starts from, by name.
+        notes: What a person should know.
+    """
+
+    model: ir.Model
+    examples: dict[str, Tensor]
+    notes: tuple[str, ...]
+
+
+def capture_graph(
+    folded: FoldedCheckpoint, options: ExportOptions, progress: Progress
+) -> DecoderGraph | ForwardGraph:
+    """Capture a model without weights and translate it to ONNX over its recipes.
+
+    Raises:
+        CaptureError: The model cannot be captured, or the graph would not be true.
+        UsageError: The logits of last tokens are asked of a model that is no decoder.
+    """
+    if _generates(folded.skeleton.model):
+        return _capture_decoder(folded, options, progress)
+    if options.last_token_logits:
+        raise UsageError(
+            f"last_token_logits is for decoders, and {folded.inputs.architecture.__name__} is none",
+            next_step="export without it",
+        )
+    return _capture_forward(folded, options, progress)
+
+
+def _capture_decoder(
+    folded: FoldedCheckpoint, options: ExportOptions, progress: Progress
+) -> DecoderGraph:
+    from bone_fx.capture.decoder.capture_decoder import capture_decoder
+
+    cuda = options.provider == "cuda"
+    capture = capture_decoder(
+        folded.skeleton.model,
+        unfused=NO_FP32_KERNEL if cuda and options.activation_dtype == "fp32" else None,
+        unbiased=NO_BIAS if cuda else None,
+        last_token_logits=options.last_token_logits,
+    )
+    progress.stage("translate to ONNX")
+    computed = {name: Value(value, "computed") for name, value in capture.constants.items()}
+    derived = {
+        name: _derived(folded.recipes[constant.source], constant.function)
+        for name, constant in capture.derived.items()
+    }
+    model = translate(
+        capture.program,
+        {**folded.recipes, **computed, **derived},
+        input_names=capture.input_names,
+        output_names=capture.output_names,
+        dim_names=capture.axis_names,
+    )
+    return DecoderGraph(model, capture, tuple(capture.notes))
+
+
+def _derived(source: Recipe, function: str) -> Recipe:
+    """The recipe of a constant that is computed from one parameter, in float32, rounded once."""
+    compute = {"add_one": lambda tensors: (tensors[0].float() + 1).to(tensors[0].dtype)}[function]
+    return Converted((source,), compute, source.shape, function.replace("_", " "))
+
+
+def _capture_forward(
+    folded: FoldedCheckpoint, options: ExportOptions, progress: Progress
+) -> ForwardGraph:
+    from bone_fx.capture.forward import capture_forward
+    from bone_fx.capture.trace.default_inputs import default_inputs
+    from bone_fx.onnx.forward_model import forward_model
+
+    model = folded.skeleton.model
+    capture = capture_forward(model, default_inputs(model))
+    progress.stage("translate to ONNX")
+    translated = forward_model(capture, folded.recipes, skip_norms=options.provider == "cuda")
+    return ForwardGraph(translated, _random_inputs(model), tuple(capture.notes))
+
+
+def _random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Example inputs for verification.
+
+    Token ids over the whole vocabulary, floats from a normal distribution.
+    """
+    from bone_fx.capture.trace.default_inputs import default_inputs
+
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 2))
+    inputs = {}
+    for name, value in default_inputs(model).items():
+        if value.is_floating_point():
+            inputs[name] = torch.randn(value.shape, generator=generator)
+        elif name.endswith("input_ids"):
+            inputs[name] = torch.randint(0, vocabulary, value.shape, generator=generator)
+        else:
+            inputs[name] = value
+    return inputs
+
+
+def _generates(model: PreTrainedModel) -> bool:
+    return bool(model.can_generate()) and not getattr(model.config, "is_encoder_decoder", False)

@@ -1,0 +1,81 @@
+"""Quantized products in a checkpoint's graph, as the options ask for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from bone_fx.deploy.builds.calibrate import Calibration
+from bone_fx.deploy.options import BITS, BLOCK_SIZE, HEAD, ExportOptions
+from bone_fx.onnx.quantize import Quantization, QuantizeWeights
+from bone_fx.weights.recipes.nbits import Scheme
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What a quantization did.
+
+    Attributes:
+        entries: For the manifest.
+        notes: What a person should know.
+    """
+
+    entries: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def quantization_of(options: ExportOptions) -> Quantization:
+    """What the options of a quantized export ask for."""
+    scale = torch.float16 if options.activation_dtype == "fp16" else torch.float32
+
+    def scheme(dtype: str) -> Scheme:
+        size = options.block_size or BLOCK_SIZE
+        return Scheme(BITS[dtype], size, bool(options.symmetric), scale_dtype=scale)
+
+    def part(choice: str | None) -> Scheme | None:
+        return scheme(choice) if choice in BITS else None
+
+    return Quantization(
+        scheme(options.weight_dtype),
+        part(options.head or HEAD),
+        part(options.embeddings),
+        follow_head=options.embeddings is None,
+        accuracy_level=4 if options.provider == "cpu" else 0,
+    )
+
+
+def quantize(model: ir.Model, plan: Quantization, calibration: Calibration) -> QuantizationReport:
+    """Replace the products of a model by quantized ones, in place."""
+    step = QuantizeWeights(plan, calibration.moments)
+    step(model)
+    measured = calibration.entries
+    notes = [
+        *calibration.notes,
+        *(f"{name} is not quantized: {why}" for name, why in step.done.kept.items()),
+    ]
+    if not step.done.products:
+        notes.append("no product of the graph could be quantized")
+    entries = {
+        "weights": _described(plan.weights),
+        "head": _described(plan.head),
+        "embeddings": _described(plan.embeddings),
+        "accuracy_level": plan.accuracy_level,
+        "calibration": measured and {**measured, "products": len(step.done.weighted)},
+        "products": len(step.done.products),
+        "gathered": sorted(step.done.embeddings),
+        "kept": step.done.kept,
+    }
+    return QuantizationReport(entries, tuple(notes))
+
+
+def _described(scheme: Scheme | None) -> dict[str, Any] | None:
+    if scheme is None:
+        return None
+    return {
+        "bits": scheme.bits,
+        "block_size": scheme.block_size,
+        "symmetric": scheme.symmetric,
+    }

@@ -1,0 +1,168 @@
+"""A base and its adapters, up to the folded recipes: what every export of a checkpoint starts with.
+
+`open_checkpoint` reads configurations and headers and decides on the model's class;
+`CheckpointInputs.fold` builds the model without weights and folds the adapters into the recipes of
+its constants. No weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bone_fx.adapter_folder import AdapterFolder
+from bone_fx.errors import AdapterError
+from bone_fx.sites import LinearSite
+from bone_fx.weights.recipes.recipe import Recipe, rounded
+from bone_fx.weights.recipes.rounding import Rounding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bone_fx.base.loading import BaseCheckpoint, Skeleton
+
+Adapters = Sequence[tuple[str, AdapterFolder]]
+_HEAD_WEIGHTS = ("classifier.weight", "score.weight", "out_proj.weight")
+
+
+@dataclass(frozen=True)
+class CheckpointInputs:
+    """A base, its adapters, and the model class that both make.
+
+    Attributes:
+        checkpoint: The base model.
+        adapters: The adapters by name, in the order in which they apply.
+        architecture: The model's class.
+        overrides: Fields of the configuration that the adapters' head decides.
+        heads: Parameters that come from the adapters.
+    """
+
+    checkpoint: BaseCheckpoint
+    adapters: Adapters
+    architecture: type[PreTrainedModel]
+    overrides: Mapping[str, Any]
+    heads: Mapping[str, Tensor]
+
+    def fold(self, dtype: torch.dtype, rounding: Rounding | None = None) -> FoldedCheckpoint:
+        """Build the model without weights and fold the adapters into its recipes.
+
+        Args:
+            dtype: Floating dtype of the parameters.
+            rounding: Measures what the cast of each folded weight costs.
+
+        Raises:
+            BaseModelError: The model cannot be built, or a parameter has no bytes.
+            AdapterError: An adapter does not fit the base.
+        """
+        from bone_fx.base.loading import skeleton
+        from bone_fx.weights.apply_adapters import fold_recipes
+        from bone_fx.weights.load_plan import recipes_for
+
+        shell = skeleton(
+            self.checkpoint,
+            dtype,
+            architecture=self.architecture,
+            config_overrides=self.overrides,
+        )
+        sites = adapted_sites(shell.model, self.adapters)
+        recipes = recipes_for(*shell, self.checkpoint.tensors, extra=self.heads)
+        recipes = fold_recipes(recipes, sites, self.adapters, rounding=rounding)
+        return FoldedCheckpoint(self, shell, sites, recipes, rounding)
+
+
+@dataclass(frozen=True)
+class FoldedCheckpoint:
+    """A model without weights, and the folded recipe of each of its constants.
+
+    Attributes:
+        inputs: The base and the adapters.
+        skeleton: The model, and how the checkpoint's names become its own.
+        sites: The adapted sites by name.
+        recipes: Recipe by parameter name, the adapters folded in.
+        rounding: What the cast of the folded weights costs; None where it costs nothing, or where
+            it is not asked for.
+    """
+
+    inputs: CheckpointInputs
+    skeleton: Skeleton
+    sites: Mapping[str, LinearSite]
+    recipes: Mapping[str, Recipe]
+    rounding: Rounding | None
+
+    def rounded_to(self, dtype: torch.dtype) -> FoldedCheckpoint:
+        """The same with every weight rounded to a dtype on its way to its own."""
+        return replace(self, recipes=rounded(self.recipes, dtype))
+
+
+def open_checkpoint(
+    base: str | Path, adapters: Adapters, *, trust_remote_code: bool, revision: str | None
+) -> CheckpointInputs:
+    """Open a base, start to hash its files, and choose the class that the adapters ask for.
+
+    Raises:
+        BaseModelError: There is no usable model.
+        AdapterError: The adapters were trained for different tasks.
+    """
+    from bone_fx.base.loading import open_base
+
+    checkpoint = open_base(base, trust_remote_code=trust_remote_code, revision=revision)
+    checkpoint.start_hashing()
+    heads: dict[str, Tensor] = {}
+    for _, adapter in adapters:
+        heads |= adapter.modules_to_save
+    task = _task(adapters)
+    architecture = _architecture(checkpoint, task)
+    overrides = _head_size(checkpoint, heads) if task in ("SEQ_CLS", "TOKEN_CLS") else {}
+    return CheckpointInputs(checkpoint, adapters, architecture, overrides, heads)
+
+
+def adapted_sites(model: nn.Module, adapters: Adapters) -> dict[str, LinearSite]:
+    """The layers of a model that the adapters train, by name."""
+    from bone_fx.dialects import find_module_sites
+    from bone_fx.sites import output_layers
+
+    sites, others = find_module_sites(model)
+    chosen: dict[str, LinearSite] = {}
+    for _, adapter in adapters:
+        left_out = output_layers(model, adapter.config.task_type)
+        chosen |= {site.name: site for site in adapter.match(sites, others, left_out)}
+    return chosen
+
+
+def _task(adapters: Adapters) -> str | None:
+    """PEFT's name of the task that the adapters were trained for; None if none says."""
+    tasks = {adapter.config.task_type for _, adapter in adapters if adapter.config.task_type}
+    if len(tasks) > 1:
+        raise AdapterError(
+            f"the adapters were trained for different tasks: {', '.join(sorted(tasks))}",
+            expected="one task",
+            next_step="export them one by one",
+        )
+    return next(iter(tasks), None)
+
+
+def _architecture(checkpoint: BaseCheckpoint, task: str | None) -> type[PreTrainedModel]:
+    """The class for a task: the checkpoint's own if it names one that generates."""
+    from bone_fx.base.loading import architecture_for_task
+
+    generates = (
+        task == "CAUSAL_LM"
+        and bool(checkpoint.config.architectures)
+        and checkpoint.architecture.__name__.endswith(("CausalLM", "LMHeadModel"))
+    )
+    if task is None or generates:
+        return checkpoint.architecture
+    return architecture_for_task(checkpoint, task)
+
+
+def _head_size(checkpoint: BaseCheckpoint, heads: Mapping[str, Tensor]) -> dict[str, int]:
+    """`num_labels`, if the adapters bring a head of another size than the base's."""
+    labels = next((len(t) for name, t in heads.items() if name.endswith(_HEAD_WEIGHTS)), None)
+    if labels is None or labels == checkpoint.config.num_labels:
+        return {}
+    return {"num_labels": labels}

@@ -1,0 +1,139 @@
+"""The choices of an export: one frozen object from the command line down to the builders.
+
+Names, allowed values, defaults and help sentences stand here and nowhere else. None means that a
+person left a choice open; a property gives what it then is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from bone_fx.errors import UsageError
+
+Dtype = Literal["fp32", "fp16", "bf16", "int4", "int8"]
+Provider = Literal["cpu", "cuda"]
+Verify = Literal["full", "fast", "off"]
+Part = Literal["keep", "int4", "int8"]
+"""What the head or the embeddings of a quantized model become."""
+
+BITS = {"int4": 4, "int8": 8}
+"""Bits of a weight by the dtypes that quantize."""
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+"""Values of a quantized weight that may share a scale."""
+NO_CALIBRATION = "none"
+
+DTYPE: Dtype = "fp32"
+BLOCK_SIZE = 16
+HEAD: Part = "int8"
+
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "dtype": get_args(Dtype),
+    "provider": get_args(Provider),
+    "verify": get_args(Verify),
+    "block_size": BLOCK_SIZES,
+    "head": get_args(Part),
+    "embeddings": get_args(Part),
+    "verify_on": get_args(Provider),
+}
+_QUANTIZED_ONLY = ("block_size", "symmetric", "head", "embeddings")
+
+
+@dataclass(frozen=True, eq=False)
+class ExportOptions:
+    """What a person chooses about an export; `bone_fx.export` says what each choice means.
+
+    Raises:
+        UsageError: A value is not allowed, or two choices contradict each other.
+    """
+
+    dtype: Annotated[Dtype | None, "Dtype of weights and activations; int4, int8: of weights."] = (
+        None
+    )
+    provider: Annotated[Provider, "Provider that the graph is written for."] = "cpu"
+    verify: Annotated[Verify, "Compare with torch before publishing."] = "full"
+    verify_on: Annotated[Provider | None, "Verify on another provider than --provider."] = None
+    overwrite: Annotated[bool, "Replace an earlier output."] = False
+    block_size: Annotated[int | None, "int4, int8: values of a weight that share a scale."] = None
+    symmetric: Annotated[bool | None, "int4, int8: no zero points."] = None
+    head: Annotated[Part | None, "int4, int8: the head."] = None
+    embeddings: Annotated[
+        Part | None, "int4, int8: the embeddings; kept unless tied to a quantized head."
+    ] = None
+    last_token_logits: Annotated[bool, "Logits of each text's last token only."] = False
+    calibration: Annotated[
+        str | Path | None, "int4: a text instead of the built-in one; none: to nearest."
+    ] = None
+    revision: Annotated[str | None, "Branch, tag or commit of a hub id."] = None
+    trust_remote_code: Annotated[bool, "Run Python files that come with the base."] = False
+    example_inputs: Any = None
+    dynamic_shapes: Any = None
+
+    def __post_init__(self) -> None:
+        for choice in fields(self):
+            value, allowed = getattr(self, choice.name), _ALLOWED.get(choice.name)
+            if allowed is not None and value != choice.default and value not in allowed:
+                raise UsageError(
+                    f"{choice.name}={value!r} is not known",
+                    expected=" or ".join(map(str, allowed)),
+                    found=repr(value),
+                )
+        self._check_quantization()
+        self._check_calibration()
+
+    @property
+    def weight_dtype(self) -> Dtype:
+        """Dtype of a checkpoint's weights in the graph."""
+        return self.dtype or DTYPE
+
+    @property
+    def activation_dtype(self) -> str:
+        """Dtype of activations, cache and logits."""
+        if self.quantizes:
+            return "fp16" if self.provider == "cuda" else "fp32"
+        return self.weight_dtype
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the weights of products are quantized."""
+        return self.dtype in BITS
+
+    @property
+    def verification_provider(self) -> Provider:
+        """Where the written model runs to be compared with torch."""
+        return self.verify_on or self.provider
+
+    def _check_quantization(self) -> None:
+        """Refuse choices that only a quantized export has."""
+        chosen = [name for name in _QUANTIZED_ONLY if getattr(self, name) is not None]
+        if chosen and not self.quantizes:
+            raise UsageError(
+                f"{', '.join(chosen)} goes with a quantized export, "
+                f"and dtype is {self.weight_dtype!r}",
+                expected="dtype " + " or ".join(BITS),
+                next_step="leave it out, or choose such a dtype",
+            )
+
+    def _check_calibration(self) -> None:
+        if self.calibration is None or self.calibration == NO_CALIBRATION:
+            return
+        if self.dtype != "int4":
+            raise UsageError(
+                f"calibration is for int4, and dtype is {self.weight_dtype!r}",
+                next_step="export without it",
+            )
+        if not Path(self.calibration).expanduser().is_file():
+            raise UsageError(
+                f"calibration={str(self.calibration)!r} is no file",
+                expected="a text file, or none",
+                next_step="name a file, or leave it out for the built-in text",
+            )
+
+
+HELP: dict[str, str] = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(ExportOptions, include_extras=True).items()
+    if get_origin(hint) is Annotated
+}
+"""The sentence that stands at each choice, for the command line."""

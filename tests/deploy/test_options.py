@@ -1,0 +1,117 @@
+"""Choices of an export: what is open, what it then is, what is refused before any work."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bone_fx
+from bone_fx import cli
+from bone_fx.deploy.options import HELP, ExportOptions
+from bone_fx.errors import UsageError
+
+DEFAULTS = {choice.name: choice.default for choice in fields(ExportOptions)}
+OF_MODULES = {"example_inputs", "dynamic_shapes"}
+
+
+def defaults_of(function: Any, without: set[str]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.items()
+    return {name: p.default for name, p in parameters if name not in without}
+
+
+def test_export_and_the_command_line_have_the_same_choices() -> None:
+    of_export = defaults_of(bone_fx.export, {"base", "output", "adapters", "progress"})
+    assert of_export == DEFAULTS
+    of_cli = defaults_of(cli.bone_export, {"base", "output", "adapter", "as_json", "quiet"})
+    assert of_cli == {name: value for name, value in DEFAULTS.items() if name not in OF_MODULES}
+    assert set(HELP) == set(of_cli)
+
+
+def test_options_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        ExportOptions().dtype = "fp16"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("choices", "weights", "activations"),
+    [
+        ({}, "fp32", "fp32"),
+        ({"dtype": "bf16", "provider": "cuda"}, "bf16", "bf16"),
+        ({"dtype": "int4"}, "int4", "fp32"),
+        ({"dtype": "int8", "provider": "cuda"}, "int8", "fp16"),
+    ],
+)
+def test_dtypes(choices: dict[str, Any], weights: str, activations: str) -> None:
+    options = ExportOptions(**choices)
+    assert (options.weight_dtype, options.activation_dtype) == (weights, activations)
+    assert options.quantizes == weights.startswith("int")
+    assert options.verification_provider == choices.get("provider", "cpu")
+    assert ExportOptions(**choices, verify_on="cpu").verification_provider == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("dtype", "fp8", "fp32 or fp16 or bf16 or int4 or int8"),
+        ("provider", None, "cpu or cuda"),
+        ("verify", "slow", "full or fast or off"),
+        ("verify_on", "tpu", "cpu or cuda"),
+        ("block_size", 24, "16 or 32 or 64 or 128 or 256"),
+        ("head", "fp32", "keep or int4 or int8"),
+        ("embeddings", "fp32", "keep or int4 or int8"),
+    ],
+)
+def test_unknown_values_are_refused(name: str, value: Any, allowed: str) -> None:
+    with pytest.raises(UsageError, match=f"{name}={value!r} is not known") as error:
+        ExportOptions(**{name: value})
+    assert allowed in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [None, "fp32", "bf16"])
+@pytest.mark.parametrize(
+    "choice", [{"block_size": 16}, {"symmetric": False}, {"head": "int8"}, {"embeddings": "keep"}]
+)
+def test_a_choice_of_quantization_is_refused_elsewhere_though_it_is_the_default(
+    dtype: Any, choice: dict[str, Any]
+) -> None:
+    name = next(iter(choice))
+    expected = f"{name} goes with a quantized export, and dtype is {dtype or 'fp32'!r}"
+    with pytest.raises(UsageError, match=expected):
+        ExportOptions(dtype=dtype, **choice)
+    ExportOptions(dtype="int8", **choice)
+
+
+def test_a_calibration_is_for_int4(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    with pytest.raises(UsageError, match="is no file"):
+        ExportOptions(dtype="int4", calibration=text)
+    text.write_text("some words")
+    with pytest.raises(UsageError, match="calibration is for int4, and dtype is 'fp32'"):
+        ExportOptions(calibration=text)
+    ExportOptions(dtype="int4", calibration=text)
+    ExportOptions(calibration="none")
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"dtype": "fp16"},
+        {"dtype": "int8"},
+        {"revision": "main"},
+        {"calibration": "none"},
+        {"last_token_logits": True},
+    ],
+)
+def test_choices_of_a_checkpoint_are_refused_for_a_module(
+    choice: dict[str, Any], tmp_path: Path
+) -> None:
+    inputs = (torch.zeros(2, 4),)
+    with pytest.raises(UsageError, match=f"{next(iter(choice))}.* goes with a checkpoint"):
+        bone_fx.export(nn.Linear(4, 4), output=tmp_path / "out", example_inputs=inputs, **choice)
+    assert not list(tmp_path.iterdir())
