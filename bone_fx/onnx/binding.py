@@ -26,12 +26,12 @@ def bind_recipes(model: ir.Model, recipes: Mapping[str, Recipe]) -> None:
     """
     graph = model.graph
     shared: dict[tuple[int, ir.DataType | None], ir.Value] = {}
-    shared: dict[object, Recipe] = {}
+    held: dict[object, Recipe] = {}  # one recipe for constants that share memory
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             graph.initializers.pop(name)
             continue
-        recipe = recipes.get(name) or _own_value(value, shared)
+        recipe = recipes.get(name) or _own_value(value, held)
         if recipe is None:
             raise ExportError(
                 f"the graph's constant {name!r} has no bytes",
@@ -60,7 +60,7 @@ def _bind(value: ir.Value, recipe: Recipe) -> None:
     )
 
 
-def _own_value(value: ir.Value, shared: dict[object, Recipe]) -> Recipe | None:
+def _own_value(value: ir.Value, held: dict[object, Recipe]) -> Recipe | None:
     """The tensor that the program holds, if real; one recipe for tensors that share memory."""
     tensor: Any = value.const_value
     if tensor is None:
@@ -69,4 +69,4 @@ def _own_value(value: ir.Value, shared: dict[object, Recipe]) -> Recipe | None:
     if isinstance(raw, FakeTensor) or not isinstance(raw, torch.Tensor) or raw.is_meta:
         return None
     key = (raw.data_ptr(), raw.dtype, tuple(raw.shape), raw.stride()) if raw.numel() else object()
-    return shared.setdefault(key, Value(raw, origin="constant of the trace"))
+    return held.setdefault(key, Value(raw, origin="constant of the trace"))
