@@ -69,22 +69,41 @@ def part(b_ARR: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tens
     return b_ARR[rows[0] // r : rows[1] // r]
 
 
-def gradient(w_OI: Tensor, dw_OI: Tensor, r: int) -> Tensor:
+def gradient(w_OI: Tensor, dw_OI: Tensor, r: int, *, in_turn: bool = False) -> Tensor:
     """The block's gradient `[O/R, R, R]` from the folded weight's.
 
-    `dBa = Σ_b Wabᵀ dW'ab + dW'ab`, for all b of a row in one product.
+    `dBa = Σ_b Wabᵀ dW'ab + dW'ab`.
 
     Args:
         w_OI: The weight before the fold.
         dw_OI: The folded weight's gradient.
         r: R.
+        in_turn: Whether the products of a row's blocks are rounded before they are added, as in
+            PEFT, instead of one product a row.
     """
     out_features, in_features = w_OI.shape
     blocks, shards = out_features // r, in_features // r
+    direct = dw_OI.reshape(blocks, r, shards, r).sum(2)
+    if in_turn:
+        w_NARR = w_OI.reshape(blocks, r, shards, r).permute(2, 0, 3, 1).unbind(0)
+        dw_NARR = dw_OI.reshape(blocks, r, shards, r).unbind(2)
+        return _sum_of_products(w_NARR, dw_NARR).add_(direct)
     w_ANR = w_OI.reshape(blocks, r * shards, r)
     dw_ANR = dw_OI.reshape(blocks, r * shards, r)
-    direct = dw_OI.reshape(blocks, r, shards, r).sum(2)
     return direct.baddbmm_(w_ANR.transpose(1, 2), dw_ANR)
+
+
+def _sum_of_products(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Tensor:
+    """`Σ left right`, added in the order of PyTorch's sum on a CPU: in groups of 16."""
+    total: Tensor | None = None
+    for first in range(0, len(left), 16):
+        group = torch.bmm(left[first], right[first])
+        rest = slice(first + 1, first + 16)
+        for factors in zip(left[rest], right[rest], strict=True):
+            group.baddbmm_(*factors)
+        total = group if total is None else total.add_(group)
+    assert total is not None
+    return total
 
 
 def weight_gradient(dw_OI: Tensor, b_ARR: Tensor) -> Tensor:

@@ -12,6 +12,10 @@ Bone has two forms with the same result:
 The second is taken where `T·R / I` exceeds `FOLD_ABOVE` of the device (`bench_bone_form.py`), for
 weights that have the block's dtype: a fold in a narrower one would round the block away.
 
+Sums have PEFT 0.18.1's order, in float32 on a CPU. AdamW makes a whole step of a gradient that is
+nearly zero, so two runs that differ in one bit have losses that differ in the third digit after
+nine steps of 1e-3, and losses equal to PEFT's within 1e-5 over 20 steps need every bit.
+
 Shapes: T tokens, I in_features, O out_features, R block size.
 """
 
@@ -27,7 +31,7 @@ from torch.nn import functional
 
 from bone_fx.adapters import bat, bone
 from bone_fx.operators.first_order import first_order
-from bone_fx.operators.plain import cast, is_plain
+from bone_fx.operators.plain import cast, is_plain, on_plain_cpu
 
 JOINED_METHODS = frozenset({"bone", "bat"})
 """The methods that are computed here."""
@@ -35,11 +39,12 @@ JOINED_METHODS = frozenset({"bone", "bat"})
 KEEP_SUMS = frozenset({"bone"})
 """Those that keep the shard sums of x at most, under a frozen weight."""
 
-FOLD_ABOVE = {"cpu": 45.0, "cuda": 200.0}
+FOLD_ABOVE = {"cpu": 100.0, "cuda": 200.0}
 """`T·R / I` (tokens · block size / in_features) from which Bone's weight is folded, by device.
 
 The forms cross where that is the rate of products in operations over the rate at which weights are
-read and written: on a CPU of two cores in float32 at 25 to 45 (`tools/bench_bone_form.py`). On an
+read and written: on a CPU of two cores in float32 at 25 to 45 (`tools/bench_bone_form.py`). A fold
+rounds otherwise than PEFT, and below 100 it saves less than a tenth there. On an
 H200 a fold saves a tenth in bfloat16 from about 150, and 3 % in float32; layers of a few hundred
 features take as long as their kernels' launches in both."""
 
@@ -119,9 +124,9 @@ class JointLinear(torch.autograd.Function):
         needs = list(_by_site(ctx.needs_input_grad[2:]))
         x_in = None if x_TI is None else _Casts(x_TI)
         dx: Tensor | None = None
-        dsums: dict[int, Tensor] = {}
         site_grads: list[list[Tensor | None]] = [[None, None, None] for _ in of_sites]
-        for i, (weight, bias, block) in enumerate(of_sites):
+        # From the last to the first, as autograd goes through layers of their own.
+        for i, (weight, bias, block) in reversed(list(enumerate(of_sites))):
             site, dy = ctx.sites[i], gradients[i]
             if dy is None:
                 continue
@@ -129,19 +134,16 @@ class JointLinear(torch.autograd.Function):
             w_OI = cast(weight, block.dtype) if site.method == "bat" else weight
             if ctx.needs_input_grad[0]:
                 acting, on_weight = _acting(site, w_OI, block, dy_in.tensor, kept[i])
-                dx = _plus_product(dx, dy_in.to(acting.dtype), acting, dy.dtype)
+                dsum = None
                 if site.method == "bone" and not on_weight:
                     dsum = dy_in.to(site.dtype) @ cast(block, site.dtype).t()
-                    r = block.shape[0]
-                    dsums[r] = dsums[r] + dsum if r in dsums else dsum
+                dx = _plus_product(dx, dsum, dy_in.to(acting.dtype), acting, dy.dtype)
                 del acting
             s_TR = sums.get(block.shape[0])
             site_grads[i] = _site_gradients(site, needs[i], x_in, dy_in, s_TR, w_OI, bias, block)
             dw = site_grads[i][0]
             site_grads[i][0] = None if dw is None else cast(dw, weight.dtype)
         if dx is not None:
-            for dsum in dsums.values():
-                bone.spread_sums_(dx, dsum)
             dx = dx.view(ctx.shape)
         return dx, None, *itertools.chain.from_iterable(site_grads)
 
@@ -225,13 +227,16 @@ def _unshared(block: Tensor) -> Tensor:
     return block.new_empty((1, *block.shape)).copy_(block)[0]
 
 
-def _plus_product(dx_TI: Tensor | None, dy_TO: Tensor, w_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    """`dx + dy W` in a dtype, in place if there is a dx."""
-    if dx_TI is None:
-        return cast(dy_TO @ w_OI, dtype)
-    if dx_TI.dtype == w_OI.dtype:
-        return dx_TI.addmm_(dy_TO, w_OI)
-    return dx_TI.add_(dy_TO @ w_OI)
+def _plus_product(
+    dx_TI: Tensor | None, dsum_TR: Tensor | None, dy_TO: Tensor, w_OI: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`(dx + spread(dS)) + dy W` in a dtype, in place if there is a dx."""
+    if dx_TI is not None and dsum_TR is not None:
+        bone.spread_sums_(dx_TI, dsum_TR)
+    product_TI = cast(dy_TO @ w_OI, dtype)
+    if dx_TI is not None:
+        return dx_TI.add_(product_TI)
+    return product_TI if dsum_TR is None else bone.spread_sums_(product_TI, dsum_TR)
 
 
 def _accumulated(y_TO: Tensor, s_TR: Tensor, d_RO: Tensor) -> Tensor:
@@ -263,7 +268,10 @@ def _site_gradients(
         if site.method == "bat":
             dw = cast(dw, block.dtype)
             if needs[2]:
-                dblock = bat.gradient(cast(weight, block.dtype), dw, block.shape[-1])
+                in_turn = on_plain_cpu(weight, dw)
+                dblock = bat.gradient(
+                    cast(weight, block.dtype), dw, block.shape[-1], in_turn=in_turn
+                )
             dw = bat.weight_gradient(dw, block) if needs[0] else None
     if bias is not None and needs[1]:
         dbias = dy_TO.tensor.sum(0).to(bias.dtype)

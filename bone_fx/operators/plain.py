@@ -6,6 +6,11 @@ import torch
 from torch import Tensor, nn
 
 
+def on_plain_cpu(*tensors: Tensor) -> bool:
+    """Whether all are ordinary tensors on a CPU, outside of `torch.compile` and of traces."""
+    return all(tensor.is_cpu for tensor in tensors) and is_plain(*tensors)
+
+
 def is_plain(*tensors: Tensor) -> bool:
     """Whether all are ordinary tensors, outside of `torch.compile` and of traces."""
     for tensor in tensors:

@@ -18,8 +18,8 @@ class RmsNorm(torch.autograd.Function):
     """`gain · x / sqrt(mean(x²) + eps)` over the last dimension; second derivatives are refused."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
-        """`[..., I]` in `x`'s dtype."""
+    def forward(ctx: Any, x: Tensor, _: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+        """`[..., I]` in `x`'s dtype; x is given twice, for the two terms of its gradient."""
         squares = x * x
         rate = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, rate, gain)
@@ -29,16 +29,21 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """`dx = s·(d - x·s²·mean(d·x))` with `s = 1 / sqrt(mean(x²) + eps)` and `d = gain·dy`."""
+        """`dx = d·s - x·s³·mean(d·x)` with `s = 1 / sqrt(mean(x²) + eps)` and `d = gain·dy`.
+
+        Rounded as autograd rounds it for the chain of operators.
+        """
         x, rate, gain = ctx.saved_tensors
-        dx = dgain = None
-        if ctx.needs_input_grad[1]:
+        dx = dalong = dgain = None
+        if ctx.needs_input_grad[2]:
             dgain = (x * rate).mul_(dy).reshape(-1, x.shape[-1]).sum(0)
         if ctx.needs_input_grad[0]:
-            d = dy if gain is None else dy * gain
-            along = (d * x).mean(-1, keepdim=True).mul_(rate * rate)
-            dx = torch.addcmul(d, x, along, value=-1).mul_(rate)
-        return dx, dgain, None
+            dx = dy.clone() if gain is None else dy * gain
+            along = (dx * x).sum(-1, keepdim=True)
+            along.mul_(-0.5).mul_(rate.pow(3)).div_(x.shape[-1])
+            dx.mul_(rate)
+            dalong = x * along.mul_(2)
+        return dx, dalong, dgain, None
 
 
 def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
@@ -56,7 +61,7 @@ def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
         x = x.float()
     if gain is not None and gain.dtype != x.dtype:
         return rms_norm(x, None, eps) * gain
-    y: Tensor = RmsNorm.apply(x, gain, eps)  # type: ignore[no-untyped-call]
+    y: Tensor = RmsNorm.apply(x, x, gain, eps)  # type: ignore[no-untyped-call]
     return y
 
 

@@ -37,8 +37,10 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tens
     (x1, x2), (y1, y2), (sin1, sin2) = (t.chunk(2, -1) for t in (x, y, sin))
     if back:
         x1, x2, y1, y2 = x2, x1, y2, y1
-    y1.addcmul_(x2, sin1, value=-1)
-    y2.addcmul_(x1, sin2)
+    # Not addcmul, which rounds once where the chain of operators rounds twice.
+    term = x2 * sin1
+    y1.sub_(term)
+    y2.add_(torch.mul(x1, sin2, out=term))
     return y
 
 

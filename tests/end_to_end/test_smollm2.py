@@ -165,12 +165,11 @@ def test_twenty_steps_give_the_losses_of_peft(
 ) -> None:
     """With the loss taken from half of the logits at a time.
 
-    AdamW turns a gradient of nearly zero into a whole step, so differences of rounding grow: to
-    8e-6 for Bone and 2.6e-5 for BAT, and to 7e-6 and 2.0e-5 in PEFT against PEFT with each number
-    of the base moved to a neighbour in float32.
+    AdamW turns a gradient of nearly zero into a whole step, so differences of rounding grow: PEFT
+    against PEFT with each number of the base moved to a neighbour in float32 differs by 2e-5.
     """
     monkeypatch.setitem(CHUNK, "cpu", 16 * 49152)
     theirs, ours = (twenty_steps(who, method, smollm2) for who in ("peft", "ours"))
     assert ours[-1] < ours[0]
     for step, (found, expected) in enumerate(zip(ours, theirs, strict=True)):
-        assert abs(found - expected) <= (1e-4 if step else 1e-6) * max(1.0, expected)
+        assert abs(found - expected) <= (1e-5 if step else 1e-6) * max(1.0, expected)

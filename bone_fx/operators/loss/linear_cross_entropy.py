@@ -21,6 +21,10 @@ CHUNK = {"cpu": 3 << 22, "cuda": 1 << 27}
 """Logits formed at a time, in numbers, by device: 256 rows of SmolLM2's 49152 classes on a CPU, a
 thousand of 128256 on a GPU (an estimate). Products of fewer rows are slower."""
 
+KERNEL_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 25}
+"""Numbers of a gradient that PyTorch's kernel computes at a time: few enough to stay in a
+CPU's cache, enough to keep a GPU busy."""
+
 
 class LinearCrossEntropy(torch.autograd.Function):
     """The sum over counted rows of `-log_softmax(x Wᵀ + b)[target]`, over a divisor."""
@@ -45,10 +49,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             log_NV = functional.linear(x_NI, weight_VI, bias).float()
             torch.log_softmax(log_NV, -1, out=log_NV)
             torch.gather(log_NV, 1, target_N1, out=log_N1)
-            dlogits_NV = log_NV.exp_().scatter_add_(1, target_N1, -torch.ones_like(scale_N1))
-            torch.mm(dlogits_NV.mul_(scale_N1).to(x_NI.dtype), weight_VI, out=dx_NI)
+            _logit_gradient_(log_NV, target_N1, scale_N1)
+            torch.mm(log_NV.to(x_NI.dtype), weight_VI, out=dx_NI)
         ctx.save_for_backward(dx_TI)
-        return -torch.where(counted_T1, log_T1, 0).sum() / divisor
+        ignored_T = torch.where(counted_T1, 0, -1).squeeze(1)
+        summed = functional.nll_loss(log_T1, ignored_T, ignore_index=-1, reduction="sum")
+        return summed / divisor
 
     @staticmethod
     @first_order
@@ -56,6 +62,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         """The gradient of x, scaled."""
         (dx_TI,) = ctx.saved_tensors
         return dx_TI * dy.to(dx_TI.dtype), *(None,) * 5
+
+
+def _logit_gradient_(log_NV: Tensor, target_N1: Tensor, scale_N1: Tensor) -> None:
+    """`(softmax(x) - onehot(target)) · scale` in place of `log_softmax(x)`, by PyTorch's kernel."""
+    size = max(1, KERNEL_CHUNK.get(log_NV.device.type, KERNEL_CHUNK["cuda"]) // log_NV.shape[1])
+    picked_NV = torch.zeros_like(log_NV[:size])
+    rows = (torch.split(t, size) for t in (log_NV, target_N1, scale_N1))
+    for log, target, scale in zip(*rows, strict=True):
+        picked = picked_NV[: len(log)].scatter_(1, target, -scale)
+        torch.ops.aten._log_softmax_backward_data.out(picked, log, -1, log.dtype, out=log)
+        picked.scatter_(1, target, 0.0)
 
 
 def linear_cross_entropy(
