@@ -120,14 +120,14 @@ def without_kernel(name: str) -> str:
     import torch
 
     from bone_fx.capture.decoder.capture_decoder import capture_decoder
-    from bone_fx.deploy.builds.checkpoint_graph import NO_BIAS, NO_FP32_KERNEL
+    from bone_fx.deploy.builds.checkpoint_graph import NO_FP32_KERNEL
     from bone_fx.onnx.placement import place
 
     model, found = model_of(name, FEW), []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         skeleton = _tests.skeleton_of(model, dtype)
         unfused = NO_FP32_KERNEL if dtype == torch.float32 else None
-        capture = capture_decoder(skeleton, unfused=unfused, unbiased=NO_BIAS)
+        capture = capture_decoder(skeleton, unfused=unfused)
         missing = place(_tests.onnx_of(capture, model)).missing.values()
         found += [f"{dtype}: {operator}, {reason}" for operator, reason in sorted(set(missing))]
     return "; ".join(found)

@@ -22,7 +22,8 @@ from transformers import (
 
 import bone_fx
 from bone_fx.capture.decoder.capture_decoder import capture_decoder
-from bone_fx.deploy.builds.checkpoint_graph import NO_BIAS, NO_FP32_KERNEL
+from bone_fx.capture.decoder.own_attention import OWN_ATTENTION
+from bone_fx.deploy.builds.checkpoint_graph import NO_FP32_KERNEL
 from bone_fx.errors import ExportError
 from bone_fx.onnx.placement import SHAPES, place
 from tests.capture.decoder.decoders import DECODERS
@@ -95,7 +96,6 @@ def placement_of(name: str, dtype: torch.dtype) -> Any:
     capture = capture_decoder(
         skeleton_of(model, dtype),
         unfused=NO_FP32_KERNEL if dtype == torch.float32 else None,
-        unbiased=NO_BIAS,
     )
     return place(onnx_of(capture, model))
 
@@ -113,10 +113,10 @@ def test_unusual_decoders_in_fp32(name: str) -> None:
 
 def test_alibi_is_written_out_for_cuda() -> None:
     model = ROW["bloom"].build()
-    capture = capture_decoder(skeleton_of(model, torch.float16), unbiased=NO_BIAS)
+    capture = capture_decoder(skeleton_of(model, torch.float16))
     translated = onnx_of(capture, model.half().float())
     assert not place(translated).missing
-    assert NO_BIAS in capture.notes
+    assert OWN_ATTENTION in capture.notes
     assert not capture.share_buffer
     assert max(differences(model, capture, session_of(translated)).values()) < 3e-2
 

@@ -19,7 +19,7 @@ import torch
 from torch import SymInt, Tensor, nn
 
 from bone_fx.capture.decoder.experts import experts_registered
-from bone_fx.capture.decoder.kv_cache import PassThroughCache
+from bone_fx.capture.decoder.kv_cache import PassThroughCache, concatenated
 from bone_fx.capture.decoder.masks import MaskKind, MaskRecogniser, UnknownMask
 from bone_fx.capture.decoder.ort_operators import Attribute, group_query_attention
 from bone_fx.errors import CaptureError
@@ -194,10 +194,7 @@ class AttentionEmitter:
         sinks: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         query = qkv[0]
-        present_key, present_value = (
-            torch.cat((_of_shape(old, new), new), dim=2)
-            for old, new in zip(past, qkv[1:], strict=True)
-        )
+        present_key, present_value = concatenated(past, qkv[1:])
         groups = facts.heads // facts.kv_heads
         key = present_key.repeat_interleave(groups, dim=1) if groups > 1 else present_key
         value = present_value.repeat_interleave(groups, dim=1) if groups > 1 else present_value
@@ -219,17 +216,6 @@ class AttentionEmitter:
                 self._mask_BT, query.shape[2], window=window, dtype=query.dtype
             )
         return self._biases[window]
-
-
-def _of_shape(past: Tensor, new: Tensor) -> Tensor:
-    """The past, or zeros where its heads were guessed wrong, so that the trace gets to the end.
-
-    What heads there are is known then, and the next trace has a past that fits.
-    """
-    batch, heads, _, size = new.shape
-    if past.shape[1] == heads and past.shape[3] == size:
-        return past
-    return new.new_zeros(batch, heads, past.shape[2], size)
 
 
 def causal_bias(

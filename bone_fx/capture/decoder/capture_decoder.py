@@ -45,14 +45,11 @@ from bone_fx.capture.decoder.last_tokens import head_of_last_tokens
 from bone_fx.capture.decoder.lower_program import columns, constant_names, lower, name_constants
 from bone_fx.capture.decoder.norms import PLUS_ONE, Derived, norms_as_operators
 from bone_fx.capture.decoder.ort_operators import total_length
-from bone_fx.capture.decoder.own_attention.joining_cache import (
-    JoiningCache,
-    OwnAttention,
-    facts_of,
-    same_tables,
+from bone_fx.capture.decoder.own_attention import (
+    OWN_ATTENTION,
+    ConcatenatingCache,
+    compute_bfloat16_in_float32,
 )
-from bone_fx.capture.decoder.own_attention.regions import attention_regions, recognise
-from bone_fx.capture.decoder.own_attention.write import write_attention, write_out_attention
 from bone_fx.capture.decoder.pasts import Pasts, SharedPasts
 from bone_fx.capture.decoder.rotary.watcher import RotaryWatcher
 from bone_fx.capture.decoder.stamping.layers import equal_layers_once
@@ -113,11 +110,7 @@ class _OtherCacheShapeError(Exception):
 
 
 class _OwnAttentionError(Exception):
-    """The model computes its own attention: another trace is needed, with what is known now."""
-
-    def __init__(self, own: OwnAttention) -> None:
-        super().__init__("attention without transformers' interface")
-        self.own = own
+    """The model attends without transformers' attention interface: another trace is needed."""
 
 
 def capture_decoder(
@@ -125,7 +118,6 @@ def capture_decoder(
     *,
     context_length: int | None = None,
     unfused: str | None = None,
-    unbiased: str | None = None,
     stamp: bool = True,
     last_token_logits: bool = False,
 ) -> DecoderCapture:
@@ -139,7 +131,6 @@ def capture_decoder(
             max_position_embeddings.
         unfused: Why attention is written out in plain operators; None for GroupQueryAttention
             wherever it can be.
-        unbiased: Why attention with a bias, such as ALiBi, is written out; None for the operator.
         stamp: Trace equal layers once. The graph is the same without, and takes longer.
         last_token_logits: Give the logits of each text's last token only, [B, 1, vocabulary].
 
@@ -155,9 +146,9 @@ def capture_decoder(
     horizon = context_length or getattr(text_config, "max_position_embeddings", None)
     shapes = shapes_from(text_config)
     experts = FUSED
-    own: OwnAttention | None = None
+    own = False
     for _ in range(6):
-        choices = _Choices(unfused, unbiased, stamp, last_token_logits, experts, own)
+        choices = _Choices(unfused, stamp, last_token_logits, experts, own)
         try:
             with old_objects_left_alone():
                 return _Capture(model, text_config, horizon, shapes, choices).run()
@@ -165,9 +156,9 @@ def capture_decoder(
             shapes = other.shapes
         except OtherRoutingError:
             experts = BATCHED
-        except _OwnAttentionError as found:
-            own = found.own
-            unfused = unfused or own.plain
+        except _OwnAttentionError:
+            own = True
+            unfused = unfused or OWN_ATTENTION
     raise CaptureError(
         "the shapes of the key/value cache depend on the cache",
         found=str(shapes[:4]),
@@ -180,15 +171,14 @@ class _Choices:
 
     Attributes:
         experts: transformers' name of how mixtures of experts are written.
-        own: The attention that the model computes by itself; None where it asks transformers.
+        own: Whether the model attends by itself and does not ask transformers.
     """
 
     unfused: str | None
-    unbiased: str | None
     stamp: bool
     last_token_logits: bool
     experts: str
-    own: OwnAttention | None
+    own: bool
 
 
 class _Capture:
@@ -203,6 +193,7 @@ class _Capture:
         choices: _Choices,
     ) -> None:
         self.model = model
+        self.config = config
         self.choices = choices
         stamp = choices.stamp
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -235,7 +226,7 @@ class _Capture:
                     self.model,
                     self.horizon,
                     self.choices.experts,
-                    own=self.own is not None,
+                    own=self.own,
                 )
             )
             if self.choices.last_token_logits:
@@ -247,7 +238,8 @@ class _Capture:
                 stack.enter_context(layers_once)
             stack.enter_context(forward_replaced(self.model, self._forward(watcher)))
             program = self._export()
-        self._write_own(program)
+        if self.own and self.dtype != torch.bfloat16:
+            compute_bfloat16_in_float32(program.graph)
         constants = name_constants(program, watcher.tables)
         traced = self.emitter_of["now"].cache.traced()
         lower(program, SharedPasts(self.of, traced) if self.shared else None)
@@ -272,9 +264,7 @@ class _Capture:
             vocab_size=columns(program),
             share_buffer=not self.plain,
             norms=self.norms,
-            notes=sorted(
-                {*watcher.notes, *self._limits(), *(layer.plain for layer in layers if layer.plain)}
-            ),
+            notes=sorted({*watcher.notes, *(layer.plain for layer in layers if layer.plain)}),
         )
 
     def _forward(self, watcher: RotaryWatcher) -> Callable[..., tuple[Tensor, ...]]:
@@ -305,9 +295,14 @@ class _Capture:
             cache = PassThroughCache(pasts, query_offset=total - tokens, total=total)
             emitter = AttentionEmitter(cache, attention_mask, lengths, self.choices.unfused)
             self.last_B["now"] = valid_B - before_B - 1
-            if self.own is not None:
-                cache = self._joining(emitter, pasts, attention_mask, lengths, tokens)
-                emitter.cache = cache
+            if self.own:
+                cache = emitter.cache = ConcatenatingCache(
+                    pasts,
+                    query_offset=total - tokens,
+                    total=total,
+                    heads=int(self.config.num_attention_heads),
+                    layers=emitter.layers,
+                )
             self.emitter_of["now"] = emitter
             watcher.begin(positions, (lengths[1], total))
             output = model_forward(
@@ -322,42 +317,6 @@ class _Capture:
             return (output.logits, *(t for pair in presents for t in pair))
 
         return forward
-
-    def _joining(
-        self,
-        emitter: AttentionEmitter,
-        pasts: Pasts,
-        mask: Tensor,
-        lengths: tuple[Tensor, Tensor],
-        tokens: int,
-    ) -> PassThroughCache:
-        own = self.own
-        assert own is not None
-
-        def updated(layer: int, key: Tensor, value: Tensor) -> None:
-            emitter.layers.append(facts_of(layer, key, value, own, self.choices.unfused))
-
-        return JoiningCache(pasts, own, mask, lengths, tokens=tokens, on_update=updated)
-
-    def _write_own(self, program: ExportedProgram) -> None:
-        """Writes the attention that the model computes itself, once it is known what it is."""
-        if self.own is None:
-            return
-        regions = attention_regions(program)
-        if self.own.computed:
-            write = write_attention if self.own.plain is None else write_out_attention
-            write(program, regions, self.own.computed)
-            return
-        found = {r.layer: recognise(program, r, self.horizon) for r in regions}
-        why = {layer.plain for layer in self.emitter_of["now"].layers if layer.plain}
-        if self.choices.unbiased and any(c.bias is not None for c in found.values()):
-            why.add(self.choices.unbiased)
-        raise _OwnAttentionError(OwnAttention(same_tables(found), min(why, default=None)))
-
-    def _limits(self) -> list[str]:
-        found = self.own.computed.values() if self.own is not None else ()
-        some = any(computed.bias is not None for computed in found)
-        return [f"ALiBi is a table of {self.horizon} positions"] if some else []
 
     def _check_shapes(self, layers: list[AttentionLayer]) -> None:
         found = [
@@ -379,8 +338,8 @@ class _Capture:
             raise
         except Exception as error:  # whatever a model's own code may raise
             emitter = self.emitter_of.get("now")
-            if self.own is None and emitter is not None and not emitter.called:
-                raise _OwnAttentionError(OwnAttention()) from error
+            if not self.own and emitter is not None and not emitter.called:
+                raise _OwnAttentionError from error
             if isinstance(error, BoneFxError):
                 raise
             if "now" in self.emitter_of:

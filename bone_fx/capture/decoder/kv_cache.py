@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import SymInt, Tensor
 
 from bone_fx.capture.decoder.layer_number import LayerNumber
@@ -143,3 +144,22 @@ class PassThroughCache:
     def layers(self) -> list[None]:
         """One entry a layer, without content."""
         return [None] * len(self.pasts)
+
+
+def concatenated(past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Present key and value [B, K, P + S, D] from the past and the new ones."""
+    key, value = (
+        torch.cat((_of_shape(old, new), new), dim=2) for old, new in zip(past, new, strict=True)
+    )
+    return key, value
+
+
+def _of_shape(past: Tensor, new: Tensor) -> Tensor:
+    """The past, or zeros where its heads were guessed wrong, so that the trace gets to the end.
+
+    What heads there are is known then, and the next trace has a past that fits.
+    """
+    batch, heads, _, size = new.shape
+    if past.shape[1] == heads and past.shape[3] == size:
+        return past
+    return new.new_zeros(batch, heads, past.shape[2], size)

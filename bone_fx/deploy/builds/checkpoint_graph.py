@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from bone_fx.capture.decoder.capture_decoder import DecoderCapture
 
 NO_FP32_KERNEL = "GroupQueryAttention has no fp32 kernel on CUDA: attention is written out"
-NO_BIAS = "GroupQueryAttention takes no bias on CUDA: attention is written out"
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,6 @@ def _capture_decoder(
     capture = capture_decoder(
         folded.skeleton.model,
         unfused=NO_FP32_KERNEL if cuda and options.activation_dtype == "fp32" else None,
-        unbiased=NO_BIAS if cuda else None,
         last_token_logits=options.last_token_logits,
     )
     progress.stage("translate to ONNX")

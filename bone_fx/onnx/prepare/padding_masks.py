@@ -96,7 +96,8 @@ def _tried(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Padding at random and the mask that the graph makes of it."""
     generator = torch.Generator().manual_seed(0)
-    for batch, length in _SIZES:
+    for trial, (batch, length) in enumerate(_SIZES):
+        other = 1 if trial % 2 else length + 1
         sizes = {str(value.shape[0]): batch, str(value.shape[1]): length}
         shape = [int(sizes.get(str(dim), 0) or str(dim)) for dim in value.shape]
         high = 2 if value.dtype == torch.bool else 3  # 2 is no padding either
@@ -107,7 +108,7 @@ def _tried(
             if node is source:
                 values[node] = padding
             elif node.op == "placeholder":
-                values[node] = _empty(node, sizes)
+                values[node] = _empty(node, sizes, other)
             elif node.op == "get_attr":
                 values[node] = getattr(graph_module, str(node.target))
             else:
@@ -116,14 +117,16 @@ def _tried(
         yield padding, values[mask]
 
 
-def _empty(node: Node, sizes: dict[str, int]) -> Tensor:
+def _empty(node: Node, sizes: dict[str, int], other: int) -> Tensor:
     """What stands for an input of which only sizes are asked, other symbols among them.
 
-    A batch may have a symbol of its own in every input, and a decoder has a length of its own.
+    A batch may have a symbol of its own in every input, and a decoder has a length of its own. The
+    size `other` of such a length is longer than the mask in one trial and 1 in the next: behind a
+    long past, a causal mask hides nothing.
     """
-    batch, length = list(sizes.values())[:2]
+    batch = next(iter(sizes.values()))
     shape = [
-        dim if isinstance(dim, int) else sizes.setdefault(str(dim), length + 1 if place else batch)
+        dim if isinstance(dim, int) else sizes.setdefault(str(dim), other if place else batch)
         for place, dim in enumerate(node.meta["val"].shape)
     ]
     return torch.empty(shape, dtype=torch.bool)

@@ -1,0 +1,104 @@
+"""Attention that a model computes by itself, without transformers' attention interface.
+
+Such a model (bloom, falcon) is traced as it is, with masks and biases that its own code makes and a
+cache that concatenates: past and new keys and values in plain operators.
+
+Shape letters: B batch, K key/value heads, S new tokens, P past tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from bone_fx.capture.decoder.attention_emitter import AttentionLayer
+from bone_fx.capture.decoder.kv_cache import PassThroughCache, concatenated
+from bone_fx.capture.decoder.layer_number import LayerNumber
+from bone_fx.capture.decoder.pasts import Pasts
+
+OWN_ATTENTION = "the model computes its attention by itself: it is written out"
+
+aten = torch.ops.aten
+
+
+class ConcatenatingCache(PassThroughCache):
+    """Gives a model its past and new keys and values as one.
+
+    Args:
+        pasts: Past key and value of each layer.
+        query_offset: Number of tokens before the new ones.
+        total: Number of tokens, new ones included.
+        heads: Number of query heads.
+        layers: Receives the description of each layer's attention.
+    """
+
+    def __init__(
+        self,
+        pasts: Pasts,
+        *,
+        query_offset: int | SymInt,
+        total: int | SymInt,
+        heads: int,
+        layers: list[AttentionLayer],
+    ) -> None:
+        super().__init__(pasts, query_offset=query_offset, total=total)
+        self._heads = heads
+        self._layers = layers
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int | LayerNumber,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Past and new keys and values, [B, K, P + S, D]."""
+        new = super().update(key_states, value_states, layer_idx)
+        layer, past = self.take(*new, "the model")
+        heads, _, size = key_states.shape[1:]
+        self._layers.append(
+            AttentionLayer(
+                layer=layer,
+                heads=self._heads,
+                kv_heads=int(heads),
+                key_size=int(size),
+                value_size=int(value_states.shape[3]),
+                scale=float(size**-0.5),
+                window=None,
+                softcap=0.0,
+                plain=OWN_ATTENTION,
+            )
+        )
+        self.presents[layer] = concatenated(past, new)
+        return self.presents[layer]
+
+
+def compute_bfloat16_in_float32(graph: Graph) -> None:
+    """Rounds to bfloat16 what a graph multiplies in it, in place: ONNX Runtime's CPU cannot.
+
+    Before: `y: bfloat16 = mul(slopes: bfloat16, positions)` (ALiBi in falcon)
+    After:  `y: bfloat16 = to(mul(to(slopes, float32), to(positions, float32)), bfloat16)`
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.mul.Tensor):
+        if node.meta["val"].dtype != torch.bfloat16:
+            continue
+        with graph.inserting_before(node):
+            wide = [
+                _call(graph, aten.to.dtype, x, torch.float32) if isinstance(x, Node) else x
+                for x in node.args
+            ]
+            product = _call(graph, aten.mul.Tensor, *wide)
+            rounded = _call(graph, aten.to.dtype, product, torch.bfloat16)
+        node.replace_all_uses_with(rounded)
+        graph.erase_node(node)
+
+
+def _call(graph: Graph, target: Any, *args: Any) -> Node:
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]))
+    return node

@@ -1,1 +1,0 @@
-"""Attention that a model computes without transformers' interface."""
