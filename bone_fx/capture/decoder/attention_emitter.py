@@ -10,7 +10,7 @@ head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, nn
 
-from bone_fx.capture.decoder.experts import experts_registered
 from bone_fx.capture.decoder.kv_cache import PassThroughCache, concatenated
 from bone_fx.capture.decoder.masks import MaskKind, MaskRecogniser, UnknownMask
 from bone_fx.capture.decoder.ort_operators import Attribute, group_query_attention
+from bone_fx.capture.trace.replacements import configured
 from bone_fx.errors import CaptureError
 
 IMPLEMENTATION = "bone_fx_decoder"
@@ -81,6 +81,7 @@ class AttentionEmitter:
         cache: The cache that this forward was given.
         mask_BT: The attention mask, 1 for tokens and 0 for padding on the right.
         lengths: Index of the last valid token of each row, and T, both int32 tensors.
+        layers: Receives the description of each layer's attention.
         unfused: Why no layer may be written as the operator; None where it may.
     """
 
@@ -89,11 +90,12 @@ class AttentionEmitter:
         cache: PassThroughCache,
         mask_BT: Tensor,
         lengths: tuple[Tensor, Tensor],
+        layers: list[AttentionLayer],
         unfused: str | None = None,
     ) -> None:
         self._unfused = unfused
         self.called = False
-        self.layers: list[AttentionLayer] = []
+        self.layers = layers
         self.cache = cache
         self._mask_BT = mask_BT
         self._lengths = lengths
@@ -242,46 +244,26 @@ def causal_bias(
 
 
 @contextmanager
-def attention_through(
-    emitter_of: dict[str, AttentionEmitter],
-    model: nn.Module,
-    horizon: int,
-    experts: str,
-    *,
-    own: bool = False,
+def attention_interface(
+    model: nn.Module, attend: Callable[..., Any], horizon: int
 ) -> Iterator[None]:
-    """While open, attention goes to `emitter_of["now"]` and masks are recognised, not built.
+    """While open, a model's attention is `attend`, and its masks are recognised, not built.
 
     Args:
-        emitter_of: A place for the emitter, filled by the forward before it calls the model.
         model: A transformers model; the configurations of all its parts are switched, and switched
             back.
+        attend: What transformers calls for each attention.
         horizon: Highest position the model will see.
-        experts: transformers' name for the implementation of mixtures of experts.
-        own: Leave attention and masks to the model's own code.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return emitter_of["now"](*args, **kwargs)
-
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-    settings = {"_experts_implementation_internal": experts}
-    if not own:
-        settings["_attn_implementation_internal"] = IMPLEMENTATION
-    previous = [
-        (c, name, getattr(c, name)) for c in configs for name in settings if hasattr(c, name)
-    ]
-    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, MaskRecogniser(horizon))
+    attentions, masks = ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS
+    attentions.register(IMPLEMENTATION, attend)
+    masks.register(IMPLEMENTATION, MaskRecogniser(horizon))
     try:
-        for config, name, _ in previous:
-            setattr(config, name, settings[name])
-        with experts_registered():
+        with configured(model, "_attn_implementation_internal", IMPLEMENTATION):
             yield
     finally:
-        for config, name, value in previous:
-            setattr(config, name, value)
-        type(ALL_ATTENTION_FUNCTIONS)._global_mapping.pop(IMPLEMENTATION, None)
-        type(ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping.pop(IMPLEMENTATION, None)
+        type(attentions)._global_mapping.pop(IMPLEMENTATION, None)
+        type(masks)._global_mapping.pop(IMPLEMENTATION, None)

@@ -1,10 +1,19 @@
 """A causal language model without weights becomes one graph for prefill and decode.
 
-The model runs once, under `torch.export`, with its attention, norms, rotary embedding, masks and
-cache replaced for that time by what emits ONNX Runtime's operators (the other files of this room).
 Nothing is looked up by architecture: what is replaced is recognised by what it computes, and what
 is not recognised stays as the model wrote it. A model of which the graph would not be true is
-refused.
+refused. The flow:
+
+1. `ModelFacts` says what a trace has to know beforehand: the shapes of the cache, whether the model
+   attends by itself, how experts are written. At first it is what the configuration says.
+2. A `CaptureSession` replaces attention, masks, norms, activations, rotary embeddings, cache, head
+   and repeated layers of the model by what emits ONNX Runtime's operators (its table of
+   `replacements` names each, with the reason).
+3. `torch.export` traces the model once. A trace that contradicts the facts gives better ones, and
+   the model is traced again with those.
+4. Tables and buffers get names (`name_constants`), the passes of `bone_fx.lower` tighten the graph
+   (`lower`), and equal layers are copied from the one that was traced.
+5. `DecoderCapture` holds the graph and what its translation and onnxruntime-genai need to know.
 
 Shape letters: B batch, S new tokens, P past tokens, T tokens of past and present, K key/value
 heads, D head size.
@@ -12,55 +21,25 @@ heads, D head size.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 
-from bone_fx.capture.decoder.activations import gelus_as_operators
-from bone_fx.capture.decoder.attention_emitter import (
-    AttentionEmitter,
-    AttentionLayer,
-    attention_through,
-    why_plain,
-)
-from bone_fx.capture.decoder.experts import BATCHED, FUSED, OtherRoutingError
-from bone_fx.capture.decoder.interface import (
-    KeyValueShape,
-    axis_names,
-    dynamic_shapes,
-    example_inputs,
-    input_names,
-    output_names,
-    shapes_from,
-)
-from bone_fx.capture.decoder.kv_cache import PassThroughCache
-from bone_fx.capture.decoder.last_tokens import head_of_last_tokens
+from bone_fx.capture.decoder.attention_emitter import AttentionLayer
+from bone_fx.capture.decoder.experts import BATCHED, OtherRoutingError
+from bone_fx.capture.decoder.facts import ModelFacts, OtherFactsError, SessionOptions
+from bone_fx.capture.decoder.interface import axis_names, input_names, output_names, shapes_from
 from bone_fx.capture.decoder.lower_program import columns, constant_names, lower, name_constants
-from bone_fx.capture.decoder.norms import PLUS_ONE, Derived, norms_as_operators
-from bone_fx.capture.decoder.ort_operators import total_length
-from bone_fx.capture.decoder.own_attention import (
-    OWN_ATTENTION,
-    ConcatenatingCache,
-    compute_bfloat16_in_float32,
-)
-from bone_fx.capture.decoder.pasts import Pasts, SharedPasts
-from bone_fx.capture.decoder.rotary.watcher import RotaryWatcher
-from bone_fx.capture.decoder.stamping.layers import equal_layers_once
-from bone_fx.capture.trace.replacements import (
-    evaluating,
-    forward_replaced,
-    graphs_compiled_when_called,
-    without_remarks,
-)
+from bone_fx.capture.decoder.norms import Derived
+from bone_fx.capture.decoder.own_attention import compute_bfloat16_in_float32
+from bone_fx.capture.decoder.session import CaptureSession
 from bone_fx.collector import old_objects_left_alone
-from bone_fx.errors import BoneFxError, CaptureError, first_line
+from bone_fx.errors import CaptureError
+
+TRACES = 4
+"""Most traces of a model: each of the three facts may be another one than assumed."""
 
 
 @dataclass
@@ -101,18 +80,6 @@ class DecoderCapture:
     notes: list[str] = field(default_factory=list)
 
 
-class _OtherCacheShapeError(Exception):
-    """The model's keys and values have other shapes than its configuration made us expect."""
-
-    def __init__(self, shapes: list[KeyValueShape]) -> None:
-        super().__init__(f"cache shapes {shapes}")
-        self.shapes = shapes
-
-
-class _OwnAttentionError(Exception):
-    """The model attends without transformers' attention interface: another trace is needed."""
-
-
 def capture_decoder(
     model: nn.Module,
     *,
@@ -143,209 +110,50 @@ def capture_decoder(
             f"{type(model).__name__} has no configuration", expected="a transformers causal LM"
         )
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    horizon = context_length or getattr(text_config, "max_position_embeddings", None)
-    shapes = shapes_from(text_config)
-    experts = FUSED
-    own = False
-    for _ in range(6):
-        choices = _Choices(unfused, stamp, last_token_logits, experts, own)
+    options = SessionOptions(
+        context_length=context_length or getattr(text_config, "max_position_embeddings", None),
+        unfused=unfused,
+        stamp=stamp,
+        last_token_logits=last_token_logits,
+    )
+    facts = ModelFacts(tuple(shapes_from(text_config)))
+    what = ""
+    for _ in range(TRACES):
         try:
             with old_objects_left_alone():
-                return _Capture(model, text_config, horizon, shapes, choices).run()
-        except _OtherCacheShapeError as other:
-            shapes = other.shapes
+                return _capture(CaptureSession(model, text_config, facts, options))
+        except OtherFactsError as other:
+            facts, what = other.facts, other.what
         except OtherRoutingError:
-            experts = BATCHED
-        except _OwnAttentionError:
-            own = True
-            unfused = unfused or OWN_ATTENTION
+            facts, what = replace(facts, experts=BATCHED), "the routing of experts"
     raise CaptureError(
-        "the shapes of the key/value cache depend on the cache",
-        found=str(shapes[:4]),
+        f"{type(model).__name__} changes from trace to trace: {what}",
+        expected="a model that is the same in every forward",
+        found=str(facts),
     )
 
 
-@dataclass(frozen=True)
-class _Choices:
-    """What `capture_decoder` was told, and what earlier attempts found out.
-
-    Attributes:
-        experts: transformers' name of how mixtures of experts are written.
-        own: Whether the model attends by itself and does not ask transformers.
-    """
-
-    unfused: str | None
-    stamp: bool
-    last_token_logits: bool
-    experts: str
-    own: bool
-
-
-class _Capture:
-    """One attempt, for one guess of the cache's shapes."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: Any,
-        horizon: int | None,
-        shapes: list[KeyValueShape],
-        choices: _Choices,
-    ) -> None:
-        self.model = model
-        self.config = config
-        self.choices = choices
-        stamp = choices.stamp
-        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        self.shapes = shapes
-        self.horizon = horizon or int(getattr(config, "n_positions", 0)) or 1 << 15
-        self.limited = horizon is not None
-        self.inputs = list(dict.fromkeys(shapes)) if stamp else shapes
-        self.of = [self.inputs.index(shape) for shape in shapes] if stamp else [*range(len(shapes))]
-        self.shared = stamp
-        self.own = choices.own
-        self.plain = choices.unfused is not None or any(
-            why_plain(key, value) for _, key, value in shapes
-        )
-        self.emitter_of: dict[str, AttentionEmitter] = {}
-        self.derived: dict[str, str] = {}
-        self.last_B: dict[str, Tensor] = {}
-        self.norms = 0
-
-    def run(self) -> DecoderCapture:
-        watcher = RotaryWatcher(self.model, self.horizon, self.dtype)
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(evaluating(self.model))
-            self.norms = stack.enter_context(norms_as_operators(self.model, self.derived))
-            stack.enter_context(gelus_as_operators(self.model))
-            stack.enter_context(watcher.watching())
-            stack.enter_context(
-                attention_through(
-                    self.emitter_of,
-                    self.model,
-                    self.horizon,
-                    self.choices.experts,
-                    own=self.own,
-                )
-            )
-            if self.choices.last_token_logits:
-                stack.enter_context(head_of_last_tokens(self.model, self.last_B))
-            if self.choices.stamp:
-                layers_once = equal_layers_once(
-                    self.model, len(self.shapes), self.emitter_of, {PLUS_ONE}
-                )
-                stack.enter_context(layers_once)
-            stack.enter_context(forward_replaced(self.model, self._forward(watcher)))
-            program = self._export()
-        if self.own and self.dtype != torch.bfloat16:
-            compute_bfloat16_in_float32(program.graph)
-        constants = name_constants(program, watcher.tables)
-        traced = self.emitter_of["now"].cache.traced()
-        lower(program, SharedPasts(self.of, traced) if self.shared else None)
-        constants = {k: v for k, v in constants.items() if k in constant_names(program)}
-        layers = sorted(self.emitter_of["now"].layers, key=lambda layer: layer.layer)
-        return DecoderCapture(
-            program=program,
-            input_names=input_names(len(self.shapes)),
-            output_names=output_names(len(self.shapes)),
-            axis_names=axis_names(
-                len(self.shapes), last_token_logits=self.choices.last_token_logits
-            ),
-            constants=constants,
-            derived={
-                name: Derived(source, "add_one")
-                for name, source in self.derived.items()
-                if name in constant_names(program)
-            },
-            layers=layers,
-            dtype=self.dtype,
-            context_length=self.horizon if self.limited else None,
-            vocab_size=columns(program),
-            share_buffer=not self.plain,
-            norms=self.norms,
-            notes=sorted({*watcher.notes, *(layer.plain for layer in layers if layer.plain)}),
-        )
-
-    def _forward(self, watcher: RotaryWatcher) -> Callable[..., tuple[Tensor, ...]]:
-        model_forward = self.model.forward
-        accepts = inspect.signature(model_forward).parameters
-        takes_positions = "position_ids" in accepts
-
-        def forward(
-            input_ids: Tensor, attention_mask: Tensor, past_key_values: list[Tensor]
-        ) -> tuple[Tensor, ...]:
-            tokens = input_ids.shape[1]
-            if self.plain:
-                torch._check(  # type: ignore[no-untyped-call]  # PyTorch has no types for it
-                    past_key_values[0].shape[2] + tokens == attention_mask.shape[1]
-                )
-            for past in past_key_values:  # layers that are not traced do not say so
-                for axis in (0, 2):
-                    torch._check(  # type: ignore[no-untyped-call]  # PyTorch has no types for it
-                        past.shape[axis] == past_key_values[0].shape[axis]
-                    )
-            valid_B = attention_mask.sum(1)
-            lengths = ((valid_B - 1).to(torch.int32), total_length(attention_mask))
-            before_B = (valid_B - tokens).clamp(min=0)
-            positions = torch.arange(tokens)[None, :] + before_B[:, None]
-            pairs = list(zip(past_key_values[::2], past_key_values[1::2], strict=True))
-            pasts = Pasts(pairs, self.of, shared=self.shared)
-            total = attention_mask.shape[1]
-            cache = PassThroughCache(pasts, query_offset=total - tokens, total=total)
-            emitter = AttentionEmitter(cache, attention_mask, lengths, self.choices.unfused)
-            self.last_B["now"] = valid_B - before_B - 1
-            if self.own:
-                cache = emitter.cache = ConcatenatingCache(
-                    pasts,
-                    query_offset=total - tokens,
-                    total=total,
-                    heads=int(self.config.num_attention_heads),
-                    layers=emitter.layers,
-                )
-            self.emitter_of["now"] = emitter
-            watcher.begin(positions, (lengths[1], total))
-            output = model_forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                use_cache=True,
-                **({"position_ids": positions} if takes_positions else {}),
-            )
-            presents = cache.finish()
-            self._check_shapes(emitter.layers)
-            return (output.logits, *(t for pair in presents for t in pair))
-
-        return forward
-
-    def _check_shapes(self, layers: list[AttentionLayer]) -> None:
-        found = [
-            (a.kv_heads, a.key_size, a.value_size) for a in sorted(layers, key=lambda a: a.layer)
-        ]
-        if found != self.shapes:
-            raise _OtherCacheShapeError(found)
-
-    def _export(self) -> ExportedProgram:
-        mode = detect_fake_mode(list(self.model.parameters()))
-        arguments = example_inputs(self.inputs, self.dtype, mode)
-        shapes = dynamic_shapes(len(self.inputs), self.horizon, related=self.plain)
-        try:
-            with without_remarks(), graphs_compiled_when_called():
-                return torch.export.export(
-                    self.model, (), arguments, dynamic_shapes=shapes, strict=False
-                )
-        except _OtherCacheShapeError:
-            raise
-        except Exception as error:  # whatever a model's own code may raise
-            emitter = self.emitter_of.get("now")
-            if not self.own and emitter is not None and not emitter.called:
-                raise _OwnAttentionError from error
-            if isinstance(error, BoneFxError):
-                raise
-            if "now" in self.emitter_of:
-                self.emitter_of["now"].cache.refuse_waiting()
-            name = type(self.model).__name__
-            raise CaptureError(
-                f"{name} cannot be captured as a decoder: {first_line(error)}",
-                expected="a forward without decisions that depend on the data",
-            ) from error
+def _capture(session: CaptureSession) -> DecoderCapture:
+    program = session.trace()
+    facts, options, layers = session.facts, session.options, session.layers
+    if facts.own_attention and session.dtype != torch.bfloat16:
+        compute_bfloat16_in_float32(program.graph)
+    constants = name_constants(program, session.rotary.tables)
+    lower(program, session.shared_pasts())
+    used = constant_names(program)
+    count = len(facts.shapes)
+    return DecoderCapture(
+        program=program,
+        input_names=input_names(count),
+        output_names=output_names(count),
+        axis_names=axis_names(count, last_token_logits=options.last_token_logits),
+        constants={name: value for name, value in constants.items() if name in used},
+        derived={name: value for name, value in session.derived.items() if name in used},
+        layers=layers,
+        dtype=session.dtype,
+        context_length=options.context_length,
+        vocab_size=columns(program),
+        share_buffer=not session.plain,
+        norms=len(session.norms),
+        notes=sorted({*session.rotary.notes, *(a.plain for a in layers if a.plain)}),
+    )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bone_fx.capture.decoder.ort_operators import Attribute, routed_experts
 from bone_fx.capture.trace.outside_trace import untraced
+from bone_fx.capture.trace.replacements import configured
 
 BATCHED = "batched_mm"
 """The form of transformers' mixtures of experts that is ATen operators without a loop over data."""
@@ -152,12 +153,13 @@ def _interleaved(stacked: Tensor) -> Tensor:
 
 
 @contextmanager
-def experts_registered() -> Iterator[None]:
-    """While open, transformers knows `FUSED` as an implementation of experts."""
+def experts_interface(model: nn.Module, implementation: str) -> Iterator[None]:
+    """While open, a model's mixtures of experts are written as `FUSED` or `BATCHED` says."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(FUSED, experts_forward)
     try:
-        yield
+        with configured(model, "_experts_implementation_internal", implementation):
+            yield
     finally:
         type(ALL_EXPERTS_FUNCTIONS)._global_mapping.pop(FUSED, None)

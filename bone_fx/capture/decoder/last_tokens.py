@@ -5,7 +5,7 @@ Shape letters: B batch, S new tokens, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -15,13 +15,13 @@ from bone_fx.errors import CaptureError
 
 
 @contextmanager
-def head_of_last_tokens(model: nn.Module, last_B: Mapping[str, Tensor]) -> Iterator[None]:
+def head_of_last_tokens(model: nn.Module, last_tokens: Callable[[], Tensor]) -> Iterator[None]:
     """While open, the model's head reads only the last token of each text.
 
     Args:
         model: A transformers model; the forward of its output embeddings is replaced.
-        last_B: Under `now`, the index of each row's last valid token among the new ones, int64
-            [B]; filled before the head is called. Padding on the right stands behind it.
+        last_tokens: Gives the index of each row's last valid token among the new ones, int64 [B],
+            when the head is called. Padding on the right stands behind it.
 
     Raises:
         CaptureError: The model does not say which module its head is.
@@ -36,7 +36,7 @@ def head_of_last_tokens(model: nn.Module, last_B: Mapping[str, Tensor]) -> Itera
         )
 
     def forward(hidden_BSH: Tensor) -> Tensor:
-        logits: Tensor = type(head).forward(head, rows_at(hidden_BSH, last_B["now"]))
+        logits: Tensor = type(head).forward(head, rows_at(hidden_BSH, last_tokens()))
         return logits
 
     vars(head)["forward"] = forward

@@ -10,7 +10,7 @@ Shape letters: N rows, W width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -122,39 +122,50 @@ def _agree(output: object, expected: Tensor) -> bool:
     )
 
 
+def recognise_norms(model: nn.Module) -> dict[str, Norm]:
+    """The norms of a model that become one operator each, by the paths of their modules."""
+    known: dict[tuple[object, ...], Norm | None] = {}
+    norms = {
+        path: _recognise_once(module, known)
+        for path, module in model.named_modules()
+        if "forward" not in vars(module) and is_candidate(module)
+    }
+    return {path: norm for path, norm in norms.items() if norm is not None}
+
+
+def derived_constants(norms: Mapping[str, Norm]) -> dict[str, Derived]:
+    """The constants `1 + weight` of such norms, by their names in the graph signature."""
+    return {
+        f"{path}.{PLUS_ONE}": Derived(f"{path}.weight", "add_one")
+        for path, norm in norms.items()
+        if norm.plus_one
+    }
+
+
 @contextmanager
-def norms_as_operators(model: nn.Module, derived: dict[str, str]) -> Iterator[int]:
-    """While open, every recognised norm of the model emits one operator; gives their number.
+def norms_as_operators(model: nn.Module, norms: Mapping[str, Norm]) -> Iterator[None]:
+    """While open, each recognised norm of a model emits one operator.
 
     A norm that multiplies by `1 + weight` gets a buffer `weight_plus_one` beside its weight for as
     long as the context is open, so that the sum is a constant of the graph and no node of it.
 
     Args:
         model: The model; the forward of the recognised instances is replaced.
-        derived: Receives the name of each such buffer with the name of the parameter that it comes
-            from.
+        norms: What `recognise_norms` gave for it.
     """
-    known: dict[tuple[object, ...], Norm | None] = {}
-    replaced: list[nn.Module] = []
+    modules = {model.get_submodule(path): norm for path, norm in norms.items()}
     try:
-        for path, module in model.named_modules():
-            if "forward" in vars(module) or not is_candidate(module):
-                continue
-            norm = _recognise_once(module, known)
-            if norm is None:
-                continue
-            replaced.append(module)
-            weight = module._parameters["weight"]
-            assert weight is not None
+        for module, norm in modules.items():
             if norm.plus_one:
+                weight = module._parameters["weight"]
+                assert weight is not None
                 module.register_buffer(
                     PLUS_ONE, torch.empty_like(weight.detach()), persistent=False
                 )
-                derived[f"{path}.{PLUS_ONE}"] = f"{path}.weight"
             _replace_forward(module, norm)
-        yield len(replaced)
+        yield
     finally:
-        for module in replaced:
+        for module in modules:
             vars(module).pop("forward", None)
             module._buffers.pop(PLUS_ONE, None)
             module._non_persistent_buffers_set.discard(PLUS_ONE)

@@ -38,6 +38,20 @@ def forward_replaced(model: nn.Module, forward: Callable[..., Any]) -> Iterator[
 
 
 @contextmanager
+def configured(model: nn.Module, name: str, value: str) -> Iterator[None]:
+    """Sets a field in the configurations of all parts of a model that have it."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    previous = [(config, getattr(config, name)) for config in configs if hasattr(config, name)]
+    try:
+        for config, _ in previous:
+            setattr(config, name, value)
+        yield
+    finally:
+        for config, before in previous:
+            setattr(config, name, before)
+
+
+@contextmanager
 def without_remarks() -> Iterator[None]:
     """Keeps what PyTorch logs about a failing trace from the user, who gets a CaptureError."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")

@@ -45,22 +45,22 @@ class _Stamper:
     """Stands before the forward of each layer of one list."""
 
     def __init__(
-        self, paths: list[str], layers: list[nn.Module], emitters: dict[str, AttentionEmitter]
+        self, paths: list[str], layers: list[nn.Module], emitter: Callable[[], AttentionEmitter]
     ) -> None:
         self.paths = paths
         self.layers = layers
         self.places: list[Place] = numbers_of(layers)
-        self.emitters = emitters
+        self.emitter = emitter
         self.keys: dict[int, Hashable] = {}
         self._traced: dict[Hashable, _Traced] = {}
-        self._emitter: AttentionEmitter | None = None
+        self._last_emitter: AttentionEmitter | None = None
 
     def call(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer, or one node in its place."""
-        layer, emitter = self.layers[index], self.emitters["now"]
+        layer, emitter = self.layers[index], self.emitter()
         run = type(layer).forward
-        if emitter is not self._emitter:  # another trace of the same model
-            self._emitter = emitter
+        if emitter is not self._last_emitter:  # another forward of the same model
+            self._last_emitter = emitter
             self._traced.clear()
         hidden = _hidden(args, kwargs)
         if hidden is None or index not in self.keys:
@@ -99,7 +99,7 @@ class _Stamper:
         return output
 
     def _stamped(self, known: _Traced, index: int, hidden: Tensor) -> Any:
-        emitter = self.emitters["now"]
+        emitter = self.emitter()
         former = next(t for t in pytree.tree_leaves(known.output) if t is not None)
         output = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{LAYER}",
@@ -138,14 +138,14 @@ def _mark(kind: str, tensors: tuple[Tensor, ...], path: str) -> Tensor:
 
 @contextmanager
 def equal_layers_once(
-    model: nn.Module, count: int, emitters: dict[str, AttentionEmitter], computed: set[str]
+    model: nn.Module, count: int, emitter: Callable[[], AttentionEmitter], computed: set[str]
 ) -> Iterator[None]:
     """While open, the model's equal layers are traced once.
 
     Args:
         model: The model, its norms already replaced.
         count: Number of layers of the cache; only lists of that length are looked at.
-        emitters: The emitter of the current trace is at `"now"`.
+        emitter: Gives the emitter of the current forward when a layer is called.
         computed: Names in their modules of buffers that have no value of their own.
     """
     uses: dict[int, int] = {}
@@ -158,7 +158,7 @@ def equal_layers_once(
             layers = list(modules)
             if len({id(layer) for layer in layers}) != count:
                 continue
-            stamper = _Stamper([f"{path}.{i}" for i in range(count)], layers, emitters)
+            stamper = _Stamper([f"{path}.{i}" for i in range(count)], layers, emitter)
             for index, layer in enumerate(layers):
                 if "forward" not in vars(layer) and is_alone(layer, uses):
                     stamper.keys[index] = layer_key(layer, stamper.places, computed)
