@@ -96,9 +96,5 @@ def write_config(
 ) -> None:
     """Write config.json for a checkpoint that got another class or a head of another size."""
     config = with_overrides(base.config, overrides)
-    before = config.architectures
     config.architectures = [architecture.__name__]
-    try:
-        config.to_json_file(folder / _BESIDE_THE_MODEL[0])
-    finally:
-        config.architectures = before
+    config.to_json_file(folder / _BESIDE_THE_MODEL[0])

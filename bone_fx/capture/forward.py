@@ -8,11 +8,11 @@ with names on both sides.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -30,11 +30,11 @@ from bone_fx.capture.trace.examples import BATCH, Examples, read_examples
 from bone_fx.capture.trace.flat_call import flat_forward
 from bone_fx.capture.trace.hf_model import is_transformers_model, traceable
 from bone_fx.capture.trace.restoring import unchanged
+from bone_fx.capture.trace.tracing import DynamicShapes, choices_of_sizes
 from bone_fx.errors import BoneFxError, CaptureError, UsageError
 from bone_fx.passes.dropout import set_dropout
 
 ExampleInputs = Mapping[str, Any] | Sequence[Any] | torch.Tensor
-DynamicShapes = Mapping[str, Any] | Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,7 @@ def _capture(
     model: torch.nn.Module, examples: Examples, dynamic_shapes: DynamicShapes | None
 ) -> ForwardCapture:
     transformers = is_transformers_model(model)
-    as_given = replace(examples, inputs=examples.as_given)
-    attempts: list[tuple[Examples, dict[str, Any]]]
-    if dynamic_shapes is not None:
-        attempts = [(as_given, _by_input(examples, dynamic_shapes))]
-    else:
-        attempts = [(examples, examples.dynamic_shapes(dim)) for dim in (Dim.DYNAMIC, Dim.AUTO)]
-        if not transformers:
-            attempts.append((as_given, examples.dynamic_shapes(None)))
+    attempts = choices_of_sizes(model, examples, dynamic_shapes)
     roles: Roles = examples.varying if dynamic_shapes is None else roles_of(attempts[0][1])
     first: Exception | None = None
     for choice, shapes in attempts:
@@ -182,14 +175,6 @@ def _traced_inputs(model: torch.nn.Module, examples: Examples) -> dict[str, Any]
             )
             for name, value in examples.inputs.items()
         }
-
-
-def _by_input(examples: Examples, dynamic_shapes: DynamicShapes) -> dict[str, Any]:
-    if isinstance(dynamic_shapes, Mapping):
-        given = dict(dynamic_shapes)
-    else:
-        given = dict(zip(examples.inputs, dynamic_shapes, strict=False))
-    return {name: given.get(name) for name in examples.inputs}
 
 
 def evaluation_copy(graph_module: GraphModule) -> GraphModule:

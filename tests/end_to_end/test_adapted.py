@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -430,6 +431,30 @@ def test_a_backward_of_its_own_is_refused(how: str) -> None:
             OwnBackward(how), bone_fx.BoneConfig(r=8, target_modules=["body"]), (inputs_of_net(),)
         )
     assert torch.autograd.Function.__dict__["apply"] is apply
+
+
+def test_a_thread_that_trains_during_a_capture_is_left_alone() -> None:
+    x = torch.ones(2, requires_grad=True)
+    gradients: list[Tensor] = []
+
+    def train() -> None:
+        y = _Reversed.apply(x)  # type: ignore[no-untyped-call]
+        y.register_hook(gradients.append)
+        y.sum().backward()
+
+    class Waiting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            thread = threading.Thread(target=train)
+            thread.start()
+            thread.join()
+            return super().forward(x)
+
+    net = nn.Sequential(Waiting(48, 48))
+    bone_fx.adapt(net, bone_fx.BoneConfig(r=8, target_modules=["0"]), (inputs_of_net(),))
+    assert gradients
+    assert all(torch.equal(gradient, torch.ones(2)) for gradient in gradients)
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full((2,), -float(len(gradients))))
 
 
 def test_a_weight_that_is_used_both_ways_is_refused() -> None:

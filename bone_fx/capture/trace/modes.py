@@ -8,6 +8,7 @@ mode, and the capture is refused with the setting that avoids it.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -131,11 +132,17 @@ _DERIVATIVES = frozenset({"transformers.models.bloom.modeling_bloom.GeLUFunction
 """Functions whose backward is the derivative of their forward."""
 
 
+_ONE_AT_A_TIME = threading.RLock()
+"""Held while the two methods of torch are other ones, so that each trace restores the originals."""
+
+
 @contextmanager
 def refuse_own_backward(model: torch.nn.Module) -> Iterator[None]:
     """While open, refuses what changes gradients: a graph holds the forward, and derives those.
 
-    PyTorch's own functions are let through, and those of `_DERIVATIVES`.
+    PyTorch's own functions are let through, and those of `_DERIVATIVES`. No mode of PyTorch sees
+    `Function.apply` (torch 2.13), so it is another method meanwhile, which does as before for every
+    thread but this one.
 
     Raises:
         CaptureError: A module has a backward hook, or the forward calls a `torch.autograd.Function`
@@ -144,24 +151,28 @@ def refuse_own_backward(model: torch.nn.Module) -> Iterator[None]:
     for name, module in model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             raise _own_backward(model, f"{name or 'the model'} has a backward hook")
-    function, tensor = torch.autograd.Function, torch.Tensor
-    before = function.__dict__["apply"], tensor.__dict__["register_hook"]
+    function, tensor, tracing = torch.autograd.Function, torch.Tensor, threading.get_ident()
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         name = f"{cls.__module__}.{cls.__qualname__}"
-        if not name.startswith("torch.") and name not in _DERIVATIVES:
+        known = name.startswith("torch.") or name in _DERIVATIVES
+        if not known and threading.get_ident() == tracing:
             raise _own_backward(model, f"its forward calls {name}")
         return before[0].__get__(None, cls)(*args, **kwargs)
 
     def register_hook(self: torch.Tensor, hook: Any) -> Any:
-        raise _own_backward(model, "its forward hooks the gradient of a tensor")
+        if threading.get_ident() == tracing:
+            raise _own_backward(model, "its forward hooks the gradient of a tensor")
+        return before[1](self, hook)
 
-    function.apply = classmethod(apply)  # type: ignore[assignment]
-    tensor.register_hook = register_hook  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        function.apply, tensor.register_hook = before  # type: ignore[method-assign]
+    with _ONE_AT_A_TIME:
+        before = function.__dict__["apply"], tensor.__dict__["register_hook"]
+        function.apply = classmethod(apply)  # type: ignore[assignment]
+        tensor.register_hook = register_hook  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            function.apply, tensor.register_hook = before  # type: ignore[method-assign]
 
 
 def _own_backward(model: torch.nn.Module, found: str) -> CaptureError:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
-from bone_fx.capture.trace.dynamic_axes import fixed_size
+from bone_fx.capture.trace.dynamic_axes import fixed_dims, reason_line, user_inputs
 from bone_fx.capture.trace.examples import Examples
 from bone_fx.capture.trace.flat_call import flat_forward
 from bone_fx.capture.trace.hf_model import is_transformers_model, traceable
@@ -50,13 +50,13 @@ def trace(
         CaptureError: It cannot be traced.
     """
     first: Exception | None = None
-    for choice, shapes in _choices(model, examples, dynamic_shapes):
+    for choice, shapes in choices_of_sizes(model, examples, dynamic_shapes):
         try:
             program = _export(model, choice, shapes)
         except Exception as error:  # noqa: BLE001 -- whatever the model or the tracer raises is a refusal
             first = first or error
             continue
-        notes = () if first is None else tuple(_fixed(choice, program, first))
+        notes = () if first is None else _fixed(choice, program, first)
         return Trace(program, choice, notes)
     assert first is not None
     if isinstance(first, CaptureError):
@@ -71,22 +71,30 @@ def trace(
     ) from first
 
 
-def _choices(
+def choices_of_sizes(
     model: torch.nn.Module, examples: Examples, dynamic_shapes: DynamicShapes | None
 ) -> list[tuple[Examples, dict[str, Any]]]:
-    """What to try in turn: all that varies; what of it the model allows; else nothing varies."""
+    """What to trace in turn until one works, with `torch.export`'s dynamic shapes for each.
+
+    First all varies that should; then what of it the model allows; and at last, for a model that is
+    not of transformers, nothing.
+
+    Args:
+        model: The model.
+        examples: Its example inputs.
+        dynamic_shapes: The caller's own, which are the only choice.
+    """
+    as_given = replace(examples, inputs=examples.as_given)
     if dynamic_shapes is not None:
-        names = list(examples.inputs)
-        given = (
+        shapes = (
             dynamic_shapes
             if isinstance(dynamic_shapes, Mapping)
-            else dict(zip(names, dynamic_shapes, strict=False))
+            else dict(zip(examples.inputs, dynamic_shapes, strict=False))
         )
-        as_given = replace(examples, inputs=examples.as_given)
-        return [(as_given, {name: given.get(name) for name in names})]
+        return [(as_given, {name: shapes.get(name) for name in examples.inputs})]
     choices = [(examples, examples.dynamic_shapes(dim)) for dim in (Dim.DYNAMIC, Dim.AUTO)]
     if not is_transformers_model(model):
-        static = replace(examples, inputs=examples.as_given, varying={})
+        static = replace(as_given, varying={})
         choices.append((static, static.dynamic_shapes(None)))
     return choices
 
@@ -107,23 +115,11 @@ def _let_go() -> None:
     getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
 
 
-def _fixed(examples: Examples, program: ExportedProgram, reason: Exception) -> list[str]:
+def _fixed(examples: Examples, program: ExportedProgram, reason: Exception) -> tuple[str, ...]:
     """Says which dimensions that were meant to vary do not."""
-    placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
-    notes: list[str] = []
     if not examples.varying:
-        return [f"every size is fixed at the example's: {first_line(reason)}"]
-    for name, dimensions in examples.varying.items():
-        node = placeholders.get(name)
-        value = None if node is None else node.meta.get("val")
-        if not isinstance(value, torch.Tensor):
-            continue
-        notes.extend(
-            f"dimension {axis} of {name} ({role}) is fixed at {fixed}: {first_line(reason)}"
-            for axis, role in dimensions.items()
-            if (fixed := fixed_size(value.shape[axis])) is not None
-        )
-    return notes
+        return (f"every size is fixed at the example's: {reason_line(reason)}",)
+    return fixed_dims(user_inputs(program), examples.varying, reason)
 
 
 def _line_of(error: Exception) -> str:
