@@ -59,6 +59,8 @@ With transformers 5.23 it builds gemma3_text only if the configuration is given 
 
 MORE = {"olmo2": (("norms over the full q/k width", 2), ("norms after the blocks", 2))}
 EXPERTS = ("mixtral", "qwen3_moe")
+WRITTEN_OUT = {"bloom": 34, "falcon": 29}
+"""Nodes a layer of models that compute their attention by themselves: their own code stays."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ def limit_of(name: str, *, builder: bool) -> Limit:
         return Limit(BUILDER[name], f"the builder's ({VERSION})")
     if name in EXPERTS:
         return Limit(None, "experts, which the builder does not know")
+    if name in WRITTEN_OUT:
+        return Limit(WRITTEN_OUT[name], "attention of the model's own, written out")
     more = MORE.get(name, ())
     reasons = [f"{DENSE} for a dense layer", *(f"{count} for {what}" for what, count in more)]
     return Limit(DENSE + sum(count for _, count in more), " + ".join(reasons))
