@@ -82,7 +82,7 @@ class PassThroughCache:
                 f"{where} changes keys or values between the cache and the attention",
                 expected="the tensors that past_key_values.update gave back",
             )
-        return layer, self.pasts.own(layer)
+        return layer, self.pasts.of_layer(layer)
 
     def finish(self) -> list[tuple[Tensor, Tensor]]:
         """The present key and value of every traced layer, in order.

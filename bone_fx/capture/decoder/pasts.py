@@ -2,7 +2,7 @@
 
 A model of a hundred layers has two hundred pasts, and each input costs a trace time. So a trace
 sees one pair for each shape; a layer that is traced takes its own through a mark,
-`Past(past) layer=7 kind=0`, and `spread_pasts` gives every layer inputs and outputs of its own.
+`Past(past) layer=7 kind=0`, and `spread_pasts` gives every layer its inputs and outputs.
 
 Shape letters: B batch, K key/value heads, P past tokens, D head size.
 """
@@ -47,7 +47,7 @@ class Pasts:
         self._pairs = pairs
         self._of = of
         self._shared = shared
-        self._own: dict[int, Pair] = {}
+        self._marks: dict[int, Pair] = {}
 
     def __len__(self) -> int:
         return len(self._of)
@@ -56,14 +56,14 @@ class Pasts:
         """A pair of the shapes and dtypes of a layer's own."""
         return self._pairs[self._of[layer]]
 
-    def own(self, layer: int) -> Pair:
-        """A layer's own pair."""
+    def of_layer(self, layer: int) -> Pair:
+        """The pair that belongs to one layer."""
         if not self._shared:
             return self.like(layer)
-        if layer not in self._own:
+        if layer not in self._marks:
             key, value = self.like(layer)
-            self._own[layer] = (_mark(key, layer, 0), _mark(value, layer, 1))
-        return self._own[layer]
+            self._marks[layer] = (_mark(key, layer, 0), _mark(value, layer, 1))
+        return self._marks[layer]
 
 
 def _mark(past: Tensor, layer: int, kind: int) -> Tensor:
@@ -109,9 +109,9 @@ def spread_pasts(program: ExportedProgram, shared: SharedPasts) -> None:
     """
     pasts = _spread_inputs(program, shared.of)
     graph = program.graph
-    logits, *found = graph.output_node().args[0]
+    logits, *traced = graph.output_node().args[0]
     presents: dict[int, Sequence[Node]] = {
-        layer: found[2 * place : 2 * place + 2] for place, layer in enumerate(shared.traced)
+        layer: traced[2 * place : 2 * place + 2] for place, layer in enumerate(shared.traced)
     }
     for node in list(graph.nodes):
         if is_operator(node, DOMAIN, PAST):
@@ -132,15 +132,15 @@ def spread_pasts(program: ExportedProgram, shared: SharedPasts) -> None:
 def _spread_inputs(program: ExportedProgram, of: Sequence[int]) -> list[NodePair]:
     graph, specs = program.graph, program.graph_signature.input_specs
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    given = [spec for spec in specs if spec.kind == InputKind.USER_INPUT]
-    shared = [placeholders[spec.arg.name] for spec in given[2:]]
+    inputs = [spec for spec in specs if spec.kind == InputKind.USER_INPUT]
+    shared = [placeholders[spec.arg.name] for spec in inputs[2:]]
     pasts: list[NodePair] = []
     with graph.inserting_before(shared[0]):
         for pair in of:
-            own = [graph.placeholder(f"past_{len(pasts)}_{kind}") for kind in ("key", "value")]
-            for node, like in zip(own, shared[2 * pair :], strict=False):
+            new = [graph.placeholder(f"past_{len(pasts)}_{kind}") for kind in ("key", "value")]
+            for node, like in zip(new, shared[2 * pair :], strict=False):
                 node.meta = dict(like.meta)
-            pasts.append((own[0], own[1]))
+            pasts.append((new[0], new[1]))
     for number, node in enumerate(shared):
         node.replace_all_uses_with(pasts[of.index(number // 2)][number % 2])
         graph.erase_node(node)

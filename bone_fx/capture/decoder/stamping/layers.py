@@ -75,7 +75,7 @@ class _Stamper:
         known = self._traced.get(key)
         if known is not None:
             return self._stamped(known, index, hidden)
-        entered = _mark(ENTRY, (hidden, *emitter.cache.pasts.own(index)), self.paths[index])
+        entered = _mark(ENTRY, (hidden, *emitter.cache.pasts.of_layer(index)), self.paths[index])
         args, kwargs = pytree.tree_map(lambda x: entered if x is hidden else x, (args, kwargs))
         number = LayerNumber(index)
         before = len(emitter.layers)
