@@ -60,13 +60,13 @@ class ConcatenatingCache(PassThroughCache):
         """Past and new keys and values, [B, K, P + S, D]."""
         new = super().update(key_states, value_states, layer_idx)
         layer, past = self.take(*new, "the model")
-        heads, _, size = key_states.shape[1:]
+        size = int(key_states.shape[3])
         self._layers.append(
             AttentionLayer(
                 layer=layer,
                 heads=self._heads,
-                kv_heads=int(heads),
-                key_size=int(size),
+                kv_heads=int(key_states.shape[1]),
+                key_size=size,
                 value_size=int(value_states.shape[3]),
                 scale=float(size**-0.5),
                 window=None,
