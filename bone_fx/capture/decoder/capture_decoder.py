@@ -29,12 +29,16 @@ from torch.export import ExportedProgram
 
 from bone_fx.capture.decoder.attention_emitter import AttentionLayer
 from bone_fx.capture.decoder.experts import BATCHED, OtherRoutingError
-from bone_fx.capture.decoder.facts import ModelFacts, OtherFactsError, SessionOptions
 from bone_fx.capture.decoder.interface import axis_names, input_names, output_names, shapes_from
 from bone_fx.capture.decoder.lower_program import columns, constant_names, lower, name_constants
 from bone_fx.capture.decoder.norms import Derived
 from bone_fx.capture.decoder.own_attention import compute_bfloat16_in_float32
-from bone_fx.capture.decoder.session import CaptureSession
+from bone_fx.capture.decoder.session import (
+    CaptureSession,
+    ModelFacts,
+    OtherFactsError,
+    SessionOptions,
+)
 from bone_fx.collector import old_objects_left_alone
 from bone_fx.errors import CaptureError
 

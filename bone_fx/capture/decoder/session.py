@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +24,8 @@ from bone_fx.capture.decoder.attention_emitter import (
     attention_interface,
     why_plain,
 )
-from bone_fx.capture.decoder.experts import experts_interface
-from bone_fx.capture.decoder.facts import ModelFacts, OtherFactsError, SessionOptions
-from bone_fx.capture.decoder.interface import dynamic_shapes, example_inputs
+from bone_fx.capture.decoder.experts import FUSED, experts_interface
+from bone_fx.capture.decoder.interface import KeyValueShape, dynamic_shapes, example_inputs
 from bone_fx.capture.decoder.kv_cache import PassThroughCache
 from bone_fx.capture.decoder.last_tokens import head_of_last_tokens
 from bone_fx.capture.decoder.norms import (
@@ -50,6 +49,52 @@ from bone_fx.errors import BoneFxError, CaptureError, first_line
 
 DEFAULT_POSITIONS = 1 << 15
 """Positions of the rotary tables where no configuration limits them."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a trace has to know of a model beforehand.
+
+    Attributes:
+        shapes: Heads, key columns and value columns of the cache, by layer.
+        own_attention: Whether the model attends by itself and does not ask transformers.
+        experts: transformers' name of how mixtures of experts are written.
+    """
+
+    shapes: tuple[KeyValueShape, ...]
+    own_attention: bool = False
+    experts: str = FUSED
+
+
+class OtherFactsError(Exception):
+    """A trace contradicts what was assumed about the model.
+
+    Attributes:
+        facts: What the trace says.
+        what: The fact that is another one, in words.
+    """
+
+    def __init__(self, facts: ModelFacts, what: str) -> None:
+        super().__init__(what)
+        self.facts = facts
+        self.what = what
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """What the caller of `capture_decoder` chooses, with the context length of the configuration.
+
+    Attributes:
+        context_length: Number of positions; None where nothing limits it.
+        unfused: Why attention is written out; None for the operator.
+        stamp: Whether equal layers are traced once.
+        last_token_logits: Whether the head reads the last token of each text only.
+    """
+
+    context_length: int | None
+    unfused: str | None
+    stamp: bool
+    last_token_logits: bool
 
 
 class Replacement(NamedTuple):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, nn
 
-from bone_fx.capture.decoder.layer_number import LayerNumber
+from bone_fx.capture.decoder.kv_cache import LayerNumber
 
 Place = tuple[str, str]
 """Path of a module in its layer, and the name of one of its attributes."""

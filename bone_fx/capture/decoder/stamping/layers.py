@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bone_fx.capture.decoder.attention_emitter import AttentionEmitter
-from bone_fx.capture.decoder.layer_number import LayerNumber
+from bone_fx.capture.decoder.kv_cache import LayerNumber
 from bone_fx.capture.decoder.stamping.keys import (
     Place,
     count_tensors,
