@@ -32,6 +32,7 @@ from bone_fx.capture.trace.hf_model import is_transformers_model, traceable
 from bone_fx.capture.trace.restoring import unchanged
 from bone_fx.capture.trace.tracing import DynamicShapes, choices_of_sizes
 from bone_fx.errors import BoneFxError, CaptureError, UsageError
+from bone_fx.graphs import copy_graph
 from bone_fx.passes.dropout import set_dropout
 
 ExampleInputs = Mapping[str, Any] | Sequence[Any] | torch.Tensor
@@ -179,9 +180,7 @@ def _traced_inputs(model: torch.nn.Module, examples: Examples) -> dict[str, Any]
 
 def evaluation_copy(graph_module: GraphModule) -> GraphModule:
     """The graph on its own, without guards, in evaluation; parameters are shared."""
-    graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
-    graph.set_codegen(graph_module.graph._codegen)
+    graph = copy_graph(graph_module.graph)
     for node in graph.find_nodes(op="call_module", target="_guards_fn"):
         graph.erase_node(node)
     copied = GraphModule(graph_module, graph, type(graph_module).__name__)

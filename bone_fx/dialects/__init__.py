@@ -13,7 +13,7 @@ from torch import fx
 
 from bone_fx.dialects import adapted_calls, aten, functional, module_calls
 from bone_fx.dialects.linear_use import LinearUse
-from bone_fx.dialects.parameter_source import tensor_at
+from bone_fx.graphs import attribute_at
 from bone_fx.sites import LinearSite, Refusal
 
 FORMS: tuple[Callable[[fx.GraphModule, fx.Node], LinearUse | None], ...] = (
@@ -87,12 +87,13 @@ def find_module_sites(model: torch.nn.Module) -> tuple[list[LinearSite], list[Re
 
 
 def _is_matrix(gm: fx.GraphModule, name: str) -> bool:
-    tensor = tensor_at(gm, name)
+    tensor = attribute_at(gm, name)
     return isinstance(tensor, torch.nn.Parameter) and tensor.dim() >= 2
 
 
 def _reason(gm: fx.GraphModule, node: fx.Node) -> str:
-    shape = list(tensor.shape) if (tensor := tensor_at(gm, str(node.target))) is not None else []
+    tensor = attribute_at(gm, str(node.target))
+    shape = list(tensor.shape) if isinstance(tensor, torch.Tensor) else []
     readers = sorted({str(user.target) for user in node.users})
     kind = "a stack of expert weights" if len(shape) == 3 else "a parameter"
     return f"{kind} of shape {shape} read by {', '.join(readers) or 'nothing'}, not a linear layer"

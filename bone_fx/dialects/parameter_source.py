@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from bone_fx.graphs import attribute_at
+
 _TRANSPOSES = {
     torch.ops.aten.t.default,
     torch.ops.aten.numpy_T.default,
@@ -26,18 +28,10 @@ def weight_behind(gm: fx.GraphModule, argument: object) -> tuple[str, torch.Tens
     if not isinstance(argument, fx.Node) or argument.op != "get_attr":
         return None
     name = str(argument.target)
-    tensor = tensor_at(gm, name)
-    if tensor is None or tensor.dim() != 2:
+    tensor = attribute_at(gm, name)
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
         return None
     return name, tensor, flipped
-
-
-def tensor_at(gm: torch.nn.Module, name: str) -> torch.Tensor | None:
-    """The tensor attribute at a dotted name, or None."""
-    value: object = gm
-    for part in name.split("."):
-        value = getattr(value, part, None)
-    return value if isinstance(value, torch.Tensor) else None
 
 
 def _is_transpose(node: fx.Node) -> bool:

@@ -27,16 +27,17 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from bone_fx.graphs import erase_unread
 from bone_fx.operators import GATE_PRODUCT, RMS_NORM, ROTARY
-from bone_fx.passes.frame import erase_unread
+from bone_fx.passes.frame import Outcome
 
 aten = torch.ops.aten
 
 _WHOLE = (torch.float32, torch.float64)
 
 
-def keep_less(graph: Graph) -> int:
-    """Replace norms, gated products and rotary embeddings, in place; how many."""
+def keep_less(graph: Graph) -> Outcome:
+    """Replace norms, gated products and rotary embeddings."""
     changed = 0
     for node in list(graph.nodes):
         if not node.users:  # of what was replaced before
@@ -45,7 +46,7 @@ def keep_less(graph: Graph) -> int:
             changed += _normalise(graph, node) or _gate(graph, node)
         elif node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
             changed += _rotate(graph, node)
-    return changed
+    return Outcome(modified=changed > 0)
 
 
 def _normalise(graph: Graph, product: Node) -> bool:

@@ -15,12 +15,13 @@ import torch
 from torch.fx import Graph
 
 from bone_fx.operators import HEAD
+from bone_fx.passes.frame import Outcome
 
 aten = torch.ops.aten
 
 
-def defer_logits(graph: Graph) -> int:
-    """Replace products that only the output reads, in place; how many."""
+def defer_logits(graph: Graph) -> Outcome:
+    """Replace products that only the output reads."""
     heads = [
         node
         for node in graph.output_node().all_input_nodes
@@ -28,4 +29,4 @@ def defer_logits(graph: Graph) -> int:
     ]
     for node in heads:
         node.target = HEAD
-    return len(heads)
+    return Outcome(modified=bool(heads))

@@ -1,4 +1,4 @@
-"""Lets attention read grouped keys and values as they are, instead of one copy a query head.
+"""Lets attention read grouped keys and values as they are, and leave out a mask that hides nothing.
 
 Before:
     %u = aten.unsqueeze(%k [B, G, T, D], 2); %e = aten.expand(%u, [B, G, n, T, D])
@@ -8,8 +8,10 @@ Before:
 After:
     %y = bone_fx.attention(%q, %k, %v, %mask, enable_gqa=True)
 
-The operator repeats them where the device's kernels do not take them so. For the form in which a
-graph runs (`lean.form`).
+The operator repeats them where the device's kernels do not take them so. It also looks at the
+mask's values, which no trace can: one that hides nothing, or only what comes later, is left out.
+Attention under a mask whose heads are not repeated (`look_at_masks`) becomes the same operator:
+    %y = bone_fx.attention(%q, %k, %v, %mask)
 """
 
 from __future__ import annotations
@@ -19,17 +21,18 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from bone_fx.graphs import erase_unread
 from bone_fx.operators import ATTENTION
-from bone_fx.passes.frame import erase_unread
+from bone_fx.passes.frame import Outcome
 
 aten = torch.ops.aten
 
 _TO_THE_END = 1 << 62
 
 
-def group_heads(graph: Graph) -> int:
-    """Rewrite attention over repeated keys and values, in place; how many."""
-    changed = 0
+def group_heads(graph: Graph) -> Outcome:
+    """Rewrite attention over repeated keys and values."""
+    changed = False
     for node in graph.find_nodes(
         op="call_function", target=aten.scaled_dot_product_attention.default
     ):
@@ -45,8 +48,21 @@ def group_heads(graph: Graph) -> int:
         node.kwargs = {**node.kwargs, "enable_gqa": True}
         for repeated in (key, value):
             erase_unread(graph, repeated)
-        changed += 1
-    return changed
+        changed = True
+    return Outcome(modified=changed)
+
+
+def look_at_masks(graph: Graph) -> Outcome:
+    """Rewrite attention under a mask of its own argument."""
+    changed = False
+    for node in graph.find_nodes(
+        op="call_function", target=aten.scaled_dot_product_attention.default
+    ):
+        is_masked = len(node.args) in (4, 5) and isinstance(node.args[3], Node)
+        if is_masked and set(node.kwargs) <= {"scale", "enable_gqa"}:
+            node.target = ATTENTION
+            changed = True
+    return Outcome(modified=changed)
 
 
 def _before_repetition(node: Any) -> Node | None:

@@ -24,10 +24,11 @@ from torch.fx import Graph, Node
 
 from bone_fx.dialects.adapted_calls import META, AdaptedArguments
 from bone_fx.operators import ADAPTED_LINEAR, ADAPTED_LINEARS, JOINED_METHODS
+from bone_fx.passes.frame import Outcome
 
 
-def join_sites(graph: Graph) -> int:
-    """Replace the nodes of sites that share an input by one, in place; how many there are now."""
+def join_sites(graph: Graph) -> Outcome:
+    """Replace the nodes of sites that share an input by one."""
     groups: dict[tuple[Node, bool, bool, str], list[Node]] = defaultdict(list)
     for node in graph.nodes:
         if node.target is ADAPTED_LINEAR and _joins(arguments := AdaptedArguments.of(node)):
@@ -36,7 +37,7 @@ def join_sites(graph: Graph) -> int:
     shared = [nodes for nodes in groups.values() if len(nodes) > 1]
     for nodes in shared:
         _join(graph, nodes)
-    return len(shared)
+    return Outcome(modified=bool(shared))
 
 
 def _joins(arguments: AdaptedArguments) -> bool:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from bone_fx.lower.symbolic import (
     CONTRIB,
@@ -31,7 +31,7 @@ from bone_fx.lower.symbolic import (
     operands,
     rewrite,
 )
-from bone_fx.passes.frame import PassResult, copy_module, graph_pass
+from bone_fx.passes.frame import Outcome
 
 aten = torch.ops.aten
 
@@ -41,19 +41,13 @@ _CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout)
 _DIVISIONS = (aten.div.Tensor, aten.div_.Tensor)
 
 
-@graph_pass
-def absorb_routing(gm: GraphModule) -> PassResult:
+def absorb_routing(graph: Graph) -> Outcome:
     """Makes a MoE of every RoutedExperts of which the routing is recognised."""
-    if not has_routed_experts(gm.graph):
-        return PassResult(gm, modified=False)
-    copied = copy_module(gm)
-    graph = copied.graph
     changed = 0
     for node in list(graph.nodes):
         if is_operator(node, DOMAIN, ROUTED):
             changed += _absorb(graph, node)
-    graph.eliminate_dead_code()
-    return PassResult(copied if changed else gm, modified=changed > 0)
+    return Outcome(modified=changed > 0)
 
 
 def has_routed_experts(graph: Graph) -> bool:

@@ -16,10 +16,10 @@ After:
 from __future__ import annotations
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
-from bone_fx.passes.frame import PassResult, copy_module, graph_pass
+from bone_fx.passes.frame import Outcome
 
 aten = torch.ops.aten
 
@@ -33,21 +33,12 @@ RESHAPES = {
 COPIES = {aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default}
 
 
-@graph_pass
-def cancel_reshapes(gm: GraphModule) -> PassResult:
-    """Removes reshapes of reshapes, transpositions of transpositions, and copies."""
-    copied = copy_module(gm)
-    changed = _cancel(copied.graph)
-    copied.graph.eliminate_dead_code()
-    return PassResult(copied if changed else gm, modified=changed > 0)
+def cancel_reshapes(graph: Graph) -> Outcome:
+    """Removes reshapes of reshapes, transpositions of transpositions, and copies.
 
-
-def _cancel(graph: Graph) -> int:
-    changed = 0
-    if any(_is_mutable(node) for node in graph.nodes):
-        return (
-            0  # views and copies of a graph that changes tensors in place are not interchangeable
-        )
+    It requires `no_mutable_operators`: where tensors change in place, a view and a copy differ.
+    """
+    changed = False
     for node in list(graph.nodes):
         source = _source(node)
         if source is not None:
@@ -56,7 +47,7 @@ def _cancel(graph: Graph) -> int:
                     user.target = aten.reshape.default
             node.replace_all_uses_with(source)
             graph.erase_node(node)
-            changed += 1
+            changed = True
         elif node.target in RESHAPES and _is_reshape(node.args[0]):
             base = node.args[0].args[0]
             with graph.inserting_before(node):
@@ -67,12 +58,8 @@ def _cancel(graph: Graph) -> int:
             merged.meta = dict(node.meta)
             node.replace_all_uses_with(merged)
             graph.erase_node(node)
-            changed += 1
-    return changed
-
-
-def _is_mutable(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+            changed = True
+    return Outcome(modified=changed)
 
 
 def _source(node: Node) -> Node | None:

@@ -12,28 +12,22 @@ After:
 from __future__ import annotations
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
-from bone_fx.passes.frame import PassResult, copy_module, graph_pass
+from bone_fx.passes.frame import Outcome
 
 aten = torch.ops.aten
 
 
-@graph_pass
-def find_linears(gm: GraphModule) -> PassResult:
+def find_linears(graph: Graph) -> Outcome:
     """Replaces such products, with the bias that is added to them."""
-    if not gm.graph.find_nodes(op="call_function", target=aten.matmul.default):
-        return PassResult(gm, modified=False)
-    copied = copy_module(gm)
-    graph = copied.graph
     changed = False
     for node in graph.find_nodes(op="call_function", target=aten.matmul.default, sort=True):
         weight = _turned(node.args[1])
         if weight is not None and not node.kwargs:
             _replace(graph, node, weight)
             changed = True
-    graph.eliminate_dead_code()
-    return PassResult(copied if changed else gm, modified=changed)
+    return Outcome(modified=changed)
 
 
 def _turned(node: object) -> Node | None:

@@ -14,21 +14,16 @@ Only where the second view brings back the sizes that the first one joined.
 from __future__ import annotations
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, Node
 
 from bone_fx.lower.cancel_reshapes import VIEWS
-from bone_fx.passes.frame import PassResult, copy_module, graph_pass
+from bone_fx.passes.frame import Outcome
 
 aten = torch.ops.aten
 
 
-@graph_pass
-def flatten_products(gm: GraphModule) -> PassResult:
+def flatten_products(graph: Graph) -> Outcome:
     """Replaces addmm between two views by a linear on the tensor before the first."""
-    if not gm.graph.find_nodes(op="call_function", target=aten.addmm.default):
-        return PassResult(gm, modified=False)
-    copied = copy_module(gm)
-    graph = copied.graph
     changed = False
     for node in graph.find_nodes(op="call_function", target=aten.addmm.default, sort=True):
         users = list(node.users)
@@ -48,8 +43,7 @@ def flatten_products(gm: GraphModule) -> PassResult:
         graph.erase_node(back)
         graph.erase_node(node)
         changed = True
-    graph.eliminate_dead_code()
-    return PassResult(copied if changed else gm, modified=changed)
+    return Outcome(modified=changed)
 
 
 def _parts(node: Node) -> tuple[Node, Node, Node] | None:

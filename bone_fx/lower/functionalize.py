@@ -15,24 +15,29 @@ can tell. What else changes tensors in place stays.
 from __future__ import annotations
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, Node
 
-from bone_fx.passes.frame import PassResult, copy_module, graph_pass
+from bone_fx.passes.frame import Outcome
 
 
-@graph_pass
-def functionalize(gm: GraphModule) -> PassResult:
+def functionalize(graph: Graph) -> Outcome:
     """Replaces operators that change a tensor of their own in place."""
-    if all(_counterpart(node) is None for node in gm.graph.nodes):
-        return PassResult(gm, modified=False)
-    copied = copy_module(gm)
     changed = False
-    for node in copied.graph.nodes:
+    for node in graph.nodes:
         plain = _counterpart(node)
         if plain is not None:
             node.target = plain
             changed = True
-    return PassResult(copied if changed else gm, modified=changed)
+    return Outcome(modified=changed)
+
+
+def no_mutable_operators(graph: Graph) -> Node | None:
+    """Requires that nothing changes a tensor in place; gives the first node that does."""
+    return next((node for node in graph.nodes if _is_mutable(node)), None)
+
+
+def _is_mutable(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _counterpart(node: Node) -> torch._ops.OpOverload | None:

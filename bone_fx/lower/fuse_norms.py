@@ -21,24 +21,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from bone_fx.lower.cancel_reshapes import same_shape
 from bone_fx.lower.symbolic import CONTRIB, attributes, insert_operator, is_operator, operands
-from bone_fx.passes.frame import PassResult, copy_module, graph_pass
+from bone_fx.passes.frame import Outcome
 
 aten = torch.ops.aten
 
 NORMED, SUM = 0, 3
 
 
-@graph_pass
-def fuse_norms(gm: GraphModule) -> PassResult:
+def fuse_norms(graph: Graph) -> Outcome:
     """Replaces additions and norms by ONNX Runtime's skip-norm operators."""
-    copied = copy_module(gm)
-    graph = copied.graph
     changed = sum(_fuse(graph, node) for node in list(graph.nodes))
-    return PassResult(copied if changed else gm, modified=changed > 0)
+    return Outcome(modified=changed > 0)
 
 
 def _fuse(graph: Graph, norm: Node) -> bool:

@@ -20,10 +20,10 @@ it as it was.
 from __future__ import annotations
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, Node
 
 from bone_fx.lower.cancel_reshapes import VIEWS, same_size
-from bone_fx.passes.frame import PassResult, copy_module, graph_pass
+from bone_fx.passes.frame import Outcome
 
 aten = torch.ops.aten
 
@@ -46,12 +46,10 @@ BY_ELEMENT = {
 Sizes = tuple[int | torch.SymInt, ...]
 
 
-@graph_pass
-def keep_tokens(gm: GraphModule) -> PassResult:
+def keep_tokens(graph: Graph) -> Outcome:
     """Takes the views away from around operators that treat each token by itself."""
-    copied = copy_module(gm)
     leading: dict[Node, Sizes] = {}
-    for node in copied.graph.nodes:
+    for node in graph.nodes:
         sizes = _joined(node) or _passed_on(node, leading)
         if sizes is not None:
             leading[node] = sizes
@@ -61,8 +59,7 @@ def keep_tokens(gm: GraphModule) -> PassResult:
     changed = [node for node in leading if node.target not in VIEWS]
     for node in changed:
         _change(node, leading)
-    copied.graph.eliminate_dead_code()
-    return PassResult(copied if changed else gm, modified=bool(changed))
+    return Outcome(modified=bool(changed))
 
 
 def _joined(node: Node) -> Sizes | None:

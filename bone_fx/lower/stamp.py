@@ -20,32 +20,29 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from bone_fx.errors import PassError
 from bone_fx.lower.symbolic import attributes, is_operator, operands
-from bone_fx.passes.frame import PassResult, copy_module, graph_pass
+from bone_fx.passes.frame import Outcome
 
 DOMAIN = "bone_fx"
 ENTRY, EXIT, LAYER = "LayerEntry", "LayerExit", "Layer"
 
 
-@graph_pass
-def stamp(gm: GraphModule, constants: Mapping[str, str]) -> PassResult:
+def stamp(graph: Graph, constants: Mapping[str, str]) -> Outcome:
     """Expands every `Layer` and removes the marks around the traced ones.
 
     Args:
-        gm: The graph.
+        graph: The graph.
         constants: The name of the parameter or buffer that a placeholder stands for, by the
             placeholder's name.
     """
-    copied = copy_module(gm)
-    graph = copied.graph
     entries = _by_path(graph, ENTRY)
     exits = _by_path(graph, EXIT)
     layers = [node for node in graph.nodes if is_operator(node, DOMAIN, LAYER)]
     if not entries and not exits and not layers:
-        return PassResult(gm, modified=False)
+        return Outcome(modified=False)
     for path in entries.keys() - exits.keys():  # a layer that cannot be repeated
         _remove(graph, entries.pop(path))
     placeholders = {
@@ -69,7 +66,12 @@ def stamp(gm: GraphModule, constants: Mapping[str, str]) -> PassResult:
         _expand(graph, node, entries[former], exits[former], regions[former], twins)
     for mark in (*entries.values(), *exits.values()):
         _remove(graph, mark)
-    return PassResult(copied, modified=True)
+    return Outcome(modified=True)
+
+
+def every_layer_written(graph: Graph) -> Node | None:
+    """Requires that `stamp` has run; gives the first layer that is still one node."""
+    return next((node for node in graph.nodes if is_operator(node, DOMAIN, LAYER)), None)
 
 
 def _remove(graph: Graph, mark: Node) -> None:

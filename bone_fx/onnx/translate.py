@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import onnx
 import onnx_ir as ir
 from torch.export import ExportedProgram
 
 from bone_fx.collector import old_objects_left_alone
-from bone_fx.errors import ExportError
+from bone_fx.errors import ExportError, PassError
 from bone_fx.onnx.binding import bind_recipes
 from bone_fx.onnx.cleanup import clean
 from bone_fx.onnx.dim_names import DimNames, name_dims
+from bone_fx.onnx.kernels import CONTRIB
 from bone_fx.onnx.torch_exporter import OPSET, program_to_ir
 from bone_fx.weights.recipes.recipe import Recipe
 
@@ -19,6 +21,9 @@ IR_VERSION = 10
 """What ONNX Runtime 1.18 and later load, as onnxruntime-genai's own builder writes it."""
 
 PRODUCER = "bone_fx"
+_UNDOCUMENTED = frozenset({"SimplifiedLayerNormalization"})
+"""Operators of the default domain that ONNX Runtime has and ONNX has not."""
+
 DECOMPOSED = "bone_fx.decomposed"
 """Key of `model.meta`: why the whole program had to be decomposed; absent if it had not."""
 
@@ -49,6 +54,7 @@ def translate(
 
     Raises:
         ExportError: An operator has no translation, or a constant no bytes.
+        PassError: An operator of another domain is left.
         CaptureError: A dimension named in `dim_names` is not dynamic in the program.
     """
     with old_objects_left_alone():
@@ -62,9 +68,27 @@ def translate(
     model.producer_name, model.producer_version = PRODUCER, None
     model.graph.opset_imports[""] = OPSET
     clean(model, skip_norms=skip_norms)
+    verify_operators(model)
     if decomposed is not None:
         model.meta[DECOMPOSED] = decomposed
     return model
+
+
+def verify_operators(model: ir.Model) -> None:
+    """Check that only operators of the opset and of ONNX Runtime stand in a translated model.
+
+    Raises:
+        PassError: Another one; the message names the node.
+    """
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        standard = not node.domain and (
+            node.op_type in _UNDOCUMENTED or onnx.defs.has(node.op_type, OPSET)
+        )
+        if not standard and node.domain != CONTRIB:
+            raise PassError(
+                f"after translation node {node.name} is {node.domain}::{node.op_type}",
+                expected=f"operators of opset {OPSET} or of {CONTRIB}",
+            )
 
 
 def _rename(values: Sequence[ir.Value], names: Sequence[str] | None, what: str) -> None:

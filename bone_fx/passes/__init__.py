@@ -1,4 +1,4 @@
-"""Graph to graph: one verb a file, each held to the contract in `frame`."""
+"""Graph to graph: one pass a file, each held to the contract in `frame`."""
 
 from __future__ import annotations
 

@@ -20,8 +20,9 @@ from bone_fx.adapters import METHODS
 from bone_fx.dialects import LinearUse, read_use
 from bone_fx.dialects.adapted_calls import AdaptedArguments
 from bone_fx.errors import FoldError
+from bone_fx.graphs import container
 from bone_fx.operators import ADAPTED_LINEAR
-from bone_fx.passes.frame import PassResult, container, copy_module, graph_pass
+from bone_fx.passes.frame import Outcome, on_a_copy
 from bone_fx.passes.insert import BLOCK, DROPOUT
 from bone_fx.sites import LinearSite
 
@@ -64,8 +65,8 @@ def fold_weight(
     return folded
 
 
-@graph_pass
-def fold_adapters(gm: fx.GraphModule) -> PassResult:
+@on_a_copy
+def fold_adapters(gm: fx.GraphModule) -> Outcome:
     """Fold every block-adaptation node of a graph, which is left as it was.
 
     Returns:
@@ -86,21 +87,21 @@ def fold_adapters(gm: fx.GraphModule) -> PassResult:
         >>> torch.allclose(folded(x), adapted(x), atol=1e-5)
         True
     """
-    if not any(node.target is ADAPTED_LINEAR for node in gm.graph.nodes):
-        return PassResult(copy_module(gm), False)
-    result = copy_module(gm)
+    adapted = [node for node in gm.graph.nodes if node.target is ADAPTED_LINEAR]
+    if not adapted:
+        return Outcome(modified=False)
     sites: dict[str, LinearSite] = {}
-    for node in [n for n in result.graph.nodes if n.target is ADAPTED_LINEAR]:
-        use = read_use(result, node)
+    for node in adapted:
+        use = read_use(gm, node)
         if use is None:
             continue
         if use.site.name not in sites:
-            _fold_site(result, use)
+            _fold_site(gm, use)
             sites[use.site.name] = use.site
-        _restore(result.graph, use)
-    result.graph.eliminate_dead_code(is_impure_node=_is_input)
-    _drop_blocks(result)
-    return PassResult(result, True, tuple(sites.values()))
+        _restore(gm.graph, use)
+    gm.graph.eliminate_dead_code(is_impure_node=_is_input)
+    _drop_blocks(gm)
+    return Outcome(modified=True, applied=tuple(sites.values()))
 
 
 def _fold_site(gm: fx.GraphModule, use: LinearUse) -> None:

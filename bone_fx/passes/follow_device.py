@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from bone_fx.passes.frame import erase_unread
+from bone_fx.graphs import erase_unread
+from bone_fx.passes.frame import Outcome
 
 aten = torch.ops.aten
 
@@ -34,18 +35,18 @@ _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 """Its first argument is the kind of device, as a string."""
 
 
-def follow_device(graph: Graph) -> int:
-    """Read the device from a parameter, or else from an input, in place; how many nodes now do.
+def follow_device(graph: Graph) -> Outcome:
+    """Read the device from a parameter, or else from an input.
 
     A graph in which neither has a value in its `meta` stays as it is.
     """
     anchor = _known(graph)
     if anchor is None:
-        return 0
+        return Outcome(modified=False)
     traced_on: torch.device = anchor.meta["val"].device
     fixed = [n for n in graph.nodes if n.op == "call_function" and _is_fixed(n, traced_on)]
     if not fixed:
-        return 0
+        return Outcome(modified=False)
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
         tensor = anchor if anchor.op == "placeholder" else graph.get_attr(str(anchor.target))
         here = graph.call_function(getattr, (tensor, "device"))
@@ -59,7 +60,7 @@ def follow_device(graph: Graph) -> int:
             name: here if _is(value, traced_on) else value for name, value in node.kwargs.items()
         }
     erase_unread(graph, kind)
-    return len(fixed)
+    return Outcome(modified=True)
 
 
 def _known(graph: Graph) -> Node | None:

@@ -1,26 +1,25 @@
 """The contract of a pass, and the frame that catches an author who breaks it.
 
-A pass is a function from a `GraphModule` to a `PassResult`. It leaves its input as it was, says
-honestly whether it changed anything, and says what it refused. The frame lints the result,
-recompiles it, and names the pass and those that ran before it in any error.
+A pass is a function that edits the graph it is given, in place, and says what it did: an `Outcome`.
+Passes stand in tables, a `Row` each. The frame checks what a row requires, runs the pass, checks
+that `modified` is true, lints what changed, and names the pass and those before it in any error.
+A public verb is a pass that `on_a_copy` gives a copy of its input.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, ParamSpec, cast
+from enum import Enum
+from typing import Any, Concatenate, ParamSpec
 
-import torch
-from torch import fx, nn
+from torch import fx
 
 from bone_fx.errors import BoneFxError, PassError, first_line
+from bone_fx.graphs import copy_module
 from bone_fx.sites import LinearSite, Refusal
 
 log = logging.getLogger(__name__)
@@ -28,24 +27,41 @@ HISTORY = "bone_fx_passes"
 """Key of `GraphModule.meta` with the names of the passes that ran, in order."""
 
 P = ParamSpec("P")
+Requirement = Callable[[fx.Graph], "fx.Node | None"]
+"""The first node that breaks a requirement, or None; its name says what is required."""
+
+_State = tuple[fx.Node, str, Any, Any, Any]
 
 
-@dataclass
-class _Chain:
-    """Passes that run one after another: `made` is what the last one made, and nobody else has."""
+class Keeps(Enum):
+    """What a pass leaves as it was in the values that a graph computes."""
 
-    made: fx.GraphModule | None = None
+    BITS = "every bit"
+    LAST_BIT = "all but rounding: the same products and sums in another kernel or order"
+    MATHEMATICS = "the mathematics: the same function, written in another way"
 
 
-_CHAIN: ContextVar[_Chain | None] = ContextVar("_CHAIN", default=None)
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass did to the graph that it was given.
+
+    Attributes:
+        modified: True only if something changed.
+        applied: The sites that the pass changed, in graph order.
+        refused: What was asked for and not done, each with its reason.
+    """
+
+    modified: bool
+    applied: tuple[LinearSite, ...] = ()
+    refused: tuple[Refusal, ...] = ()
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass gives back.
+    """What a public verb gives back.
 
     Attributes:
-        graph_module: The graph after the pass; the pass's input is left as it was.
+        graph_module: The graph after the pass; the verb's input is left as it was.
         modified: True only if something changed.
         applied: The sites that the pass changed, in graph order.
         refused: What was asked for and not done, each with its reason.
@@ -57,200 +73,133 @@ class PassResult:
     refused: tuple[Refusal, ...] = field(default=())
 
 
-def graph_pass(
-    run: Callable[Concatenate[fx.GraphModule, P], PassResult],
-) -> Callable[Concatenate[fx.GraphModule, P], PassResult]:
-    """Hold a pass to its contract.
+@dataclass(frozen=True)
+class Row:
+    """A pass in its table.
 
-    Raises:
-        PassError: The pass edited its input, gave an invalid graph, or was wrong about `modified`.
+    Attributes:
+        run: The pass.
+        keeps: What it leaves as it was.
+        place: Why it stands where it stands; empty where it could stand elsewhere.
+        requires: What must hold of the graph. Where it does not, the pass is left out, and a
+            refusal says so.
     """
-    name = run.__name__
 
-    @functools.wraps(run)
-    def framed(gm: fx.GraphModule, /, *args: P.args, **kwargs: P.kwargs) -> PassResult:
-        history = [*gm.meta.get(HISTORY, [])]
-        chain = _CHAIN.get()
-        kept = chain is None or chain.made is not gm
-        if not kept:
-            gm.graph.eliminate_dead_code()  # as every pass does, also one that changes nothing
-        before = _nodes(gm)
+    run: Callable[[fx.Graph], Outcome]
+    keeps: Keeps
+    place: str = ""
+    requires: tuple[Requirement, ...] = ()
+
+
+class Frame:
+    """Runs passes on one graph, one after another, and holds each to its contract.
+
+    Attributes:
+        history: Names of the passes that ran, in order.
+
+    Args:
+        subject: What the passes are given: the graph, or the module that has it.
+        sweep: Whether to erase dead code before and after each pass.
+        lint: Whether to lint after each pass that changed something; else the caller does at the
+            end.
+    """
+
+    def __init__(
+        self, subject: fx.Graph | fx.GraphModule, *, sweep: bool = False, lint: bool = True
+    ) -> None:
+        self._subject, self._sweep, self._lint = subject, sweep, lint
+        self._graph = subject if isinstance(subject, fx.Graph) else subject.graph
+        module = self._graph.owning_module
+        self._meta: dict[str, Any] = {} if module is None else module.meta
+        self.history: list[str] = [*self._meta.get(HISTORY, [])]
+
+    def run_table(self, rows: Iterable[Row]) -> Outcome:
+        """Run a table from top to bottom."""
+        outcomes = [self.run_row(row) for row in rows]
+        return Outcome(
+            any(outcome.modified for outcome in outcomes),
+            tuple(site for outcome in outcomes for site in outcome.applied),
+            tuple(refusal for outcome in outcomes for refusal in outcome.refused),
+        )
+
+    def run_row(self, row: Row) -> Outcome:
+        """Run a pass of a table, unless one of its requirements does not hold."""
+        for requirement in row.requires:
+            node = requirement(self._graph)
+            if node is not None:
+                needed = f"it needs {requirement.__name__}, and {node.name} is {node.target}"
+                refusal = Refusal(row.run.__name__, f"{needed}; {self._before()}")
+                log.debug("pass left out: %s", refusal)
+                return Outcome(modified=False, refused=(refusal,))
+        return self.run(row.run)
+
+    def run(
+        self, run: Callable[Concatenate[Any, P], Outcome], *args: P.args, **kwargs: P.kwargs
+    ) -> Outcome:
+        """Run a pass.
+
+        Raises:
+            PassError: It failed, left an invalid graph, or was wrong about `modified`.
+        """
+        name, graph = run.__name__, self._graph
+        if self._sweep:
+            graph.eliminate_dead_code()
+        before = _states(graph)
         try:
-            result = run(gm, *args, **kwargs)
-            if result.graph_module is not gm:
-                result.graph_module.graph.lint()
+            outcome = run(self._subject, *args, **kwargs)
+            if self._sweep and outcome.modified:
+                graph.eliminate_dead_code()
+            if self._lint and outcome.modified:
+                graph.lint()
+        except PassError as error:
+            raise PassError(f"pass {name} failed: {error.what}", found=self._before()) from error
         except BoneFxError:
-            raise
+            raise  # about what was asked for
         except Exception as error:
             raise PassError(
-                f"pass {name} failed: {first_line(error)}",
-                found=f"passes before it: {history or 'none'}",
+                f"pass {name} failed: {first_line(error)}", found=self._before()
             ) from error
-        after = _nodes(result.graph_module)
-        if kept and (after if result.graph_module is gm else _nodes(gm)) != before:
+        after = _states(graph)
+        if outcome.modified != (after != before):
             raise PassError(
-                f"pass {name} edited the graph it was given", found=f"passes before it: {history}"
+                f"pass {name} answered modified={outcome.modified}, which is not so",
+                found=self._before(),
             )
-        if result.modified != (after != before):
-            raise PassError(f"pass {name} answered modified={result.modified}, which is not so")
-        if chain is None:
-            result.graph_module.recompile()
-        elif result.graph_module is not gm:
-            chain.made = result.graph_module
-        result.graph_module.meta[HISTORY] = [*history, name]
+        self.history.append(name)
+        self._meta[HISTORY] = [*self.history]
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("pass %s: %s", name, op_difference(gm, result.graph_module))
-        return result
+            log.debug("pass %s: %s", name, op_difference(before, after))
+        return outcome
 
-    return framed
-
-
-@contextmanager
-def one_after_another() -> Iterator[None]:
-    """While open, a pass works on what the pass before it made, and the caller compiles at the end.
-
-    Copying and compiling the graph once a pass is half of the time of the passes. The graph that
-    the first one is given is left as it was.
-    """
-    token = _CHAIN.set(_Chain())
-    try:
-        yield
-    finally:
-        _CHAIN.reset(token)
+    def _before(self) -> str:
+        return f"passes before it: {', '.join(self.history) or 'none'}"
 
 
-def op_difference(before: fx.GraphModule, after: fx.GraphModule) -> str:
+def on_a_copy(
+    run: Callable[Concatenate[fx.GraphModule, P], Outcome],
+) -> Callable[Concatenate[fx.GraphModule, P], PassResult]:
+    """The public verb of a pass: it works on a compiled copy and leaves its input as it was."""
+
+    @functools.wraps(run)
+    def verb(gm: fx.GraphModule, /, *args: P.args, **kwargs: P.kwargs) -> PassResult:
+        copied = copy_module(gm)
+        outcome = Frame(copied).run(run, *args, **kwargs)
+        copied.recompile()
+        return PassResult(copied, outcome.modified, outcome.applied, outcome.refused)
+
+    return verb
+
+
+def op_difference(before: Sequence[_State], after: Sequence[_State]) -> str:
     """How many nodes of each target came and went, such as `+14 bone_fx.adapted_linear.default`."""
-    counts = Counter(str(n.target) for n in after.graph.nodes if n.op.startswith("call"))
-    counts.subtract(str(n.target) for n in before.graph.nodes if n.op.startswith("call"))
+    counts = Counter(str(target) for _, op, target, *_ in after if op.startswith("call"))
+    counts.subtract(str(target) for _, op, target, *_ in before if op.startswith("call"))
     return (
         " ".join(f"{number:+d} {target}" for target, number in sorted(counts.items()) if number)
         or "no difference"
     )
 
 
-def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy to work on: its own graph, module tree and `Parameter` objects over the same storage.
-
-    Every parameter and buffer keeps its name, tied names stay tied, persistence and parameters that
-    the graph does not read are kept. Submodules that the graph calls are copied over
-    the same storage too. Between passes that run `one_after_another` it is the module itself.
-    """
-    chain = _CHAIN.get()
-    if chain is not None and chain.made is gm:
-        return gm
-    root = nn.Module()
-    for name, _ in gm.named_modules(remove_duplicate=False):
-        container(root, f"{name}.state" if name else "state")
-    memo: dict[int, Any] = {}
-    for name, parameter in gm.named_parameters(remove_duplicate=False):
-        if id(parameter) not in memo:
-            memo[id(parameter)] = nn.Parameter(
-                parameter.detach(), requires_grad=parameter.requires_grad
-            )
-        owner, leaf = container(root, name)
-        owner.register_parameter(leaf, memo[id(parameter)])
-    for prefix, module in gm.named_modules(remove_duplicate=False):
-        for leaf, buffer in module._buffers.items():
-            lasting = leaf not in module._non_persistent_buffers_set
-            if lasting and buffer is not None:  # statistics that a training forward writes
-                memo.setdefault(id(buffer), buffer.clone())
-            buffer = memo.setdefault(id(buffer), buffer)
-            owner, _ = container(root, f"{prefix}.{leaf}" if prefix else leaf)
-            owner.register_buffer(leaf, buffer, persistent=lasting)
-    graph = copy_graph(gm.graph)
-    for node in graph.nodes:
-        target = str(node.target)
-        if node.op == "call_module" or (node.op == "get_attr" and _is_module(gm, target)):
-            owner, leaf = container(root, target)
-            setattr(owner, leaf, copy.deepcopy(gm.get_submodule(target), memo))
-        elif node.op == "get_attr":
-            _copy_plain_attribute(gm, root, target)
-    # With an empty graph first: each assignment of a graph compiles it, and the frame does that.
-    copied = fx.GraphModule(root, fx.Graph(), type(gm).__name__)
-    copied._graph, graph.owning_module = graph, copied
-    adopt_state(copied, root)
-    copied.meta.update(gm.meta)
-    copied.train(gm.training) if type(gm).train is nn.Module.train else None
-    return copied
-
-
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy of a graph with its node names, meta and code generator."""
-    copied = fx.Graph(tracer_cls=graph._tracer_cls)
-    value, old = cast(
-        "tuple[Any, fx.Node]", copied.graph_copy(graph, val_map={}, return_output_node=True)
-    )
-    copied.output(value, type_expr=getattr(old, "type", None)).meta.update(old.meta)
-    copied._codegen = graph._codegen
-    return copied
-
-
-def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node that nobody reads, and what nobody reads then, random draws included."""
-    waiting = [node]
-    while waiting:
-        node = waiting.pop()
-        if node.users or node._erased or node.op in ("placeholder", "output"):
-            continue
-        waiting += node.all_input_nodes
-        graph.erase_node(node)
-
-
-def container(root: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that owns a dotted name and the leaf name.
-
-    Plain containers are made where there are none.
-    """
-    *path, leaf = name.split(".")
-    for part in path:
-        child = getattr(root, part, None)
-        if not isinstance(child, nn.Module):
-            child = nn.Module()
-            root.add_module(part, child)
-        root = child
-    return root, leaf
-
-
-def adopt_state(module: nn.Module, root: nn.Module) -> None:
-    """Make a module tree the module's own, in place of the one it has."""
-    for table in ("_modules", "_parameters", "_buffers"):
-        setattr(module, table, getattr(root, table))
-    module._non_persistent_buffers_set = root._non_persistent_buffers_set
-
-
-def _copy_plain_attribute(gm: fx.GraphModule, root: nn.Module, name: str) -> None:
-    value: object = gm
-    for part in name.split("."):
-        value = getattr(value, part)
-    owner, leaf = container(root, name)
-    if not hasattr(owner, leaf):
-        setattr(owner, leaf, value)
-
-
-def _is_module(gm: fx.GraphModule, name: str) -> bool:
-    try:
-        gm.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
-
-
-def _nodes(gm: fx.GraphModule) -> list[tuple[str, str, str, str, str]]:
-    return [(n.op, n.name, str(n.target), str(n.args), str(n.kwargs)) for n in gm.graph.nodes]
-
-
-def fake_like(node: fx.Node, tensor: torch.Tensor) -> object | None:
-    """A fake value for `meta["val"]` of a new constant, in the mode of a node that has one.
-
-    None if the trace has none.
-    """
-    mode = getattr(node.meta.get("val"), "fake_mode", None)
-    return None if mode is None else mode.from_tensor(tensor, static_shapes=True)
-
-
-def attribute_at(root: Any, target: str) -> Any:
-    """What a dotted name leads to, such as the tensor that a `get_attr` node reads."""
-    for part in target.split("."):
-        root = getattr(root, part)
-    return root
+def _states(graph: fx.Graph) -> list[_State]:
+    """All that a pass can change in nodes; arguments are not copied, as they never change."""
+    return [(n, n.op, n.target, n.args, n.kwargs) for n in graph.nodes]

@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from bone_fx.passes.frame import Outcome
+
 _REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
 
 
-def inline_no_grad(gm: GraphModule) -> int:
-    """Put regions in line, in place; how many."""
-    inlined = 0
+def inline_no_grad(gm: GraphModule) -> Outcome:
+    """Put regions in line."""
+    changed = False
     for node in list(gm.graph.nodes):
         if node.target is not _REGION or node.args[0] is not False:
             continue
@@ -40,8 +42,8 @@ def inline_no_grad(gm: GraphModule) -> int:
         if not region.users:
             gm.graph.erase_node(region)
             gm.delete_submodule(str(region.target))
-        inlined += 1
-    return inlined
+        changed = True
+    return Outcome(modified=changed)
 
 
 def _put_in_line(gm: GraphModule, node: Node, body: GraphModule, inputs: tuple[Any, ...]) -> None:

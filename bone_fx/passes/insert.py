@@ -21,8 +21,9 @@ from bone_fx.config import BoneConfig
 from bone_fx.dialects import LinearUse, find_sites, read_use
 from bone_fx.dialects.adapted_calls import META, AdaptedArguments
 from bone_fx.errors import SiteError
+from bone_fx.graphs import container, fake_like
 from bone_fx.operators import ADAPTED_LINEAR
-from bone_fx.passes.frame import PassResult, container, copy_module, fake_like, graph_pass
+from bone_fx.passes.frame import Outcome, on_a_copy
 from bone_fx.passes.untie import untie_weights
 from bone_fx.sites import LinearSite, check_fit, is_saved_module, select_sites
 
@@ -33,7 +34,7 @@ DROPOUT = "bone_dropout"
 """Name under which a site of a graph without dropout literals owns its dropout modules."""
 
 
-@graph_pass
+@on_a_copy
 def insert_adapters(
     gm: fx.GraphModule,
     config: BoneConfig,
@@ -44,7 +45,7 @@ def insert_adapters(
     freeze_base: bool = True,
     untie: bool = False,
     recompute: bool = True,
-) -> PassResult:
+) -> Outcome:
     """Insert one adapter.
 
     Args:
@@ -84,22 +85,21 @@ def insert_adapters(
         )
     search = find_sites(gm)
     chosen, refused = select_sites(config, search.sites, search.others, output_layers)
-    result = copy_module(gm)
-    result = untie_weights(result, chosen, untie=untie)
+    untie_weights(gm, chosen, untie=untie)
     if freeze_base:
-        _freeze(result, config)
+        _freeze(gm, config)
     fresh = {} if blocks else new_blocks(config, _in_module_order(gm, chosen))
     for site in chosen:
         check_fit(config, site)
         _refuse_both_ways(site, search.uses)
         adapter_blocks = fresh[site.name] if not blocks else _given(blocks, site, config)
-        _mount(result, site, adapter_name, adapter_blocks)
+        _mount(gm, site, adapter_name, adapter_blocks)
     names = {site.name for site in chosen}
-    for node in [use.node for use in find_sites(result).uses if use.site.name in names]:
-        use = read_use(result, node)  # again: its input may be a node rewritten before it
+    for node in [use.node for use in find_sites(gm).uses if use.site.name in names]:
+        use = read_use(gm, node)  # again: its input may be a node rewritten before it
         if use is not None:
-            _rewrite(result, use, config, adapter_name, recompute=recompute)
-    return PassResult(result, True, tuple(chosen), tuple(refused))
+            _rewrite(gm, use, config, adapter_name, recompute=recompute)
+    return Outcome(modified=True, applied=tuple(chosen), refused=tuple(refused))
 
 
 def _refuse_both_ways(site: LinearSite, uses: Iterable[LinearUse]) -> None:

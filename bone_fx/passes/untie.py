@@ -14,12 +14,12 @@ from torch import fx, nn
 
 from bone_fx.dialects import find_sites
 from bone_fx.errors import SiteError
-from bone_fx.passes.frame import container
+from bone_fx.graphs import container
 from bone_fx.sites import LinearSite
 
 
-def untie_weights(gm: fx.GraphModule, sites: list[LinearSite], *, untie: bool) -> fx.GraphModule:
-    """Untie the weights of `sites` in place in a graph that is ours to change, or refuse.
+def untie_weights(gm: fx.GraphModule, sites: list[LinearSite], *, untie: bool) -> None:
+    """Untie the weights of `sites` in place, or refuse.
 
     Raises:
         SiteError: A site's weight is tied and `untie` is False, or it has no other name to be read
@@ -58,7 +58,6 @@ def untie_weights(gm: fx.GraphModule, sites: list[LinearSite], *, untie: bool) -
         owner.register_parameter(
             leaf, nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
         )
-    return gm
 
 
 def _reading(node: fx.Node, name: str) -> fx.Node:

@@ -20,8 +20,9 @@ from bone_fx.adapter_folder import read_adapter, write_adapter
 from bone_fx.config import BoneConfig
 from bone_fx.dialects import find_sites
 from bone_fx.errors import UsageError
+from bone_fx.graphs import adopt_state, container, copy_module
 from bone_fx.passes import fold_adapters
-from bone_fx.passes.frame import adopt_state, container, copy_module
+from bone_fx.passes.verifier import TRAINING, verify
 from bone_fx.sites import LinearSite, Refusal
 from bone_fx.train.folded import FoldedModule
 from bone_fx.train.mounting import (
@@ -394,6 +395,7 @@ class AdaptedModule(TrainingGraph):
         for name, parameter in parameters.items():
             owner, leaf = container(root, name)
             owner.register_parameter(leaf, parameter)
+        verify(TRAINING, root.graph)
         self._split_if_asked(root)
         adopt_state(self, root)
         self.graph = root.graph

@@ -9,10 +9,8 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
-from bone_fx.lean.form import lean_form
+from bone_fx.lean.form import LAYER, PLAIN, running_form
 from bone_fx.lean.recomputed_part import cut_recomputed
-from bone_fx.passes.follow_device import follow_device
-from bone_fx.passes.frame import copy_graph
 
 _REVISIONS = [0]
 
@@ -69,9 +67,7 @@ class CalledGraph(fx.GraphModule):
 
     def _as_it_runs(self, graph: fx.Graph) -> fx.Graph:
         """The graph that is compiled; people and passes see the one it is given."""
-        copied = copy_graph(graph)
-        follow_device(copied)
-        return copied
+        return running_form(graph, PLAIN)
 
 
 class LayerGraph(CalledGraph):
@@ -113,4 +109,4 @@ class LeanLayerGraph(LayerGraph):
     """A layer that runs in the form that keeps less for backward."""
 
     def _as_it_runs(self, graph: fx.Graph) -> fx.Graph:
-        return lean_form(graph)
+        return running_form(graph, LAYER)

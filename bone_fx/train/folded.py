@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from bone_fx.capture.call.signature import CallSignature
-from bone_fx.passes.frame import adopt_state
+from bone_fx.graphs import adopt_state
 from bone_fx.train.model_graph import ModelGraph
 
 

@@ -18,8 +18,8 @@ from bone_fx.capture.training.loss import ModelLoss
 from bone_fx.config import BoneConfig
 from bone_fx.dialects import find_sites
 from bone_fx.errors import AdapterError, UsageError
+from bone_fx.graphs import container
 from bone_fx.passes.fold import fold_weight
-from bone_fx.passes.frame import container
 from bone_fx.passes.insert import BLOCK, insert_adapters
 from bone_fx.sites import LinearSite, Refusal, is_saved_module
 

@@ -19,29 +19,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from bone_fx.passes.frame import PassResult, adopt_state, container, copy_module, graph_pass
+from bone_fx.graphs import adopt_state, attribute_at, container
 from bone_fx.train.called_graph import LayerGraph
 
 # They give back their input, or a view of it, without saying so in their schema.
 _MAY_ALIAS = {"reshape", "contiguous", "to", "flatten", "type_as", "expand_as", "float"}
 
 
-@graph_pass
-def split_layers(gm: fx.GraphModule) -> PassResult:
-    """Split a graph into its layers.
-
-    Returns:
-        The graph with one `call_module` a layer. It is the last pass: others see no sites in it.
-    """
-    if not layer_groups(gm):
-        return PassResult(gm, modified=False)
-    result = copy_module(gm)
-    split_in_place(result)
-    return PassResult(result, modified=True)
-
-
 def split_in_place(gm: fx.GraphModule, kind: type[LayerGraph] = LayerGraph) -> None:
-    """Split a graph that is the caller's own; its parameters stay the same objects."""
+    """Split a graph into one `call_module` a layer; parameters stay the same objects.
+
+    It comes last: passes see no sites in the result.
+    """
     groups = layer_groups(gm)
     unit = {node: path for path, nodes in groups.items() for node in nodes}
     outputs = {
@@ -123,7 +112,7 @@ def _adopt_constants(graph: fx.Graph, unit: dict[fx.Node, str]) -> None:
             continue
         if node.op == "get_attr":
             inside = str(node.target).startswith(f"{path}.")
-            if inside or isinstance(_attribute(graph, node), fx.GraphModule):
+            if inside or _is_region(graph, node):
                 unit[node] = path
         elif not any(str(entry[0]) for entry in _stack(node)):
             unit[node] = path
@@ -134,11 +123,10 @@ def _stack(node: fx.Node) -> list[tuple[str, Any]]:
     return [e for e in entries if "_empty_nn_module_stack" not in str(e[0])]
 
 
-def _attribute(graph: fx.Graph, node: fx.Node) -> object:
-    value: object = graph.owning_module
-    for part in str(node.target).split("."):
-        value = getattr(value, part, None)
-    return value
+def _is_region(graph: fx.Graph, node: fx.Node) -> bool:
+    """Whether a node reads the graph of a higher-order operator."""
+    assert graph.owning_module is not None
+    return isinstance(attribute_at(graph.owning_module, str(node.target)), fx.GraphModule)
 
 
 def _close(graph: fx.Graph, path: str, unit: dict[fx.Node, str]) -> bool:

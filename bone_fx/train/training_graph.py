@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bone_fx.errors import UsageError
-from bone_fx.lean.deferred_logits import defer_logits
-from bone_fx.lean.form import lean_form
+from bone_fx.lean.form import MODEL, running_form
 from bone_fx.operators import forget_masks, head_inputs
 from bone_fx.train.called_graph import LayerGraph, LeanLayerGraph
 from bone_fx.train.model_graph import Form, ModelGraph
@@ -204,9 +203,7 @@ class TrainingGraph(ModelGraph):
         return origin.loss.attach(packed, labels, head, **options)
 
     def _as_it_runs(self, graph: fx.Graph) -> fx.Graph:
-        running = lean_form(graph)
-        defer_logits(running)
-        return running
+        return running_form(graph, MODEL)
 
     def _set_split(self, split: bool) -> None:
         if self.is_sharded:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 
 import bone_fx
-from bone_fx.lean.form import lean_form
+from bone_fx.graphs import copy_graph
+from bone_fx.lean.form import LAYER, running_form
 from bone_fx.lean.join_sites import join_sites
 from bone_fx.operators import ADAPTED_LINEAR, ADAPTED_LINEARS
-from bone_fx.passes.frame import copy_graph
 from tests.end_to_end.test_adapted import BAT, inputs, llama, stir
+from tests.framed import modifies
 from tests.tolerances import assert_agrees
 
 BONE = bone_fx.BoneConfig(r=20, target_modules="all-linear")
@@ -53,7 +54,7 @@ def test_what_runs_is_joined_and_what_is_shown_is_not(config: bone_fx.BoneConfig
     assert adapted.code.count(LINEAR) == 4  # o and down
 
     joined = copy_graph(shown)
-    assert join_sites(joined) == 4
+    assert modifies(join_sites, joined)
     joined.lint()
     assert [len(n.args[1]) for n in nodes(joined, ADAPTED_LINEARS)] == [3, 2, 3, 2]
     assert len(nodes(joined, ADAPTED_LINEAR)) == 4
@@ -63,7 +64,7 @@ def test_what_runs_is_joined_and_what_is_shown_is_not(config: bone_fx.BoneConfig
         assert all("val" in item.meta for item in items)
     assert str(shown) == str(adapted.graph)
     before = str(joined)
-    assert join_sites(joined) == 0
+    assert not modifies(join_sites, joined)
     assert str(joined) == before
 
     flat = adapted._origin.signature.bind(**inputs())
@@ -142,7 +143,7 @@ def test_layers_that_share_an_input_are_not_joined() -> None:
     x = torch.randn(3, 12)
     adapted = bone_fx.adapt(Parallel(), config, (x,))
     stir(adapted, "default")
-    joined = nodes(lean_form(adapted.graph), ADAPTED_LINEARS)
+    joined = nodes(running_form(adapted.graph, LAYER), ADAPTED_LINEARS)
     assert [[str(weight.target) for weight in node.args[1]] for node in joined] == [
         [f"layers.{i}.a.weight", f"layers.{i}.b.weight"] for i in range(2)
     ]
@@ -157,7 +158,7 @@ def test_a_graph_without_layers_is_joined_whole() -> None:
     gm = bone_fx.insert_adapters(traced, config).graph_module
     with torch.no_grad():
         gm.get_parameter("a.bone_block.default").normal_()
-    lean = lean_form(gm.graph)
+    lean = running_form(gm.graph, LAYER)
     assert len(nodes(lean, ADAPTED_LINEARS)) == 1
     x = torch.randn(3, 12)
     assert torch.equal(fx.GraphModule(gm, lean)(x), gm(x))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import bone_fx
-from bone_fx.lean.form import lean_form
+from bone_fx.lean.form import LAYER, running_form
 from bone_fx.lean.recomputed_part import cut_recomputed
 from bone_fx.operators import ADAPTED_LINEAR, GATE_PRODUCT
 from bone_fx.train.called_graph import LayerGraph, LeanLayerGraph
@@ -119,7 +119,7 @@ def split(method: str, **options: Any) -> tuple[bone_fx.AdaptedModule, list[Laye
 def test_a_bone_layer_of_a_llama_does_not_recompute_its_last_product() -> None:
     _, layers = split("bone")
     assert all(isinstance(layer, LeanLayerGraph) for layer in layers)
-    parts = cut_recomputed(lean_form(layers[0].graph))
+    parts = cut_recomputed(running_form(layers[0].graph, LAYER))
     assert parts is not None
     recomputed, rest = parts
     assert [n.target for n in recomputed.nodes].count(GATE_PRODUCT) == 1

@@ -12,6 +12,7 @@ from torch.fx import Node
 from bone_fx.capture.decoder.ort_operators import routed_experts
 from bone_fx.lower.absorb_routing import absorb_routing, has_routed_experts
 from bone_fx.lower.symbolic import attributes, is_operator, operands
+from tests.framed import apply
 
 ATTRIBUTES = {"k": 2, "activation_type": "swiglu", "activation_alpha": 1.0, "swiglu_limit": 7.0}
 Routing = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -102,7 +103,7 @@ def experts(gm: torch.fx.GraphModule, domain: str, op_type: str) -> list[Node]:
     ],
 )
 def test_the_operator_routes(routing: Routing, normalized: int) -> None:
-    result = absorb_routing(traced(routing))
+    result = apply(absorb_routing, traced(routing))
     assert result.modified
     (mixture,) = experts(result.graph_module, "com.microsoft", "MoE")
     assert attributes(mixture) == {**ATTRIBUTES, "normalize_routing_weights": normalized}
@@ -116,7 +117,7 @@ def test_the_operator_routes(routing: Routing, normalized: int) -> None:
     left = {n.target for n in result.graph_module.graph.nodes}
     assert torch.ops.aten.topk.default not in left
     assert torch.ops.aten.div_.Tensor not in left
-    assert not absorb_routing(result.graph_module).modified
+    assert not apply(absorb_routing, result.graph_module).modified
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,6 @@ def test_the_operator_routes(routing: Routing, normalized: int) -> None:
 )
 def test_other_routing_stays(routing: Routing) -> None:
     gm = traced(routing)
-    result = absorb_routing(gm)
+    result = apply(absorb_routing, gm)
     assert not result.modified
     assert has_routed_experts(result.graph_module.graph)

@@ -11,6 +11,9 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 from bone_fx.lower.cancel_reshapes import cancel_reshapes
+from bone_fx.lower.table import PASSES
+from bone_fx.passes.frame import Frame
+from tests.framed import apply
 
 aten = torch.ops.aten
 
@@ -39,9 +42,14 @@ def join(x: Tensor) -> Tensor:
 
 
 def test_a_copy_that_shields_a_tensor_stays() -> None:
-    graph = graph_of(lambda x: x.clone().mul_(2.0) + x)
-    x = torch.randn(3, 5, 48)
-    assert torch.equal(cancel_reshapes(graph).graph_module(x)[0], graph(x.clone())[0])
+    gm, x = graph_of(lambda x: x.clone().mul_(2.0) + x), torch.randn(3, 5, 48)
+    expected, before = gm(x.clone())[0], str(gm.graph)
+    (row,) = (row for row in PASSES if row.run is cancel_reshapes)
+    outcome = Frame(gm.graph).run_row(row)
+    assert not outcome.modified
+    assert "no_mutable_operators, and mul_ is aten.mul_" in outcome.refused[0].reason
+    assert str(gm.graph) == before
+    assert torch.equal(gm(x)[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -58,11 +66,11 @@ def test_a_copy_that_shields_a_tensor_stays() -> None:
 )
 def test_only_what_changes_nothing_goes(function: Callable[[Tensor], Tensor], left: int) -> None:
     graph = graph_of(function)
-    result = cancel_reshapes(graph)
+    result = apply(cancel_reshapes, graph)
     moving = [aten.view.default, aten.reshape.default, aten.transpose.int, aten.contiguous.default]
     assert sum(n.target in moving for n in result.graph_module.graph.nodes) == left
     for shape in ((3, 5, 48), (2, 7, 48)):
         x = torch.randn(shape)
         assert torch.equal(result.graph_module(x)[0], graph(x)[0])
-    again = cancel_reshapes(result.graph_module)
+    again = apply(cancel_reshapes, result.graph_module)
     assert not again.modified

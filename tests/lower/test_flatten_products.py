@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from transformers.pytorch_utils import Conv1D
 
 from bone_fx.lower.flatten_products import flatten_products
+from tests.framed import apply
 
 aten = torch.ops.aten
 
@@ -53,7 +54,7 @@ def read_twice(x: Tensor, layer: nn.Module) -> Tensor:
 def test_conv1d_is_a_linear() -> None:
     model = Product(lambda x, layer: layer(x))
     graph = graph_of(model)
-    result = flatten_products(graph)
+    result = apply(flatten_products, graph)
     assert result.modified
     assert aten.addmm.default not in targets(result.graph_module)
     assert not any(
@@ -62,11 +63,11 @@ def test_conv1d_is_a_linear() -> None:
     x = torch.randn(2, 7, 48)
     (found,) = result.graph_module(model.layer.weight, model.layer.bias, x)
     torch.testing.assert_close(found, model(x))
-    assert not flatten_products(result.graph_module).modified
+    assert not apply(flatten_products, result.graph_module).modified
 
 
 @pytest.mark.parametrize("function", [flattened, turned, read_twice])
 def test_others_stay(function: Callable[[Tensor, nn.Module], Tensor]) -> None:
     graph = graph_of(Product(function))
     assert aten.addmm.default in targets(graph)
-    assert not flatten_products(graph).modified
+    assert not apply(flatten_products, graph).modified

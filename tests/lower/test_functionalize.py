@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from bone_fx.lower.functionalize import functionalize
+from tests.framed import apply
 
 aten = torch.ops.aten
 
@@ -53,13 +54,13 @@ INPUTS = torch.randn(5, 48), torch.randn(48, 80), torch.randn(5, 80)
 def test_a_sum_of_its_own_is_written_plainly() -> None:
     module = _Sum()
     graph = _graph(module, *INPUTS)
-    result = functionalize(graph)
+    result = apply(functionalize, graph)
     targets = {node.target for node in result.graph_module.graph.nodes}
     assert result.modified
     assert aten.add_.Tensor not in targets
     assert aten.add.Tensor in targets
     assert torch.equal(result.graph_module(*INPUTS), module(*INPUTS))
-    again = functionalize(functionalize(result.graph_module).graph_module)
+    again = apply(functionalize, apply(functionalize, result.graph_module).graph_module)
     assert not again.modified
     assert not any(str(n.target).endswith("_.Tensor") for n in again.graph_module.graph.nodes)
 
@@ -68,6 +69,6 @@ def test_a_sum_of_its_own_is_written_plainly() -> None:
 def test_what_somebody_else_sees_stays(module: nn.Module) -> None:
     graph = _graph(module, *(x.clone() for x in INPUTS))
     before = str(graph.graph)
-    result = functionalize(graph)
+    result = apply(functionalize, graph)
     assert not result.modified
     assert str(result.graph_module.graph) == before

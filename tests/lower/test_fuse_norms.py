@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from bone_fx.capture.decoder.ort_operators import simplified_layer_norm
 from bone_fx.lower.fuse_norms import fuse_norms
 from bone_fx.lower.symbolic import is_operator, operands
+from tests.framed import apply
 
 WIDTH = 8
 FUSED = {"rms": "SkipSimplifiedLayerNormalization", "layer": "SkipLayerNormalization"}
@@ -50,19 +51,19 @@ def fused_nodes(gm: GraphModule, kind: str) -> list[torch.fx.Node]:
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("change", ["", "two norms"])
 def test_fuses_the_first_norm_of_a_sum(kind: str, change: str) -> None:
-    result = fuse_norms(graph_of(Residual(kind, change)))
+    result = apply(fuse_norms, graph_of(Residual(kind, change)))
     (node,) = fused_nodes(result.graph_module, kind)
     a, b = (n for n in result.graph_module.graph.nodes if n.name in ("a", "b"))
     assert operands(node)[:2] == [a, b]
     assert len(operands(node)) == (3 if kind == "rms" else 4)
     values = node.meta["val"]
     assert [tuple(v.shape) for v in values] == [(2, 3, 8), (2, 3, 1), (2, 3, 1), (2, 3, 8)]
-    assert not fuse_norms(result.graph_module).modified
+    assert not apply(fuse_norms, result.graph_module).modified
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("change", ["broadcast", "alpha", "early reader"])
 def test_leaves_what_the_operator_does_not_do(kind: str, change: str) -> None:
-    result = fuse_norms(graph_of(Residual(kind, change)))
+    result = apply(fuse_norms, graph_of(Residual(kind, change)))
     assert not result.modified
     assert not fused_nodes(result.graph_module, kind)

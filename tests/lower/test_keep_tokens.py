@@ -11,6 +11,7 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 from bone_fx.lower.keep_tokens import keep_tokens
+from tests.framed import apply
 
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
@@ -103,14 +104,14 @@ def same(model: Block, gm: GraphModule) -> None:
 )
 def test_views_go(function: Callable[[Block, Tensor], Tensor], left: int) -> None:
     model, graph = graph_of(function)
-    result = keep_tokens(graph)
+    result = apply(keep_tokens, graph)
     assert result.modified
     assert views(result.graph_module) == left
     for node in result.graph_module.graph.nodes:
         if node.target is torch.ops.aten.linear.default:
             assert node.meta["val"].dim() == 3
     same(model, result.graph_module)
-    assert not keep_tokens(result.graph_module).modified
+    assert not apply(keep_tokens, result.graph_module).modified
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,6 @@ def test_views_go(function: Callable[[Block, Tensor], Tensor], left: int) -> Non
 def test_others_stay(function: Callable[[Block, Tensor], Tensor]) -> None:
     model, graph = graph_of(function)
     assert views(graph) > 0
-    result = keep_tokens(graph)
+    result = apply(keep_tokens, graph)
     assert not result.modified
     same(model, result.graph_module)

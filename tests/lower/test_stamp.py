@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 
 from bone_fx.lower.stamp import DOMAIN, ENTRY, EXIT, LAYER, stamp
 from bone_fx.lower.symbolic import is_operator
+from tests.framed import apply
 
 WIDTH = 4
 
@@ -59,7 +60,7 @@ def test_copies_the_layer_with_the_other_weight() -> None:
         for spec in program.graph_signature.input_specs
         if spec.target is not None
     }
-    result = stamp(graph, names)
+    result = apply(stamp, graph, names)
     assert result.modified
     assert not any(_is_mark(node) for node in result.graph_module.graph.nodes)
     weights = [parameter.detach() for parameter in model.parameters()]
@@ -70,7 +71,7 @@ def test_copies_the_layer_with_the_other_weight() -> None:
     expected = (second, one + first, two + second, two + second)
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted)
-    assert not stamp(result.graph_module, names).modified
+    assert not apply(stamp, result.graph_module, names).modified
 
 
 def _is_mark(node: Node) -> bool:

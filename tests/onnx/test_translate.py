@@ -11,12 +11,12 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from bone_fx.errors import CaptureError, ExportError
+from bone_fx.errors import CaptureError, ExportError, PassError
 from bone_fx.onnx.prepare import prepare
 from bone_fx.onnx.prepare.decompose import decompose_nodes
 from bone_fx.onnx.recipe_tensor import recipe_of
 from bone_fx.onnx.torchlib import TorchLib
-from bone_fx.onnx.translate import DECOMPOSED, translate
+from bone_fx.onnx.translate import DECOMPOSED, translate, verify_operators
 from bone_fx.weights.recipes.recipe import Recipe, Value
 from bone_fx.weights.storage.boxes import Box
 from tests.onnx.models import Net, Tied, ops, write_and_run
@@ -324,3 +324,21 @@ def test_the_program_is_as_it_was() -> None:
     before = str(program)
     translate(program, {})
     assert str(program) == before
+
+
+@pytest.mark.parametrize(
+    ("domain", "operator"), [("bone_fx", "RoutedExperts"), ("", "Attention"), ("pkg.custom", "Add")]
+)
+def test_a_foreign_operator_is_caught_after_translation(domain: str, operator: str) -> None:
+    x = ir.Value(name="x")
+    nodes = [
+        ir.node("SimplifiedLayerNormalization", [x], name="norm"),
+        ir.node("FastGelu", [x], domain="com.microsoft", name="gelu"),
+        ir.node("Add", [x, x], name="sum"),
+    ]
+    graph = ir.Graph([x], [nodes[-1].outputs[0]], nodes=nodes, name="main")
+    model = ir.Model(graph, ir_version=10)
+    verify_operators(model)
+    graph.append(ir.node(operator, [x], domain=domain, name="seeded"))
+    with pytest.raises(PassError, match=f"after translation node seeded is {domain}::{operator}"):
+        verify_operators(model)

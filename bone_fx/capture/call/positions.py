@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from bone_fx.capture.call.signature import CallSignature
-from bone_fx.passes.frame import attribute_at
+from bone_fx.graphs import attribute_at
 
 _MOST_NODES = 60
 """A lookup whose indices take more nodes than that is not one of positions."""

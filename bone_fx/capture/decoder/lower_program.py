@@ -10,11 +10,13 @@ from torch.export.graph_signature import InputKind, TensorArgument
 
 from bone_fx.capture.decoder.experts import OtherRoutingError
 from bone_fx.capture.decoder.pasts import SharedPasts, describe_call, spread_pasts
+from bone_fx.graphs import copy_graph
 from bone_fx.lower.absorb_routing import has_routed_experts
 from bone_fx.lower.constant_indices import slice_by_constants
 from bone_fx.lower.stamp import stamp
 from bone_fx.lower.table import LAYER_PASSES, PASSES
-from bone_fx.passes.frame import one_after_another
+from bone_fx.passes.frame import Frame
+from bone_fx.passes.verifier import LOWERED, verify
 
 
 def lower(program: ExportedProgram, shared: SharedPasts | None = None) -> None:
@@ -33,26 +35,23 @@ def lower(program: ExportedProgram, shared: SharedPasts | None = None) -> None:
         program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
     slice_by_constants(program)
-    module = program.graph_module
-    with one_after_another():
-        for run in LAYER_PASSES:
-            module = run(module).graph_module
-        if has_routed_experts(module.graph):
-            raise OtherRoutingError
-        program._graph_module = module
-        if shared is not None:
-            spread_pasts(program, shared)
-        module = stamp(module, _names(program)).graph_module
-        for run in PASSES:
-            module = run(module).graph_module
-    program._graph_module = module
-    program.graph.eliminate_dead_code()  # a pass that changes nothing leaves what is dead
+    # In a copy, names of new nodes do not depend on those of nodes that were erased up to here.
+    program.graph_module.graph = copy_graph(program.graph)
+    frame = Frame(program.graph, sweep=True)
+    frame.run_table(LAYER_PASSES)
+    if has_routed_experts(program.graph):
+        raise OtherRoutingError
+    if shared is not None:
+        spread_pasts(program, shared)
+    frame.run(stamp, _names(program))
+    frame.run_table(PASSES)
     _drop_unused_constants(program)
     _rename_outputs(program)
     if shared is not None:
         describe_call(program, len(shared.of))
+    verify(LOWERED, program.graph)
     program.graph.lint()
-    module.recompile()
+    program.graph_module.recompile()
 
 
 def _names(program: ExportedProgram) -> dict[str, str]:

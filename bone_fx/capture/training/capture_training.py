@@ -38,6 +38,7 @@ from bone_fx.capture.training.loss import ModelLoss, loss_for
 from bone_fx.capture.training.state import mount_state, name_as_used
 from bone_fx.passes.dropout import remember_training
 from bone_fx.passes.follow_device import follow_device
+from bone_fx.passes.frame import Frame
 from bone_fx.passes.inline_no_grad import inline_no_grad
 
 # What the trace leaves behind to check the sizes and dtypes of the example: the call signature
@@ -136,10 +137,11 @@ def _plain_graph(program: torch.export.ExportedProgram) -> GraphModule:
     # A module of our own around the graph: on what `module()` gives, train() and eval() raise.
     graph_module = GraphModule(unlifted, unlifted.graph)
     _remove_trace_checks(graph_module)
-    inline_no_grad(graph_module)
+    Frame(graph_module).run(inline_no_grad)
     for module in graph_module.modules():
         if module is not graph_module and isinstance(module, GraphModule):
-            follow_device(module.graph)  # of an operator's region: no running form is made of it
+            # Of an operator's region: no running form is made of it.
+            Frame(module.graph).run(follow_device)
             module.recompile()
     for node in graph_module.graph.nodes:
         node.meta = {key: node.meta[key] for key in _READ_LATER if key in node.meta}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from bone_fx.passes.frame import attribute_at
+from bone_fx.graphs import attribute_at
 
 
 def mount_state(graph_module: GraphModule, model: torch.nn.Module) -> None:

@@ -19,10 +19,10 @@ the tokens before.
 from __future__ import annotations
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from bone_fx.lower.symbolic import CONTRIB, attributes, is_operator, operands, rewrite
-from bone_fx.passes.frame import PassResult, copy_module, graph_pass
+from bone_fx.passes.frame import Outcome
 
 aten = torch.ops.aten
 
@@ -31,17 +31,13 @@ TABLE_MULTIPLE = 8
 LAST = 2**63 - 1
 
 
-@graph_pass
-def absorb_rotary(gm: GraphModule) -> PassResult:
+def absorb_rotary(graph: Graph) -> Outcome:
     """Lets each GroupQueryAttention turn its own queries and keys, where it can."""
-    copied = copy_module(gm)
-    graph = copied.graph
     changed = sum(_widen(graph, node) for node in list(graph.nodes))
     for node in list(graph.nodes):
         if is_operator(node, CONTRIB, "GroupQueryAttention"):
             changed += _absorb(node)
-    graph.eliminate_dead_code()
-    return PassResult(copied if changed else gm, modified=changed > 0)
+    return Outcome(modified=changed > 0)
 
 
 def _widen(graph: Graph, node: Node) -> bool:

@@ -15,23 +15,21 @@ negative stays: the operator takes 0 for none.
 from __future__ import annotations
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, Node
 
 from bone_fx.lower.symbolic import CONTRIB, attributes, is_operator, operands, rewrite
-from bone_fx.passes.frame import PassResult, copy_module, graph_pass
+from bone_fx.passes.frame import Outcome
 
 aten = torch.ops.aten
 
 
-@graph_pass
-def absorb_scale(gm: GraphModule) -> PassResult:
+def absorb_scale(graph: Graph) -> Outcome:
     """Multiplies the scale of each GroupQueryAttention by the factor of its queries."""
-    copied = copy_module(gm)
     changed = 0
-    for node in list(copied.graph.nodes):
+    for node in list(graph.nodes):
         while is_operator(node, CONTRIB, "GroupQueryAttention") and _absorb(node):
             changed += 1
-    return PassResult(copied if changed else gm, modified=changed > 0)
+    return Outcome(modified=changed > 0)
 
 
 def _absorb(attention: Node) -> bool:

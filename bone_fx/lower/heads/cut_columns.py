@@ -12,26 +12,22 @@ After:
 from __future__ import annotations
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
 from bone_fx.lower.cancel_reshapes import VIEWS
-from bone_fx.passes.frame import PassResult, copy_module, graph_pass
+from bone_fx.passes.frame import Outcome
 
 aten = torch.ops.aten
 
 
-@graph_pass
-def cut_columns(gm: GraphModule) -> PassResult:
+def cut_columns(graph: Graph) -> Outcome:
     """Replaces pieces along the last axis but one of a view by pieces along the last axis."""
-    copied = copy_module(gm)
-    graph = copied.graph
     changed = 0
     joined: dict[Node, Node] = {}
     for node in list(graph.nodes):
         changed += _cut(graph, node, joined)
-    graph.eliminate_dead_code()
-    return PassResult(copied if changed else gm, modified=changed > 0)
+    return Outcome(modified=changed > 0)
 
 
 def _cut(graph: Graph, node: Node, known: dict[Node, Node]) -> bool:

@@ -17,23 +17,18 @@ attention operator behind, and are cancelled.
 from __future__ import annotations
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from bone_fx.lower.symbolic import CONTRIB, attributes, is_operator, operands
-from bone_fx.passes.frame import PassResult, copy_module, graph_pass
+from bone_fx.passes.frame import Outcome
 
 aten = torch.ops.aten
 
 
-@graph_pass
-def flatten_rotary(gm: GraphModule) -> PassResult:
+def flatten_rotary(graph: Graph) -> Outcome:
     """Replaces the transpositions around rotary embeddings by reshapes."""
-    if not any(is_operator(node, CONTRIB, "RotaryEmbedding") for node in gm.graph.nodes):
-        return PassResult(gm, modified=False)
-    copied = copy_module(gm)
-    changed = sum(_flatten(copied.graph, node) for node in list(copied.graph.nodes))
-    copied.graph.eliminate_dead_code()
-    return PassResult(copied if changed else gm, modified=changed > 0)
+    changed = sum(_flatten(graph, node) for node in list(graph.nodes))
+    return Outcome(modified=changed > 0)
 
 
 def _flatten(graph: Graph, rotary: Node) -> bool:

@@ -15,20 +15,18 @@ the attention operator, and both are cancelled.
 from __future__ import annotations
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from bone_fx.lower.symbolic import is_operator, operands
-from bone_fx.passes.frame import PassResult, copy_module, graph_pass
+from bone_fx.passes.frame import Outcome
 
 aten = torch.ops.aten
 
 
-@graph_pass
-def move_norms(gm: GraphModule) -> PassResult:
+def move_norms(graph: Graph) -> Outcome:
     """Moves each norm over the last axis before the transposition that only it reads."""
-    copied = copy_module(gm)
-    changed = sum(_move(copied.graph, node) for node in list(copied.graph.nodes))
-    return PassResult(copied if changed else gm, modified=changed > 0)
+    changed = sum(_move(graph, node) for node in list(graph.nodes))
+    return Outcome(modified=changed > 0)
 
 
 def is_row_norm(node: Node) -> bool:

@@ -24,13 +24,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
 from bone_fx.lower.cancel_reshapes import VIEWS
 from bone_fx.lower.heads.pack_projections import columns_of
 from bone_fx.lower.symbolic import CONTRIB, is_operator, operands
-from bone_fx.passes.frame import PassResult, copy_module, graph_pass
+from bone_fx.passes.frame import Outcome
 
 aten = torch.ops.aten
 MOVES = {
@@ -42,16 +42,13 @@ MOVES = {
 }
 
 
-@graph_pass
-def order_heads(gm: GraphModule) -> PassResult:
+def order_heads(graph: Graph) -> Outcome:
     """Cuts q, k and v from ordered projections."""
-    copied = copy_module(gm)
     changed = 0
-    for node in list(copied.graph.nodes):
+    for node in list(graph.nodes):
         if is_operator(node, CONTRIB, "GroupQueryAttention"):
-            changed += _order(copied.graph, [_cut_behind(part) for part in operands(node)[:3]])
-    copied.graph.eliminate_dead_code()
-    return PassResult(copied if changed else gm, modified=changed > 0)
+            changed += _order(graph, [_cut_behind(part) for part in operands(node)[:3]])
+    return Outcome(modified=changed > 0)
 
 
 def _cut_behind(node: Node | None) -> Node | None:

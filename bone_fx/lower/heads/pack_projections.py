@@ -10,9 +10,13 @@ After:
     qkv: [B, S, (H+2*K)*D] = linear(x, cat(w_q, w_k, w_v), cat(b_q, b_k, b_v))
     GroupQueryAttention(qkv, , , …)
 
+Where a norm of each head stands between projection and attention (qwen3), which keeps the
+operator's inputs apart:
+    qkv:     [B, S, (H+2*K)*D] = linear(x, cat(w_q, w_k, w_v), …)
+    q, k, v: split(qkv, [H*D, K*D, K*D], 2)
+
 The concatenations of weights never run: the translation makes them steps of the weights' recipes.
-A projection that the model itself packed, and then cut in this order, is handed over uncut. What
-stands between projection and attention, as a norm does, keeps the operator's inputs apart.
+A projection that the model itself packed, and then cut in this order, is handed over uncut.
 """
 
 from __future__ import annotations
@@ -20,33 +24,33 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
-from bone_fx.lower.symbolic import CONTRIB, attributes, is_operator, operands, rewrite
-from bone_fx.passes.frame import PassResult, copy_module, graph_pass
+from bone_fx.lower.heads.move_norms import is_row_norm
+from bone_fx.lower.symbolic import CONTRIB, SINGLE, attributes, is_operator, operands, rewrite
+from bone_fx.passes.frame import Outcome
 
 aten = torch.ops.aten
+MOVES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int}
 
 
-@graph_pass
-def pack_projections(gm: GraphModule) -> PassResult:
-    """Gives each GroupQueryAttention one packed input where its projections allow it."""
-    copied = copy_module(gm)
-    graph = copied.graph
+def pack_projections(graph: Graph) -> Outcome:
+    """Computes the three projections of each GroupQueryAttention by one product."""
     changed = 0
     for node in list(graph.nodes):
         if is_operator(node, CONTRIB, "GroupQueryAttention"):
-            changed += _pack(graph, node)
-    graph.eliminate_dead_code()
-    return PassResult(copied if changed else gm, modified=changed > 0)
+            parts = operands(node)[:3]
+            changed += _pack(graph, node) or _join(graph, [_product_behind(p) for p in parts])
+    return Outcome(modified=changed > 0)
 
 
 def _pack(graph: Graph, attention: Node) -> bool:
+    """The operator takes the product as it is."""
     inputs = operands(attention)
     parts = [part for part in inputs[:3] if part is not None]
     if len(parts) != 3:
         return False
-    packed = _uncut(parts) or joined(graph, parts)
+    packed = _uncut(parts) or _joined(graph, parts)
     if packed is None:
         return False
     values = {k: v for k, v in attributes(attention).items() if isinstance(v, int | float)}
@@ -54,7 +58,39 @@ def _pack(graph: Graph, attention: Node) -> bool:
     return True
 
 
-def joined(graph: Graph, parts: list[Node]) -> Node | None:
+def _product_behind(node: Node | None) -> Node | None:
+    """The projection that norms, reshapes and a rotary embedding lead back to."""
+    while node is not None and (
+        node.target in MOVES or is_row_norm(node) or is_operator(node, CONTRIB, "RotaryEmbedding")
+    ):
+        node = operands(node)[0] if node.target is SINGLE else node.all_input_nodes[0]
+    return node if node is not None and node.target is aten.linear.default else None
+
+
+def _join(graph: Graph, products: list[Node | None]) -> bool:
+    """The product is split again."""
+    parts = [part for part in products if part is not None]
+    if len(parts) != 3 or len(set(parts)) != 3:
+        return False
+    packed = _joined(graph, parts)
+    if packed is None:
+        return False
+    widths = [int(part.meta["val"].shape[-1]) for part in parts]
+    values = torch.split(packed.meta["val"], widths, dim=-1)
+    axis = packed.meta["val"].dim() - 1
+    with graph.inserting_after(packed):
+        cut = graph.call_function(aten.split_with_sizes.default, (packed, widths, axis))
+    cut.meta = {"val": values}
+    with graph.inserting_after(cut):
+        for place, part in enumerate(parts):
+            piece = graph.call_function(operator.getitem, (cut, place))
+            piece.meta = dict(part.meta)
+            part.replace_all_uses_with(piece)
+            graph.erase_node(part)
+    return True
+
+
+def _joined(graph: Graph, parts: list[Node]) -> Node | None:
     """One product for three of the same input; None where they are no such products."""
     if any(p.target is not aten.linear.default or p.kwargs or len(p.users) != 1 for p in parts):
         return None
@@ -69,10 +105,10 @@ def joined(graph: Graph, parts: list[Node]) -> Node | None:
         return None
     first = min(parts)
     with graph.inserting_before(first):
-        joined = [_concatenated(graph, weights)]
+        constants = [_concatenated(graph, weights)]
         if all(with_bias):
-            joined.append(_concatenated(graph, biases))
-        product = graph.call_function(aten.linear.default, (sources[0], *joined))
+            constants.append(_concatenated(graph, biases))
+        product = graph.call_function(aten.linear.default, (sources[0], *constants))
     width = sum(int(part.meta["val"].shape[-1]) for part in parts)
     value: torch.Tensor = first.meta["val"]
     product.meta = {**first.meta, "val": value.new_empty((*value.shape[:-1], width))}

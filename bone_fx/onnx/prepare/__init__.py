@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from bone_fx.graphs import copy_graph
 from bone_fx.onnx.prepare.assertions import remove_assertions
 from bone_fx.onnx.prepare.in_place import make_functional
 from bone_fx.onnx.prepare.mode_regions import inline_mode_regions
@@ -30,19 +30,10 @@ STEPS: tuple[Callable[[GraphModule], None], ...] = (
 )
 
 
-def copy_graph(graph_module: GraphModule) -> GraphModule:
-    """A graph module with a graph of its own; names and metadata are kept, tensors shared."""
-    graph = torch.fx.Graph()
-    copies: dict[Node, Node] = {}
-    graph.output(graph.graph_copy(graph_module.graph, copies))
-    for node, copied in copies.items():
-        copied.name = node.name  # a name such as `input`, that Python has too, would get a number
-    return _LazyGraphModule(graph_module, graph)  # not compiled, as it is never called
-
-
 def prepare(graph_module: GraphModule) -> GraphModule:
     """A copy of `graph_module` after `STEPS`."""
-    prepared = copy_graph(graph_module)
+    # Not compiled, as it is never called.
+    prepared = _LazyGraphModule(graph_module, copy_graph(graph_module.graph))
     for step in STEPS:
         step(prepared)
     prepared.graph.eliminate_dead_code()

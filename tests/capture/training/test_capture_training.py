@@ -9,8 +9,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bone_fx.capture.training.capture_training import capture_training
+from bone_fx.graphs import copy_module
 from bone_fx.passes.dropout import set_dropout
-from bone_fx.train.split_layers import layers_of, split_layers
+from bone_fx.train.split_layers import layers_of, split_in_place
 from tests.capture.architectures import ARCHITECTURES, SHAPES, UNLISTED, Architecture
 from tests.tolerances import difference
 
@@ -66,7 +67,8 @@ def test_equals_eager(row: Architecture) -> None:
             )
 
     # The same, in layers whose activations are computed again in backward.
-    split = split_layers(graph).graph_module
+    split = copy_module(graph)
+    split_in_place(split)
     assert len(layers_of(split)) >= 2
     for layer in layers_of(split).values():
         layer.checkpointing = {}

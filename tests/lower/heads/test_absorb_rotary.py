@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from bone_fx.capture.decoder.ort_operators import group_query_attention, rotary_embedding
 from bone_fx.lower.heads.absorb_rotary import absorb_rotary
 from bone_fx.lower.symbolic import attributes, is_operator, operands
+from tests.framed import apply
 
 HEADS, SIZE, TOKENS = 2, 32, 5
 
@@ -72,7 +73,7 @@ def graph_of(module: nn.Module) -> GraphModule:
 def test_absorbs_where_the_operator_does_the_same(
     width: int, change: str, *, absorbed: bool
 ) -> None:
-    result = absorb_rotary(graph_of(Attention(width, change=change)))
+    result = apply(absorb_rotary, graph_of(Attention(width, change=change)))
     nodes = list(result.graph_module.graph.nodes)
     (attention,) = (n for n in nodes if is_operator(n, "com.microsoft", "GroupQueryAttention"))
     rotary = [n for n in nodes if is_operator(n, "com.microsoft", "RotaryEmbedding")]
@@ -86,4 +87,4 @@ def test_absorbs_where_the_operator_does_the_same(
     elif change == "slices":
         assert all(attributes(n)["rotary_embedding_dim"] == width for n in rotary)
         assert all(list(n.meta["val"].shape) == [1, HEADS, TOKENS, SIZE] for n in rotary)
-    assert not absorb_rotary(result.graph_module).modified
+    assert not apply(absorb_rotary, result.graph_module).modified

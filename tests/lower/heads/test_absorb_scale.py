@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from bone_fx.capture.decoder.ort_operators import group_query_attention
 from bone_fx.lower.heads.absorb_scale import absorb_scale
 from bone_fx.lower.symbolic import attributes, is_operator, operands
+from tests.framed import apply
 
 
 class Attention(nn.Module):
@@ -49,15 +50,15 @@ def attention_of(gm: GraphModule) -> torch.fx.Node:
 
 def test_the_factor_becomes_part_of_the_scale() -> None:
     graph = graph_of(lambda x: x * 0.25)
-    attention = attention_of(absorb_scale(graph).graph_module)
+    attention = attention_of(apply(absorb_scale, graph).graph_module)
     assert attributes(attention) == {"num_heads": 4, "kv_num_heads": 4, "scale": 0.125}
     query, key, *_ = operands(attention)
     assert query is key
-    assert not absorb_scale(absorb_scale(graph).graph_module).modified
+    assert not apply(absorb_scale, apply(absorb_scale, graph).graph_module).modified
 
 
 def test_two_factors_are_one() -> None:
-    graph = absorb_scale(graph_of(lambda x: x * 0.5 * 4)).graph_module
+    graph = apply(absorb_scale, graph_of(lambda x: x * 0.5 * 4)).graph_module
     assert attributes(attention_of(graph))["scale"] == 1.0
     assert not any(n.target is torch.ops.aten.mul.Tensor for n in graph.graph.nodes)
 
@@ -73,4 +74,4 @@ def test_two_factors_are_one() -> None:
     ],
 )
 def test_others_stay(change: Callable[[Tensor], Tensor], scale: float | None) -> None:
-    assert not absorb_scale(graph_of(change, scale)).modified
+    assert not apply(absorb_scale, graph_of(change, scale)).modified

@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 
 from bone_fx.lower.find_linears import find_linears
 from bone_fx.lower.heads.cut_columns import cut_columns
+from tests.framed import apply
 
 aten = torch.ops.aten
 
@@ -53,7 +54,7 @@ def _graph(module: nn.Module, *given: Tensor) -> GraphModule:
 def test_pieces_of_heads_are_cut_from_the_last_axis(module: nn.Module) -> None:
     x = torch.randn(3, 7, 48)
     graph = _graph(module, x)
-    result = cut_columns(graph)
+    result = apply(cut_columns, graph)
     assert result.modified
     for one, other in zip(result.graph_module(x), module(x), strict=True):
         assert torch.equal(one, other)
@@ -61,12 +62,12 @@ def test_pieces_of_heads_are_cut_from_the_last_axis(module: nn.Module) -> None:
         assert node.target is not aten.select.int
         if node.target is aten.slice.Tensor:
             assert node.args[1] == node.meta["val"].dim() - 1
-    assert not cut_columns(result.graph_module).modified
+    assert not apply(cut_columns, result.graph_module).modified
 
 
 def test_other_pieces_stay() -> None:
     graph = _graph(_Other(), torch.randn(3, 7, 48))
-    assert not cut_columns(graph).modified
+    assert not apply(cut_columns, graph).modified
 
 
 class _Products(nn.Module):
@@ -87,10 +88,10 @@ class _Products(nn.Module):
 def test_products_with_transposed_weights_are_linear() -> None:
     module, x = _Products(), torch.randn(3, 7, 48)
     program = torch.export.export(module, (x,))
-    result = find_linears(program.graph_module)
+    result = apply(find_linears, program.graph_module)
     targets = [n.target for n in result.graph_module.graph.nodes]
     assert [targets.count(t) for t in (aten.linear.default, aten.matmul.default)] == [3, 1]
     assert targets.count(aten.add.Tensor) == 1
     (found,) = result.graph_module(module.weight, module.square, module.bias, module.row, x)
     assert torch.allclose(found, module(x), rtol=1e-5, atol=1e-4)
-    assert not find_linears(result.graph_module).modified
+    assert not apply(find_linears, result.graph_module).modified

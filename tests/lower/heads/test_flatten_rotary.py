@@ -12,6 +12,7 @@ from bone_fx.capture.decoder.ort_operators import rotary_embedding
 from bone_fx.lower.cancel_reshapes import cancel_reshapes
 from bone_fx.lower.heads.flatten_rotary import flatten_rotary
 from bone_fx.lower.symbolic import is_operator, operands
+from tests.framed import apply
 
 HEADS, SIZE, WIDTH = 3, 16, 48
 COS = torch.ones(20, 2)
@@ -40,10 +41,10 @@ def graph_of(change: str) -> GraphModule:
 
 
 def test_nothing_is_left_around_the_operator() -> None:
-    result = flatten_rotary(graph_of(""))
+    result = apply(flatten_rotary, graph_of(""))
     assert result.modified
-    assert not flatten_rotary(result.graph_module).modified
-    graph = cancel_reshapes(result.graph_module).graph_module.graph
+    assert not apply(flatten_rotary, result.graph_module).modified
+    graph = apply(cancel_reshapes, result.graph_module).graph_module.graph
     (rotary,) = (n for n in graph.nodes if is_operator(n, "com.microsoft", "RotaryEmbedding"))
     x = operands(rotary)[0]
     assert x is not None
@@ -56,7 +57,7 @@ def test_nothing_is_left_around_the_operator() -> None:
 
 @pytest.mark.parametrize("change", ["read twice", "heads first"])
 def test_others_stay(change: str) -> None:
-    assert not flatten_rotary(graph_of(change)).modified
+    assert not apply(flatten_rotary, graph_of(change)).modified
 
 
 def test_other_axes_stay() -> None:
@@ -66,4 +67,4 @@ def test_other_axes_stay() -> None:
             return rotary_embedding(heads, positions, COS, COS, interleaved=False).transpose(2, 3)
 
     inputs = torch.randn(2, WIDTH, 5), torch.zeros(2, 5, dtype=torch.int64)
-    assert not flatten_rotary(torch.export.export(Turned(), inputs).graph_module).modified
+    assert not apply(flatten_rotary, torch.export.export(Turned(), inputs).graph_module).modified

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from bone_fx.capture.decoder.ort_operators import group_query_attention
-from bone_fx.lower.heads.join_projections import join_projections
+from bone_fx.lower.heads.pack_projections import pack_projections
 from bone_fx.lower.symbolic import is_operator, operands
+from tests.framed import apply
 
 HEADS, KV_HEADS, SIZE, TOKENS = 4, 2, 8, 5
 WIDTH = HEADS * SIZE
@@ -68,10 +69,10 @@ def attention_inputs(model: Attention, gm: GraphModule) -> list[Tensor]:
 @pytest.mark.parametrize("change", ["", "biases"])
 def test_one_product(change: str) -> None:
     model, graph = graph_of(change)
-    result = join_projections(graph)
+    result = apply(pack_projections, graph)
     targets = [node.target for node in result.graph_module.graph.nodes]
     assert (targets.count(LINEAR), targets.count(SPLIT)) == (1, 1)
-    assert not join_projections(result.graph_module).modified
+    assert not apply(pack_projections, result.graph_module).modified
     found = attention_inputs(model, result.graph_module)
     for a, b in zip(found, attention_inputs(model, graph), strict=True):
         torch.testing.assert_close(a, b)
@@ -79,4 +80,4 @@ def test_one_product(change: str) -> None:
 
 @pytest.mark.parametrize("change", ["between", "other input", "keys as values", "read elsewhere"])
 def test_others_stay(change: str) -> None:
-    assert not join_projections(graph_of(change)[1]).modified
+    assert not apply(pack_projections, graph_of(change)[1]).modified

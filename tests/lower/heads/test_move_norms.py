@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from bone_fx.capture.decoder.ort_operators import simplified_layer_norm
 from bone_fx.lower.heads.move_norms import move_norms
 from bone_fx.lower.symbolic import is_operator
+from tests.framed import apply
 
 TRANSPOSE = torch.ops.aten.transpose.int
 LAYER_NORM = torch.ops.aten.layer_norm.default
@@ -39,19 +40,19 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def test_a_norm_is_taken_first() -> None:
     graph = graph_of(layer_norm)
-    result = move_norms(graph)
+    result = apply(move_norms, graph)
     (norm,) = result.graph_module.graph.find_nodes(op="call_function", target=LAYER_NORM)
     assert norm.args[0].op == "placeholder"
     assert [user.target for user in norm.users] == [TRANSPOSE]
     x, weight, bias = torch.randn(2, 7, 4, 16), torch.randn(16), torch.randn(16)
     expected = graph(x, weight, bias)[0]
     torch.testing.assert_close(result.graph_module(x, weight, bias)[0], expected)
-    assert not move_norms(result.graph_module).modified
+    assert not apply(move_norms, result.graph_module).modified
 
 
 def test_an_operator_has_its_new_shape() -> None:
     graph = graph_of(lambda x, w, _: simplified_layer_norm(x.transpose(1, 2), w, 1e-5))
-    result = move_norms(graph).graph_module
+    result = apply(move_norms, graph).graph_module
     (norm,) = (n for n in result.graph.nodes if is_operator(n, "", "SimplifiedLayerNormalization"))
     assert [int(size) for size in norm.meta["val"].shape[2:]] == [4, 16]
     assert norm.kwargs["shape"][2:] == [4, 16]
@@ -72,4 +73,4 @@ def test_an_operator_has_its_new_shape() -> None:
 def test_others_stay(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     inputs = torch.randn(3, 5, 4, 16), torch.randn(16), torch.randn(16)
     graph = torch.export.export(Heads(function), inputs).graph_module
-    assert not move_norms(graph).modified
+    assert not apply(move_norms, graph).modified

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from bone_fx.capture.decoder.ort_operators import group_query_attention
 from bone_fx.lower.heads.order_heads import order_heads
 from bone_fx.lower.symbolic import is_operator, operands
+from tests.framed import apply
 
 HEADS, SIZE, TOKENS, WIDTH = 3, 8, 5, 20
 
@@ -76,11 +77,11 @@ def projections_of(model: Attention, gm: GraphModule) -> list[Tensor]:
 @pytest.mark.parametrize("change", ["", "no bias", "slices", "tokens first"])
 def test_the_weight_is_ordered(change: str) -> None:
     model, graph = graph_of(change)
-    result = order_heads(graph)
+    result = apply(order_heads, graph)
     assert result.modified
     linear = [n for n in result.graph_module.graph.nodes if "linear" in str(n.target)]
     assert [n.args[1].target for n in linear] == [torch.ops.aten.cat.default]
-    assert not order_heads(result.graph_module).modified
+    assert not apply(order_heads, result.graph_module).modified
     found = projections_of(model, result.graph_module)
     for a, b in zip(found, projections_of(model, graph), strict=True):
         torch.testing.assert_close(a, b)
@@ -89,4 +90,4 @@ def test_the_weight_is_ordered(change: str) -> None:
 
 @pytest.mark.parametrize("change", ["between", "other order", "added"])
 def test_others_stay(change: str) -> None:
-    assert not order_heads(graph_of(change)[1]).modified
+    assert not apply(order_heads, graph_of(change)[1]).modified

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from bone_fx.capture.decoder.ort_operators import group_query_attention
 from bone_fx.lower.heads.pack_projections import pack_projections
 from bone_fx.lower.symbolic import is_operator, operands
+from tests.framed import apply
 
 HEADS, KV_HEADS, SIZE, TOKENS = 4, 2, 8, 5
 WIDTH = HEADS * SIZE
@@ -66,7 +67,7 @@ def attention_of(gm: GraphModule) -> torch.fx.Node:
     ("change", "concatenations"), [("", 1), ("biases", 2), ("split", 0), ("slices", 0)]
 )
 def test_packs(change: str, concatenations: int) -> None:
-    result = pack_projections(graph_of(change))
+    result = apply(pack_projections, graph_of(change))
     nodes = list(result.graph_module.graph.nodes)
     packed, key, value, *rest = operands(attention_of(result.graph_module))
     assert (key, value) == (None, None)
@@ -76,9 +77,9 @@ def test_packs(change: str, concatenations: int) -> None:
     assert packed.meta["val"].shape == (1, TOKENS, QKV)
     assert sum(n.target is torch.ops.aten.cat.default for n in nodes) == concatenations
     assert sum(n.target is torch.ops.aten.linear.default for n in nodes) == 1
-    assert not pack_projections(result.graph_module).modified
+    assert not apply(pack_projections, result.graph_module).modified
 
 
 @pytest.mark.parametrize("change", ["one bias", "other input", "between", "other order"])
 def test_leaves_what_cannot_be_one_product(change: str) -> None:
-    assert not pack_projections(graph_of(change)).modified
+    assert not apply(pack_projections, graph_of(change)).modified
