@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from bone_fx.lower.stamp import DOMAIN, ENTRY, EXIT, LAYER, stamp
+from bone_fx.lower.stamp import DOMAIN, ENTRY, EXIT, LAYER, every_layer_written, stamp
 from bone_fx.lower.symbolic import is_operator
 from tests.framed import apply
 
@@ -60,8 +60,12 @@ def test_copies_the_layer_with_the_other_weight() -> None:
         for spec in program.graph_signature.input_specs
         if spec.target is not None
     }
+    layer = every_layer_written(graph.graph)
+    assert layer is not None
+    assert is_operator(layer, DOMAIN, LAYER)
     result = apply(stamp, graph, names)
     assert result.modified
+    assert every_layer_written(result.graph_module.graph) is None
     assert not any(_is_mark(node) for node in result.graph_module.graph.nodes)
     weights = [parameter.detach() for parameter in model.parameters()]
     x, one, two = inputs
