@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import torch._dynamo
 from hypothesis import settings
 
 # A test that fails does so for everyone, and a busy machine is no failure.
@@ -25,6 +26,10 @@ def _seed() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    # PyTorch 2.13's cache of shapes checks every entry by making it anew: among symbolic sizes it
+    # pays from about ten layers on, and doubles the time of a trace of two. The graphs are equal.
+    # Processes that tests start have it, as users do.
+    torch._dynamo.config.fake_tensor_cache_enabled = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests, in an environment that it installs itself: ./tools/test.sh
-# With arguments only pytest runs, with those arguments: ./tools/test.sh -k fold tests/adapters
+# The tests marked `slow` too, among them the wheel in an environment of its own: ./tools/test.sh --all
+# With other arguments only pytest runs, with those arguments: ./tools/test.sh -k fold tests/adapters
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,12 +16,18 @@ stage() {
     "$@"
 }
 
-if [ "$#" -gt 0 ]; then
-    stage "tests" .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
-else
+tests=(.venv/bin/python -m pytest -n 2 --dist worksteal --durations=40)
+if [ "${1:-}" = --all ]; then
+    shift
+    tests+=(-m "")
+    checks=yes
+elif [ "$#" -eq 0 ]; then
+    checks=yes
+fi
+if [ "${checks:-}" ]; then
     stage "lint" .venv/bin/ruff check .
     stage "format" .venv/bin/ruff format --check .
     stage "types" .venv/bin/mypy
-    stage "tests" .venv/bin/python -m pytest -n 2 --dist worksteal
 fi
+stage "tests" "${tests[@]}" "$@"
 echo "==> all passed in $SECONDS s"

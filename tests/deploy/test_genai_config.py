@@ -13,7 +13,7 @@ import torch
 from bone_fx.deploy.genai_config import copy_tokenizer, genai_config, write_genai_folder
 from bone_fx.errors import BaseModelError
 from tests.capture.decoder.decoders import DECODERS
-from tests.capture.decoder.decoding import capture_of, onnx_of
+from tests.capture.decoder.decoding import captured, onnx_of
 
 og = pytest.importorskip("onnxruntime_genai")
 ROW = {row.name: row for row in DECODERS}
@@ -26,7 +26,7 @@ ROW = {row.name: row for row in DECODERS}
 def test_greedy_text_equals_transformers(name: str, tmp_path: Path) -> None:
     model = ROW[name].build()
     model.generation_config.eos_token_id = None
-    capture = capture_of(model)
+    capture = captured(name).capture
     ir.save(onnx_of(capture, model), tmp_path / "model.onnx")
     model.config.eos_token_id = 98
     warnings = write_genai_folder(tmp_path, model.config, capture, tmp_path / "nowhere")
@@ -47,8 +47,7 @@ def test_greedy_text_equals_transformers(name: str, tmp_path: Path) -> None:
 
 
 def test_generation_config_has_precedence() -> None:
-    model = ROW["llama"].build()
-    capture = capture_of(model)
+    model, capture = captured("llama")
     generation = {
         "eos_token_id": [7, 8],
         "temperature": 0.6,
@@ -72,8 +71,8 @@ def test_generation_config_has_precedence() -> None:
 
 def test_the_buffer_is_shared_unless_the_graph_concatenates() -> None:
     for name, shared in (("llama", True), ("llama_head_20", False)):
-        model = ROW[name].build()
-        search = genai_config(model.config, capture_of(model), {})["search"]
+        model, capture = captured(name)
+        search = genai_config(model.config, capture, {})["search"]
         assert search["past_present_share_buffer"] is shared
 
 
@@ -91,6 +90,6 @@ def test_tokenizer_files_are_copied_and_missing_ones_named(tmp_path: Path) -> No
 
 def test_a_broken_generation_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{")
-    model = ROW["llama"].build()
+    model, capture = captured("llama")
     with pytest.raises(BaseModelError, match=r"generation_config\.json"):
-        write_genai_folder(tmp_path, model.config, capture_of(model), tmp_path)
+        write_genai_folder(tmp_path, model.config, capture, tmp_path)

@@ -17,6 +17,8 @@ from tests.architecture.sources import ROOT
 from tests.distributed.two_processes import adapted, batch, losses
 from tests.end_to_end import test_trainer
 
+pytestmark = pytest.mark.slow
+
 
 def run_two(program: str, out: Path) -> list[dict[str, Any]]:
     """Run a module of this folder in two processes; what each of them noted."""

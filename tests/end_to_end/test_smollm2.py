@@ -85,6 +85,7 @@ def test_the_base_answers(smollm2: Path, tmp_path: Path) -> None:
     assert text.strip() == "The capital of France is Paris."
 
 
+@pytest.mark.slow
 def test_folded_export_generates_what_torch_generates(
     smollm2: Path, zen_adapter: Path, tmp_path: Path
 ) -> None:
@@ -114,6 +115,7 @@ def test_folded_export_generates_what_torch_generates(
     assert changed
 
 
+@pytest.mark.slow
 def test_fp16_runs_and_holds_one_copy_of_the_weights(
     smollm2: Path, zen_adapter: Path, tmp_path: Path
 ) -> None:
@@ -134,10 +136,11 @@ def test_fp16_runs_and_holds_one_copy_of_the_weights(
     assert len(generate(tmp_path / "out", prompts(smollm2)[0])) == TOKENS
 
 
-def twenty_steps(who: str, method: str, smollm2: Path) -> list[float]:
-    """The losses."""
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    model.config.use_cache = False
+def trained(who: str, method: str, smollm2: Path, layers: int, steps: int) -> list[float]:
+    """The losses of the first layers."""
+    model = AutoModelForCausalLM.from_pretrained(
+        smollm2, dtype=torch.float32, num_hidden_layers=layers, use_cache=False
+    )
     batches = [zen_batch(smollm2, 2, 16, start) for start in (0, 40, 80)]
     fields = {**METHODS[method], "target_modules": TARGETS}
     if who == "peft":
@@ -150,7 +153,7 @@ def twenty_steps(who: str, method: str, smollm2: Path) -> list[float]:
     net.train()
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=2e-4)
     losses = []
-    for step in range(20):
+    for step in range(steps):
         loss = net(**batches[step % 3]).loss
         loss.backward()
         optimizer.step()
@@ -160,8 +163,11 @@ def twenty_steps(who: str, method: str, smollm2: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_twenty_steps_give_the_losses_of_peft(
-    method: str, smollm2: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("layers", "steps"), [(4, 6), pytest.param(30, 20, marks=pytest.mark.slow)]
+)
+def test_training_gives_the_losses_of_peft(
+    method: str, layers: int, steps: int, smollm2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the loss taken from half of the logits at a time.
 
@@ -169,7 +175,9 @@ def test_twenty_steps_give_the_losses_of_peft(
     against PEFT with each number of the base moved to a neighbour in float32 differs by 2e-5.
     """
     monkeypatch.setitem(CHUNK, "cpu", 16 * 49152)
-    theirs, ours = (twenty_steps(who, method, smollm2) for who in ("peft", "ours"))
+    theirs, ours = (
+        trained(who, method, smollm2, layers, steps) for who in ("peft", "ours")
+    )
     assert ours[-1] < ours[0]
     for step, (found, expected) in enumerate(zip(ours, theirs, strict=True)):
         assert abs(found - expected) <= (1e-5 if step else 1e-6) * max(1.0, expected)

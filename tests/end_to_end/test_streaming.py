@@ -18,6 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+pytestmark = pytest.mark.slow
+
 ROOM = 480 << 20
 HIDDEN, VOCABULARY, R = 1024, 100_000, 16
 PROGRAM = f"""

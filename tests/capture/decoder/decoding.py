@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +15,7 @@ from bone_fx.base.skeleton import skeleton_from_config
 from bone_fx.capture.decoder.capture_decoder import DecoderCapture, capture_decoder
 from bone_fx.onnx.translate import translate
 from bone_fx.weights.recipes.recipe import Recipe, Value
+from tests.capture.decoder.decoders import DECODERS
 
 TEXTS = (5, 13)
 STEPS = 3
@@ -29,6 +31,20 @@ def capture_of(
 ) -> DecoderCapture:
     """Captures the model's skeleton, so that no weight can have had a part in it."""
     return capture_decoder(skeleton_of(model, dtype), last_token_logits=last_token_logits)
+
+
+class Captured(NamedTuple):
+    """A row's model and the capture of its skeleton."""
+
+    model: Any
+    capture: DecoderCapture
+
+
+@cache
+def captured(name: str) -> Captured:
+    """The row of this name, captured once a process: for tests that change neither."""
+    model = next(row for row in DECODERS if row.name == name).build()
+    return Captured(model, capture_of(model))
 
 
 def onnx_of(capture: DecoderCapture, model: nn.Module) -> ir.Model:

@@ -19,6 +19,7 @@ from tests.capture.decoder.decoders import DECODERS, Decoder
 from tests.capture.decoder.decoding import (
     Generation,
     capture_of,
+    captured,
     differences,
     onnx_of,
     session_of,
@@ -30,10 +31,10 @@ TOLERANCE = 1e-5
 ROW = {row.name: row for row in DECODERS}
 
 
-@pytest.mark.parametrize("row", DECODERS, ids=lambda row: row.name)
+# In the scope of the session all tests of a row follow one another: one process captures it.
+@pytest.mark.parametrize("row", DECODERS, ids=lambda row: row.name, scope="session")
 def test_decoder_equals_the_model_on_ragged_texts(row: Decoder) -> None:
-    model = row.build()
-    capture = capture_of(model)
+    model, capture = captured(row.name)
     translated = onnx_of(capture, model)
     found = differences(model, capture, session_of(translated))
     assert max(found.values()) <= TOLERANCE, found
@@ -65,7 +66,7 @@ def test_a_window_wider_by_one_is_seen(name: str) -> None:
 
 
 def test_gemma3_has_a_table_for_each_kind_of_layer() -> None:
-    capture = capture_of(ROW["gemma3_text"].build())
+    capture = captured("gemma3_text").capture
     assert {"cos_cache", "sin_cache", "cos_cache_1", "sin_cache_1"} <= set(capture.constants)
     assert capture.derived["model.norm.weight_plus_one"].source == "model.norm.weight"
 
@@ -144,8 +145,8 @@ def test_a_subclass_with_other_names_goes_through_unchanged() -> None:
 
 
 def test_names_and_axes_are_those_of_onnxruntime_genai() -> None:
-    model = ROW["llama"].build()
-    translated = onnx_of(capture_of(model), model)
+    model, capture = captured("llama")
+    translated = onnx_of(capture, model)
     shapes = {v.name: str(v.shape) for v in (*translated.graph.inputs, *translated.graph.outputs)}
     assert shapes["input_ids"] == "[batch_size,sequence_length]"
     assert shapes["attention_mask"] == "[batch_size,total_sequence_length]"
@@ -188,8 +189,7 @@ def test_dynamic_ntk_is_refused_beyond_the_length_where_angles_are_fixed() -> No
 
 
 def test_a_text_that_outgrows_the_short_factors_goes_on_as_the_model_does() -> None:
-    model = ROW["phi3_longrope_short"].build()
-    capture = capture_of(model)
+    model, capture = captured("phi3_longrope_short")
     run = Generation(session_of(onnx_of(capture, model)), capture, 1)
     tokens = texts(99, (21,))[0][None]
     cache = None
@@ -232,13 +232,12 @@ def test_attention_of_its_own_in_other_forms(name: str, unfused: str | None) -> 
 
 
 def test_repeated_heads_are_cached_as_the_model_caches_them() -> None:
-    capture = capture_of(ROW["falcon_new"].build())
+    capture = captured("falcon_new").capture
     assert [(layer.heads, layer.kv_heads) for layer in capture.layers] == [(4, 4)] * 2
 
 
 def test_alibi_of_another_slope_is_seen() -> None:
-    model = ROW["bloom"].build()
-    capture = capture_of(model)
+    model, capture = captured("bloom")
     space = sys.modules[type(model).__module__]
     slopes = space._get_alibi_slopes  # type: ignore[attr-defined]  # bloom has it
     with pytest.MonkeyPatch.context() as patch:
@@ -294,8 +293,8 @@ def test_lowering_twice_changes_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bloom"])
 def test_logits_of_the_last_tokens_are_those_of_each_text(name: str) -> None:
-    model = ROW[name].build()
-    every, last = capture_of(model), capture_of(model, last_token_logits=True)
+    model, every = captured(name)
+    last = capture_of(model, last_token_logits=True)
     sessions = [session_of(onnx_of(capture, model)) for capture in (every, last)]
     lengths = [5, 2, 7]
     ids = torch.randint(0, 99, (3, 7)).numpy()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.memory import PRINT_PEAK
 
 LIMIT = 16 << 30
@@ -27,6 +29,7 @@ print(weights, attentions, len(capture.layers))
 {PRINT_PEAK}"""
 
 
+@pytest.mark.slow
 def test_70b_is_captured_under_an_address_space_limit() -> None:
     finished = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False

@@ -16,7 +16,7 @@ from bone_fx.capture.decoder.kv_cache import LayerNumber
 from bone_fx.capture.decoder.stamping.keys import layer_key, numbers_of
 from tests.capture.architectures import BY_NAME
 from tests.capture.decoder.decoders import DECODERS, Decoder
-from tests.capture.decoder.decoding import skeleton_of
+from tests.capture.decoder.decoding import captured, skeleton_of
 
 ROW = {row.name: row for row in DECODERS}
 
@@ -51,10 +51,10 @@ def content(capture: DecoderCapture) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("row", DECODERS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", DECODERS, ids=lambda row: row.name, scope="session")
 def test_the_graph_is_that_of_a_full_trace(row: Decoder) -> None:
-    model = skeleton_of(row.build())
-    once, whole = capture_decoder(model), capture_decoder(model, stamp=False)
+    model, once = captured(row.name)
+    whole = capture_decoder(skeleton_of(model), stamp=False)
     assert content(once) == content(whole)
     assert once.layers == whole.layers
     assert (once.notes, once.norms, once.derived) == (whole.notes, whole.norms, whole.derived)
