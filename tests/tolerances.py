@@ -51,12 +51,21 @@ LIMITS: dict[str, dict[torch.dtype, float]] = {
 
 def difference(found: Tensor, expected: Tensor) -> float:
     """Largest difference over max(1, largest expected value); infinite for NaN or another shape."""
+    return _over(found, expected, 1.0)
+
+
+def scaled_difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected value, however small: for gradients."""
+    return _over(found, expected, torch.finfo(torch.float32).tiny)
+
+
+def _over(found: Tensor, expected: Tensor, least: float) -> float:
     if found.shape != expected.shape:
         return float("inf")
     if expected.numel() == 0:
         return 0.0
     found, expected = found.detach().double(), expected.detach().double()
-    gap = (found - expected).abs().max() / expected.abs().max().clamp_min(1.0)
+    gap = (found - expected).abs().max() / expected.abs().max().clamp_min(least)
     return float("inf") if bool(gap.isnan()) else float(gap)
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 from safetensors.torch import load_file
 
+from tests.command import run
 from tests.end_to_end.tiny import tiny_adapter, tiny_base
 
 COMMAND = [sys.executable, "-m", "bone_fx"]
@@ -27,7 +29,7 @@ STAGES = [
 ]
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+def process(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300
     )
@@ -56,10 +58,14 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_json_is_one_object_and_twice_the_same_bytes(work: Path) -> None:
+def test_json_is_one_object_and_twice_the_same_bytes(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders = []
-    for name in ("one", "two"):
-        result = run(work / "base", "--adapter", work / "adapter", "-o", work / name, "--json")
+    # Nodes are named after what was traced before them: with the cache as the process has it.
+    monkeypatch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", True)
+    for name, start in (("one", run), ("two", process)):
+        result = start(work / "base", "--adapter", work / "adapter", "-o", work / name, "--json")
         assert result.returncode == 0, result.stderr
         content = json.loads(result.stdout)
         assert content["verified"] is True
@@ -73,6 +79,14 @@ def test_json_is_one_object_and_twice_the_same_bytes(work: Path) -> None:
         "genai_config.json",
         "bone_export.json",
     }
+
+
+def test_fold_in_a_process_of_its_own(work: Path) -> None:
+    out = work / "out"
+    done = process("fold", work / "base", "--adapter", work / "adapter", "-o", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kind"] == "checkpoint"
+    assert (out / "model.safetensors").exists()
 
 
 def test_adapter_for_another_width(work: Path) -> None:
@@ -89,7 +103,7 @@ def test_adapter_for_another_width(work: Path) -> None:
 
 
 def test_unknown_dtype(work: Path) -> None:
-    refused(run(work / "base", "-o", work / "out", "--dtype", "fp8"), 2, "fp8", "fp16")
+    refused(process(work / "base", "-o", work / "out", "--dtype", "fp8"), 2, "fp8", "fp16")
     assert not (work / "out").exists()
 
 
@@ -128,7 +142,7 @@ def test_errors_as_json(work: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the provider is here")
 def test_json_is_all_that_stdout_has_where_a_provider_is_missing(work: Path) -> None:
-    result = run(work / "base", "-o", work / "out", "--provider", "cuda", "--json")
+    result = process(work / "base", "-o", work / "out", "--provider", "cuda", "--json")
     assert json.loads(result.stdout)["exit_code"] == result.returncode == 7
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from transformers import (
 )
 
 import bone_fx
-from bone_fx.cli import main
 from bone_fx.errors import AdapterError, SiteError, UsageError, VerificationError
 from bone_fx.weights.writing import safetensors_writer
+from tests.command import run
 from tests.end_to_end.test_peft import METHODS, TARGETS, in_peft, llama
 
 
@@ -168,26 +167,21 @@ def test_a_wrong_byte_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "out.rejected").exists()
 
 
-def run(arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["bone-export", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0)
-
-
-def test_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command(tmp_path: Path) -> None:
     base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
     adapter_of(adapter, checkpoint(base, torch.float32), "mini", task_type="CAUSAL_LM")
-    assert run(["fold", base, "--adapter", adapter, "-o", out, "--json", "-q"], monkeypatch) == 0
-    assert json.loads(capsys.readouterr().out)["kind"] == "checkpoint"
-    assert run(["fold", base, "--adapter", adapter, "-o", out], monkeypatch) == 2
-    assert "exists" in capsys.readouterr().err
-    assert run(["fold", "--help"], monkeypatch) == 0
-    assert "--adapter" in capsys.readouterr().out
+    done = run("fold", base, "--adapter", adapter, "-o", out, "--json", "-q")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["kind"] == "checkpoint"
+    done = run("fold", base, "--adapter", adapter, "-o", out)
+    assert done.returncode == 2
+    assert "exists" in done.stderr
+    done = run("fold", "--help")
+    assert done.returncode == 0
+    assert "--adapter" in done.stdout
     other = tmp_path / "other"
-    assert run(["fold", "--adapter", adapter, base, "-o", other, "-q"], monkeypatch) == 0
+    assert run("fold", "--adapter", adapter, base, "-o", other, "-q").returncode == 0
     assert other.is_dir()
-    assert run(["fold", "-o", tmp_path / "third"], monkeypatch) == 2
-    assert "bone-export fold --help" in capsys.readouterr().err
+    done = run("fold", "-o", tmp_path / "third")
+    assert done.returncode == 2
+    assert "bone-export fold --help" in done.stderr

@@ -3,10 +3,10 @@ kept as rejected."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bone_fx.cli import main
-from bone_fx.deploy import builds as building
+from bone_fx.deploy import builds
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
 from bone_fx.weights.recipes.fold_recipe import Fold
 from bone_fx.weights.recipes.recipe import Concat, Recipe, Transpose, cast
+from tests.command import run
 from tests.end_to_end.tiny import tiny_adapter, tiny_base
 
 QKV = "model.layers.0.self_attn.q_proj+k_proj+v_proj.weight"
@@ -29,23 +29,34 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return tiny_base(tmp_path / "base"), tiny_adapter(tmp_path / "adapter")
 
 
-def run(arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["bone-export", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0)
+class Honest(NamedTuple):
+    """An export that passed: its arguments, and its build as it was before it was written."""
+
+    arguments: list[object]
+    build: builds.CheckpointBuild
+
+    def copy(self) -> builds.CheckpointBuild:
+        """The build over a copy of its model, whose initializers are the same recipes."""
+        return replace(self.build, model=self.build.model.clone(), notes=[*self.build.notes])
 
 
-def seed(monkeypatch: pytest.MonkeyPatch, damage: Callable[[ir.Model], None]) -> None:
-    """Damage every model between its translation and its writing."""
-    honest = building.build_checkpoint
+@pytest.fixture(scope="module", params=["fp32", "fp16"])
+def honest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Honest:
+    folder = tmp_path_factory.mktemp(request.param)
+    base, adapter = tiny_base(folder / "base"), tiny_adapter(folder / "adapter")
+    arguments = [base, "--adapter", adapter, "--dtype", request.param]
+    build_checkpoint, kept = builds.build_checkpoint, []
 
-    def damaged(*args: Any, **kwargs: Any) -> Any:
-        build = honest(*args, **kwargs)
-        damage(build.model)
-        return build
+    def build(*args: Any, **kwargs: Any) -> builds.CheckpointBuild:
+        built = build_checkpoint(*args, **kwargs)
+        kept.append(Honest(arguments, built).copy())
+        return built
 
-    monkeypatch.setattr(building, "build_checkpoint", damaged)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builds, "build_checkpoint", build)
+        done = run(*arguments, "-o", folder / "honest")
+    assert done.returncode == 0, done.stderr
+    return Honest(arguments, *kept)
 
 
 def damage_packed(
@@ -97,34 +108,26 @@ def shift_the_past(model: ir.Model) -> None:
 @pytest.mark.parametrize(
     "damage", [leave_a_site_unfolded, swap_q_and_k, ignore_the_mask, shift_the_past]
 )
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_a_defect_is_caught(
     damage: Callable[[ir.Model], None],
-    dtype: str,
-    folders: tuple[Path, Path],
+    honest: Honest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    base, adapter = folders
     out = tmp_path / "out"
-    assert (
-        run([base, "--adapter", adapter, "-o", tmp_path / "honest", "--dtype", dtype], monkeypatch)
-        == 0
-    )
-    seed(monkeypatch, damage)
-    assert run([base, "--adapter", adapter, "-o", out, "--dtype", dtype], monkeypatch) == 6
+    build = honest.copy()
+    damage(build.model)
+    monkeypatch.setattr(builds, "build_checkpoint", lambda *_args, **_kwargs: build)
+    done = run(*honest.arguments, "-o", out)
+    assert done.returncode == 6
     assert not out.exists()
     assert (tmp_path / "out.rejected" / "model.onnx").exists()
-    assert "verification failed" in capsys.readouterr().err
+    assert "verification failed" in done.stderr
     assert not list(tmp_path.glob(".*staging*"))
 
 
 def test_activations_that_overflow_fp16_are_caught(
-    folders: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     base, adapter = folders
     weights = load_file(base / "model.safetensors")
@@ -133,26 +136,17 @@ def test_activations_that_overflow_fp16_are_caught(
             weights[name] *= 3e3
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     assert max(float(w.abs().max()) for w in weights.values()) < torch.finfo(torch.float16).max
-    assert run([base, "--adapter", adapter, "-o", tmp_path / "wide"], monkeypatch) == 0
-    assert (
-        run([base, "--adapter", adapter, "-o", tmp_path / "out", "--dtype", "fp16"], monkeypatch)
-        == 6
-    )
-    assert "mlp.down_proj overflows fp16" in capsys.readouterr().err
+    assert run(base, "--adapter", adapter, "-o", tmp_path / "wide").returncode == 0
+    done = run(base, "--adapter", adapter, "-o", tmp_path / "out", "--dtype", "fp16")
+    assert done.returncode == 6
+    assert "mlp.down_proj overflows fp16" in done.stderr
 
 
-def test_weights_that_overflow_fp16_are_named(
-    folders: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_weights_that_overflow_fp16_are_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = folders
     weights = load_file(base / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][3, 5] = 1e5
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    assert (
-        run([base, "--adapter", adapter, "-o", tmp_path / "out", "--dtype", "fp16"], monkeypatch)
-        == 6
-    )
-    assert "model.layers.1.mlp.down_proj" in capsys.readouterr().err
+    done = run(base, "--adapter", adapter, "-o", tmp_path / "out", "--dtype", "fp16")
+    assert done.returncode == 6
+    assert "model.layers.1.mlp.down_proj" in done.stderr

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from bone_fx.capture.training.capture_training import capture_training
 from bone_fx.graphs import copy_module
 from bone_fx.passes.dropout import set_dropout
 from bone_fx.train.split_layers import layers_of, split_in_place
 from tests.capture.architectures import ARCHITECTURES, SHAPES, UNLISTED, Architecture
+from tests.capture.training.captured import captured
 from tests.tolerances import difference
 
 
@@ -36,10 +36,9 @@ def _gradients(model: torch.nn.Module, output: object) -> dict[str, torch.Tensor
     return dict(zip(names, gradients, strict=True))
 
 
-@pytest.mark.parametrize("row", ARCHITECTURES + UNLISTED, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", ARCHITECTURES + UNLISTED, ids=lambda row: row.name, scope="session")
 def test_equals_eager(row: Architecture) -> None:
-    model = row.build()
-    capture = capture_training(model, row.inputs(3, 12))
+    model, capture = captured(row.name)
     graph = capture.graph_module
     assert not capture.notes
     assert list(graph.state_dict()) == list(model.state_dict())

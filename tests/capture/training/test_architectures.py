@@ -6,15 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
+from transformers.pytorch_utils import Conv1D
 
 import bone_fx
+import bone_fx.train.adapt as adapting
 from tests.capture.architectures import ARCHITECTURES, UNLISTED, Architecture, text
+from tests.capture.training.captured import captured
 from tests.elsewhere import call_on_cuda
-from tests.tolerances import difference
+from tests.tolerances import difference, scaled_difference
 
 
 class RenamedAttention(modeling_llama.LlamaAttention):
@@ -30,9 +33,19 @@ class RenamedForCausalLM(LlamaForCausalLM):
             layer.self_attn = RenamedAttention(config, i)
 
 
-def check(model: Any, example: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
-    config = bone_fx.BoneConfig(r=16, target_modules="all-linear")
-    adapted = bone_fx.adapt(model, config, example).train()
+R = 16
+CONFIG = bone_fx.BoneConfig(r=R, target_modules="all-linear")
+
+
+def of_block(layer: nn.Module, gradient: Tensor) -> Tensor:
+    """dD from dW: Bone adds block row i mod R to column i of the weight."""
+    dw_IO = gradient if isinstance(layer, Conv1D) else gradient.t()
+    rows = torch.arange(len(dw_IO)) % R
+    return dw_IO.new_zeros(R, dw_IO.shape[1]).index_add_(0, rows, dw_IO)
+
+
+def check(model: Any, adapted: bone_fx.AdaptedModule, inputs: dict[str, Tensor]) -> None:
+    adapted.train()
     names = list(adapted.state_dict())
     assert [name for name in names if "bone_block" not in name] == list(model.state_dict())
     torch.manual_seed(7)
@@ -67,17 +80,25 @@ def check(model: Any, example: dict[str, Tensor], inputs: dict[str, Tensor]) -> 
     ]
     assert len(reached) >= 6
     for site in reached:
-        gradient = of_blocks[site]
+        gradient, of_base = of_blocks[site], of_bases[site]
         assert gradient is not None, site
-        assert bool(gradient.any()), site
+        assert of_base is not None, site
+        expected = of_block(model.get_submodule(site), of_base)
+        assert bool(expected.any()), site
+        assert scaled_difference(gradient, expected) <= 1e-5, site
 
 
-@pytest.mark.parametrize("row", ARCHITECTURES + UNLISTED, ids=lambda row: row.name)
-def test_every_architecture_takes_adapters(row: Architecture) -> None:
-    check(row.build(), row.inputs(3, 12), row.inputs(2, 7))
+@pytest.mark.parametrize("row", ARCHITECTURES + UNLISTED, ids=lambda row: row.name, scope="session")
+def test_every_architecture_takes_adapters(
+    row: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, capture = captured(row.name)
+    monkeypatch.setattr(adapting, "capture_training", lambda *_args, **_options: capture)
+    check(model, bone_fx.adapt(model, CONFIG, row.inputs(3, 12)), row.inputs(2, 7))
 
 
 def test_a_subclass_with_renamed_classes() -> None:
     row = next(row for row in ARCHITECTURES if row.name == "llama")
     torch.manual_seed(0)
-    check(RenamedForCausalLM(LlamaConfig(**row.config)).eval(), text(3, 12), text(2, 7))
+    model = RenamedForCausalLM(LlamaConfig(**row.config)).eval()
+    check(model, bone_fx.adapt(model, CONFIG, text(3, 12)), text(2, 7))
