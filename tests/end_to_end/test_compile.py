@@ -15,6 +15,8 @@ from tests.end_to_end.test_adapted import inputs, llama, stir
 from tests.operators.saved import kept, shapes
 from tests.tolerances import assert_agrees
 
+pytestmark = pytest.mark.usefixtures("captures_once")
+
 METHODS: dict[str, dict[str, Any]] = {
     "bone": {"r": 16, "init_weights": True},
     "bat": {"r": 8, "init_weights": "bat"},

@@ -22,6 +22,8 @@ from transformers import (
 
 import bone_fx
 
+pytestmark = pytest.mark.usefixtures("captures_once")
+
 METHODS: dict[str, dict[str, Any]] = {
     "bone": {"r": 16, "init_weights": True},
     "bone random": {"r": 20, "init_weights": False},

@@ -26,6 +26,8 @@ import bone_fx
 from bone_fx.errors import UsageError
 from tests.end_to_end.test_adapted import CONFIG, inputs, llama
 
+pytestmark = pytest.mark.usefixtures("captures_once")
+
 RATE = 1e-2
 
 
