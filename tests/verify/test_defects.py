@@ -37,7 +37,7 @@ class Honest(NamedTuple):
 
     def copy(self) -> builds.CheckpointBuild:
         """The build over a copy of its model, whose initializers are the same recipes."""
-        return replace(self.build, model=self.build.model.clone(), notes=[*self.build.notes])
+        return replace(self.build, model=self.build.model.clone())
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16"])
