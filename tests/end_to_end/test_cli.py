@@ -58,12 +58,10 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_json_is_one_object_and_twice_the_same_bytes(
-    work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+# Nodes are named after what was traced before them: with the cache as the process has it.
+@torch._dynamo.config.patch(fake_tensor_cache_enabled=True)
+def test_json_is_one_object_and_twice_the_same_bytes(work: Path) -> None:
     folders = []
-    # Nodes are named after what was traced before them: with the cache as the process has it.
-    monkeypatch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", True)
     for name, start in (("one", run), ("two", process)):
         result = start(work / "base", "--adapter", work / "adapter", "-o", work / name, "--json")
         assert result.returncode == 0, result.stderr
