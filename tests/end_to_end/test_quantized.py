@@ -9,12 +9,12 @@ import onnx_ir as ir
 import pytest
 
 import bone_fx
+from bone_fx.deploy import builds
 from bone_fx.errors import UsageError, VerificationError
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
 from bone_fx.weights.recipes.fold_recipe import Fold
 from bone_fx.weights.recipes.quantized import Part, QuantizedWeight
 from tests.end_to_end.tiny import tiny_adapter, tiny_base
-from tests.verify.test_defects import seed
 
 QKV = "model.layers.1.self_attn.q_proj+k_proj+v_proj.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -101,7 +101,14 @@ def test_defects_are_caught(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seed(monkeypatch, damage)  # type: ignore[arg-type]
+    honest = builds.build_checkpoint
+
+    def damaged(*args: Any, **kwargs: Any) -> builds.CheckpointBuild:
+        build = honest(*args, **kwargs)
+        damage(build.model)
+        return build
+
+    monkeypatch.setattr(builds, "build_checkpoint", damaged)
     with pytest.raises(VerificationError):
         bone_fx.export(
             folders[0],
