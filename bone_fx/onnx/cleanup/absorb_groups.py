@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from bone_fx.onnx.cleanup.shapes import static_shape
 from bone_fx.onnx.packed_names import by_part_name
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
 from bone_fx.weights.recipes.ungroup import Ungroup
@@ -49,7 +50,11 @@ def _grouped(node: ir.Node) -> tuple[ir.Value, int, tuple[int, ...]] | None:
         return None
     weight = _reshaped(split.inputs[0])
     recipe = recipe_of(weight)
-    shapes = [_shape(split.inputs[0]), *map(_shape, split.outputs), *map(_shape, node.inputs)]
+    shapes = [
+        static_shape(split.inputs[0]),
+        *map(static_shape, split.outputs),
+        *map(static_shape, node.inputs),
+    ]
     if weight is None or recipe is None or tuple(parts) != tuple(split.outputs) or None in shapes:
         return None
     (groups, period, *rest), *others = (shape for shape in shapes if shape is not None)
@@ -66,10 +71,3 @@ def _grouped(node: ir.Node) -> tuple[ir.Value, int, tuple[int, ...]] | None:
 def _reshaped(value: ir.Value | None) -> ir.Value | None:
     node = value.producer() if value is not None else None
     return node.inputs[0] if node is not None and node.op_type == "Reshape" else None
-
-
-def _shape(value: ir.Value | None) -> tuple[int, ...] | None:
-    """The shape of a value, if all of it is known."""
-    if value is None or value.shape is None or not value.shape.is_static():
-        return None
-    return tuple(value.shape.numpy())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from bone_fx.onnx.cleanup.merge_transposes import permutation
+from bone_fx.onnx.cleanup.absorb_transposes import permutation
+from bone_fx.onnx.cleanup.shapes import static_shape
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
 from bone_fx.weights.recipes.reorder import Regrouped
 
@@ -28,7 +29,7 @@ class AbsorbRegroups(ir.passes.InPlacePass):
                 continue
             groups = _groups(recipe.shape, split, turned)
             end = joined.outputs[0]
-            if groups is None or _static(end) != recipe.shape or end.is_graph_output():
+            if groups is None or static_shape(end) != recipe.shape or end.is_graph_output():
                 continue
             set_recipe(weight, Regrouped(recipe, *groups))
             ir.convenience.replace_all_uses_with(end, weight)
@@ -45,15 +46,9 @@ def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
     return node if node.op_type == op_type and not node.domain else None
 
 
-def _static(value: ir.Value) -> tuple[int, ...] | None:
-    if value.shape is None or not value.shape.is_static():
-        return None
-    return tuple(value.shape.numpy())
-
-
 def _groups(shape: tuple[int, ...], split: ir.Node, turned: ir.Node) -> tuple[int, int, int] | None:
     """The dimension that is split, and the sizes of the two parts that change places."""
-    parts, perm = _static(split.outputs[0]), permutation(turned)
+    parts, perm = static_shape(split.outputs[0]), permutation(turned)
     if parts is None or perm is None:
         return None
     moved = [axis for axis, source in enumerate(perm) if axis != source]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from bone_fx.onnx.cleanup.merge_transposes import permutation
 from bone_fx.onnx.kernels import CONTRIB
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
 from bone_fx.weights.recipes.recipe import Recipe, Transpose
@@ -52,6 +51,13 @@ class AbsorbTransposes(ir.passes.InPlacePass):
         left = [value.name for value in weights if value is not None and recipe_of(value)]
         if left:
             raise ir.passes.PostconditionError(f"weights are still transposed in the graph: {left}")
+
+
+def permutation(node: ir.Node) -> list[int] | None:
+    """The permutation of a Transpose that states it; None for any other node."""
+    if node.op_type != "Transpose" or node.domain != "" or "perm" not in node.attributes:
+        return None
+    return list(node.attributes["perm"].as_ints())
 
 
 def _absorb_beside_others(

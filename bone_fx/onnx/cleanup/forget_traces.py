@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from bone_fx.onnx.cleanup.share_constants import constant_value
-
 
 class ForgetTraces(ir.passes.InPlacePass):
     """Drops metadata, doc strings and shapes of inner values; names nodes after their first output.
@@ -14,23 +12,14 @@ class ForgetTraces(ir.passes.InPlacePass):
     After:  node `linear_3` without metadata, inner value `linear_3` whose shape ONNX Runtime infers
 
     Inner shapes of a trace hold only under the trace's own guards, and ONNX Runtime infers them
-    again anyway. Constants that have no user are removed.
+    again anyway.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Visits the model, its graph, nodes and values."""
         graph = model.graph
         modified = _forget(model) | _forget(graph)
-        for name, value in list(graph.initializers.items()):
-            modified |= _forget(value)
-            if (
-                constant_value(value) is not None
-                and not value.uses()
-                and not value.is_graph_output()
-            ):
-                graph.initializers.pop(name)
-                modified = True
-        for value in (*graph.inputs, *graph.outputs):
+        for value in (*graph.initializers.values(), *graph.inputs, *graph.outputs):
             modified |= _forget(value)
         for node in graph:
             modified |= _forget(node)
