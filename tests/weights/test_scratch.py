@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bone_fx.weights.storage import scratch as module
-from bone_fx.weights.storage.scratch import contiguous, convert, put, scratch
+from bone_fx.weights.storage.scratch import contiguous, put, scratch
 
 
 def test_open_uses_never_share_memory() -> None:
@@ -71,13 +71,3 @@ def test_put_copies_to_any_strides(shape: tuple[int, int], dtype: torch.dtype) -
             assert again.is_contiguous()
             again.copy_(-values)
         assert torch.equal(out, -values)
-
-
-@pytest.mark.parametrize("source", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("to", [torch.float16, torch.bfloat16, torch.float32])
-def test_convert_gives_the_bits_of_a_cast(source: torch.dtype, to: torch.dtype) -> None:
-    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(source)
-    numbers = every[~every.isnan()].contiguous()
-    found = torch.empty(numbers.shape, dtype=to)
-    convert(numbers, found)
-    assert torch.equal(found.view(torch.uint8), numbers.to(to).view(torch.uint8))

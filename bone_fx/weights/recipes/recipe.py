@@ -18,7 +18,7 @@ from torch import Tensor
 from bone_fx.errors import BaseModelError
 from bone_fx.weights.storage.boxes import Box, bands, sizes, whole, within
 from bone_fx.weights.storage.safetensors_file import TensorEntry, read_part
-from bone_fx.weights.storage.scratch import contiguous, convert, scratch
+from bone_fx.weights.storage.scratch import contiguous, scratch
 
 Order = tuple[int, str, int]
 _WITHOUT_FILE: Order = (1, "", 0)
@@ -211,7 +211,7 @@ class Cast(Recipe):
             place = out[within(band, at)]
             with scratch(place.shape, self.recipe.dtype) as before, contiguous(place) as after:
                 self.recipe.fill(before, band)
-                convert(before, after)
+                after.copy_(before)
                 if self.to.itemsize < 4 and not is_finite(after) and is_narrowed(before, after):
                     raise CastOverflowError
 

@@ -87,16 +87,3 @@ def put(values: Tensor, out: Tensor) -> None:
             out.t().copy_(transposed)
     else:
         out.copy_(values)
-
-
-def convert(values: Tensor, out: Tensor) -> None:
-    """Round contiguous values to the dtype of `out`, which is contiguous too.
-
-    PyTorch (2.13) has vector code between float32 and the narrow floats, and none from one of these
-    to the other. The bytes are the same: float32 holds every value of a narrow one.
-    """
-    if values.dtype != out.dtype and values.dtype.itemsize == out.dtype.itemsize == 2:
-        with scratch(values.shape, torch.float32) as exact:
-            out.copy_(exact.copy_(values))
-    else:
-        out.copy_(values)
