@@ -1,8 +1,9 @@
 """A file of weights that is written from front to back, past the page cache if it is large.
 
 Pages that hold what was written push out pages of the source before they are read, and cost the
-processor about as much as hashing the bytes. A file that is small beside memory is left in the
-cache: it is read next.
+processor about as much as hashing the bytes: a seventh of an export of Llama-3-8B's shape (42
+against 36 s of two cores for 4 layers). A file that is small beside memory is left in the cache: it
+is read next.
 """
 
 from __future__ import annotations
