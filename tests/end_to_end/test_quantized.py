@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def cross_two_products(model: ir.Model) -> None:
 
 @pytest.mark.parametrize("damage", [leave_a_site_unfolded, swap_layers, cross_two_products])
 def test_defects_are_caught(
-    damage: object,
+    damage: Callable[[ir.Model], None],
     folders: tuple[Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
