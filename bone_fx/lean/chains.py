@@ -88,8 +88,8 @@ def _gain(normed: Node, x: Node) -> tuple[Node, Node | None]:
 
 def _is_gain(node: Node, x: Node) -> bool:
     """Whether a value has the dtype of x and its last dimension only."""
-    own, whole = _kind(node), _kind(x)
-    return own is not None and whole is not None and own == (whole[0], whole[-1])
+    narrow, wide = _kind(node), _kind(x)
+    return narrow is not None and wide is not None and narrow == (wide[0], wide[-1])
 
 
 def _other(product: Node, factor: Node) -> Node | None:
@@ -100,10 +100,10 @@ def _other(product: Node, factor: Node) -> Node | None:
 
 def _rotate(graph: Graph, total: Node) -> bool:
     terms: tuple[Any, Any] = (total.args[0], total.args[1])
-    for straight, turned in (terms, terms[::-1]):
-        if not (_alone(straight, aten.mul.Tensor) and _alone(turned, aten.mul.Tensor)):
+    for straight, rotated in (terms, terms[::-1]):
+        if not (_alone(straight, aten.mul.Tensor) and _alone(rotated, aten.mul.Tensor)):
             continue
-        for halves, sin in (turned.args, turned.args[::-1]):
+        for halves, sin in (rotated.args, rotated.args[::-1]):
             x = _turned(halves)
             cos = None if x is None else _other(straight, x)
             if x is None or cos is None or not isinstance(sin, Node):

@@ -60,11 +60,11 @@ def _layer(node: Node) -> str:
 def _join(graph: Graph, nodes: list[Node]) -> None:
     sites = [AdaptedArguments.of(node) for node in nodes]
     with graph.inserting_before(nodes[0]):
-        own = [
+        tensors = [
             [None if n is None else graph.node_copy(n) for n in (s.weight, s.bias, s.blocks[0])]
             for s in sites
         ]
-        weights, biases, blocks = (list(column) for column in zip(*own, strict=True))
+        weights, biases, blocks = (list(column) for column in zip(*tensors, strict=True))
         joint = graph.call_function(
             ADAPTED_LINEARS,
             (

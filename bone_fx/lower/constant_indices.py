@@ -28,10 +28,10 @@ def slice_by_constants(program: ExportedProgram) -> None:
         if spec.kind in kinds and spec.target is not None
     }
     for node in program.graph.find_nodes(op="call_function", target=aten.index.Tensor):
-        found = _axis_and_index(node, constants)
-        if found is None:
+        place = _axis_and_index(node, constants)
+        if place is None:
             continue
-        x, (axis, index) = node.args[0], found
+        x, (axis, index) = node.args[0], place
         size = x.meta["val"].shape[axis]
         if not isinstance(size, int) or not -size <= index < size:
             continue
@@ -47,10 +47,10 @@ def slice_by_constants(program: ExportedProgram) -> None:
 def _axis_and_index(node: Node, constants: dict[str, Tensor | None]) -> tuple[int, int] | None:
     indices = node.args[1]
     assert isinstance(indices, list | tuple)
-    given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
-    if len(given) != 1:
+    indexed = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    if len(indexed) != 1:
         return None
-    axis, index = given[0]
+    axis, index = indexed[0]
     while isinstance(index, Node) and index.target in (
         aten.lift_fresh_copy.default,
         aten.clone.default,

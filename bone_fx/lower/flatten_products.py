@@ -35,9 +35,9 @@ def flatten_products(graph: Graph) -> Outcome:
         if back.target not in VIEWS or not _restores(back, x, node):
             continue
         with graph.inserting_before(back):
-            turned = graph.call_function(aten.t.default, (weight,))
-            linear = graph.call_function(aten.linear.default, (x, turned, bias))
-        turned.meta = {**weight.meta, "val": weight.meta["val"].t()}
+            transposed = graph.call_function(aten.t.default, (weight,))
+            linear = graph.call_function(aten.linear.default, (x, transposed, bias))
+        transposed.meta = {**weight.meta, "val": weight.meta["val"].t()}
         linear.meta = dict(back.meta)
         back.replace_all_uses_with(linear)
         graph.erase_node(back)
@@ -60,9 +60,9 @@ def _parts(node: Node) -> tuple[Node, Node, Node] | None:
 
 
 def _restores(back: Node, x: Node, product: Node) -> bool:
-    sizes, wanted = back.meta["val"].shape, x.meta["val"].shape
+    sizes, expected = back.meta["val"].shape, x.meta["val"].shape
     return bool(
-        len(sizes) == len(wanted)
-        and all(str(a) == str(b) for a, b in zip(sizes[:-1], wanted[:-1], strict=True))
+        len(sizes) == len(expected)
+        and all(str(a) == str(b) for a, b in zip(sizes[:-1], expected[:-1], strict=True))
         and sizes[-1] == product.meta["val"].shape[-1]
     )

@@ -62,9 +62,11 @@ def _counterpart(node: Node) -> torch._ops.OpOverload | None:
     packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
     if packet is None or target._overloadname not in packet.overloads():
         return None
-    found = getattr(packet, target._overloadname)
-    same = [a.name for a in found._schema.arguments] == [a.name for a in target._schema.arguments]
-    return found if same and value.dtype == result.dtype and _keeps_dtype(node) else None
+    counterpart = getattr(packet, target._overloadname)
+    same = [a.name for a in counterpart._schema.arguments] == [
+        a.name for a in target._schema.arguments
+    ]
+    return counterpart if same and value.dtype == result.dtype and _keeps_dtype(node) else None
 
 
 def _keeps_dtype(node: Node) -> bool:

@@ -86,10 +86,10 @@ def _passed_on(node: Node, leading: dict[Node, Sizes]) -> Sizes | None:
         tensors = [argument for argument in node.args if isinstance(argument, Node)]
     else:
         return None
-    known = [leading.get(tensor) for tensor in tensors if isinstance(tensor, Node)]
-    if not known or any(sizes is None or not _same(sizes, known[0]) for sizes in known):
+    shapes = [leading.get(tensor) for tensor in tensors if isinstance(tensor, Node)]
+    if not shapes or any(sizes is None or not _same(sizes, shapes[0]) for sizes in shapes):
         return None
-    return known[0]
+    return shapes[0]
 
 
 def _may_change(node: Node, leading: dict[Node, Sizes]) -> bool:

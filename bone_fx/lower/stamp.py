@@ -54,8 +54,8 @@ def stamp(graph: Graph, constants: Mapping[str, str]) -> Outcome:
         former = str(attributes(node)["of"])
         if former not in regions:
             owned[former] = [n for n in placeholders if n.startswith(f"{former}.")]
-            own = {placeholders[name] for name in owned[former]}
-            regions[former] = _region(graph, entries[former], exits[former], own)
+            layer_inputs = {placeholders[name] for name in owned[former]}
+            regions[former] = _region(graph, entries[former], exits[former], layer_inputs)
         path = str(attributes(node)["path"])
         twins = {}
         for name in owned[former]:
@@ -85,11 +85,11 @@ def _by_path(graph: Graph, kind: str) -> dict[str, Node]:
     return {str(attributes(n)["path"]): n for n in graph.nodes if is_operator(n, DOMAIN, kind)}
 
 
-def _region(graph: Graph, entry: Node, leaving: Node, own: set[Node]) -> list[Node]:
+def _region(graph: Graph, entry: Node, leaving: Node, layer_inputs: set[Node]) -> list[Node]:
     """The nodes of a layer, in order: behind its entry, its own, and needed by its exit."""
     nodes = list(graph.nodes)
     behind = nodes[nodes.index(entry) + 1 : nodes.index(leaving)]
-    depends = {entry, *own, *(n for n in operands(entry)[1:] if n is not None)}
+    depends = {entry, *layer_inputs, *(n for n in operands(entry)[1:] if n is not None)}
     for node in behind:
         if any(n in depends for n in node.all_input_nodes):
             depends.add(node)

@@ -94,9 +94,9 @@ def insert_operator(
         sizes_of: A node from whose tensor dynamic sizes are read, axis by axis.
         domain: Domain of the operator.
     """
-    known: dict[int, Node] = {}
+    size_nodes: dict[int, Node] = {}
     shapes = [
-        [_size(graph, size, axis, sizes_of, known) for axis, size in enumerate(output.shape)]
+        [_size(graph, size, axis, sizes_of, size_nodes) for axis, size in enumerate(output.shape)]
         for output in outputs
     ]
     node = graph.call_function(
@@ -113,16 +113,16 @@ _NO_METADATA: dict[str, list[str]] = {"metadata_props_keys": [], "metadata_props
 
 
 def _size(
-    graph: Graph, size: int | torch.SymInt, axis: int, source: Node, known: dict[int, Node]
+    graph: Graph, size: int | torch.SymInt, axis: int, source: Node, size_nodes: dict[int, Node]
 ) -> int | Node:
     if isinstance(size, int):
         return size
-    if axis not in known and (said := _said_size(source, axis)) is not None:
-        known[axis] = said
-    if axis not in known:
-        known[axis] = graph.call_function(torch.ops.aten.sym_size.int, (source, axis))
-        known[axis].meta["val"] = source.meta["val"].shape[axis]
-    return known[axis]
+    if axis not in size_nodes and (recorded := _said_size(source, axis)) is not None:
+        size_nodes[axis] = recorded
+    if axis not in size_nodes:
+        size_nodes[axis] = graph.call_function(torch.ops.aten.sym_size.int, (source, axis))
+        size_nodes[axis].meta["val"] = source.meta["val"].shape[axis]
+    return size_nodes[axis]
 
 
 def _said_size(source: Node, axis: int) -> Node | None:

@@ -54,11 +54,11 @@ def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
         if not torch.is_grad_enabled():
             return backward(ctx, *gradients)
         with torch.no_grad():
-            found = backward(ctx, *gradients)
+            grads = backward(ctx, *gradients)
         if torch.compiler.is_compiling():
-            return found
+            return grads
         anchor = torch.zeros((), requires_grad=True)
-        marked: Gradients = _Refusal.apply(anchor, *found)  # type: ignore[no-untyped-call]
+        marked: Gradients = _Refusal.apply(anchor, *grads)  # type: ignore[no-untyped-call]
         return marked
 
     return guarded

@@ -103,14 +103,14 @@ def refuse_taken_name(adapters: Mapping[str, MountedAdapter], name: str) -> None
 
 
 def saved_parameters(
-    base: nn.Module, config: BoneConfig, given: Mapping[str, Tensor], where: str
+    base: nn.Module, config: BoneConfig, trained_values: Mapping[str, Tensor], where: str
 ) -> tuple[dict[str, nn.Parameter], list[Refusal]]:
     """An adapter's own copies of the parameters that it trains whole.
 
     Args:
         base: The base model's graph.
         config: The adapter's configuration, for `modules_to_save`.
-        given: Trained values by parameter name, from an adapter folder; empty for a fresh adapter.
+        trained_values: By parameter name, from an adapter folder; empty for a fresh adapter.
         where: The folder or adapter, for messages.
 
     Returns:
@@ -135,13 +135,13 @@ def saved_parameters(
         for name, parameter in base.named_parameters(remove_duplicate=False)
         if is_saved_module(config, name.rpartition(".")[0])
     }
-    known = dict(base.named_parameters(remove_duplicate=False))
-    for name, tensor in given.items():
-        if name not in known:
+    by_name = dict(base.named_parameters(remove_duplicate=False))
+    for name, tensor in trained_values.items():
+        if name not in by_name:
             raise AdapterError(
                 f"{where}: the model has no parameter {name!r}", next_step="check the base model"
             )
-        parameter = known[name]
+        parameter = by_name[name]
         if parameter.shape != tensor.shape:
             raise AdapterError(
                 f"{where}: the saved {name} does not fit",
@@ -195,9 +195,9 @@ def mounted_values(
         site.name: _whole(root.get_parameter(f"{site.block_owner}.{BLOCK}.{name}"))
         for site in sites
     }
-    own = dict(root.named_parameters(remove_duplicate=False))
-    sharded = any(hasattr(parameter, "full_tensor") for parameter in own.values())
-    saved = {n: _whole(own[n] if sharded else p) for n, p in adapter.saved.items()}
+    current = dict(root.named_parameters(remove_duplicate=False))
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in current.values())
+    saved = {n: _whole(current[n] if sharded else p) for n, p in adapter.saved.items()}
     return blocks, saved
 
 
@@ -213,25 +213,27 @@ def copy_values(
     Raises:
         AdapterError: The folder has other blocks or other shapes.
     """
-    own = dict(root.named_parameters(remove_duplicate=False))
-    places = {site.name: own[f"{site.block_owner}.{BLOCK}.{name}"] for site in sites}
-    sharded = any(hasattr(parameter, "full_tensor") for parameter in own.values())
-    saved = {n: own[n] if sharded else p for n, p in adapter.saved.items()}
-    for kind, kept, given in (
+    current = dict(root.named_parameters(remove_duplicate=False))
+    places = {site.name: current[f"{site.block_owner}.{BLOCK}.{name}"] for site in sites}
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in current.values())
+    saved = {n: current[n] if sharded else p for n, p in adapter.saved.items()}
+    for kind, targets, trained_values in (
         ("blocks", places, folder.blocks),
         ("modules_to_save", saved, folder.modules_to_save),
     ):
-        shapes = [{n: tuple(p.shape) for n, p in found.items()} for found in (kept, given)]
+        shapes = [
+            {n: tuple(p.shape) for n, p in side.items()} for side in (targets, trained_values)
+        ]
         if shapes[0] != shapes[1]:
             raise AdapterError(
                 f"{folder.path}: its {kind} are not those of adapter {name!r}",
-                expected=f"{len(kept)}, as in this module",
-                found=f"{len(given)}, or other shapes",
+                expected=f"{len(targets)}, as in this module",
+                found=f"{len(trained_values)}, or other shapes",
             )
     with torch.no_grad():
-        for kept, given in ((places, folder.blocks), (saved, folder.modules_to_save)):
-            for key, parameter in kept.items():
-                parameter.copy_(_laid_out_like(parameter, given[key]))
+        for targets, trained_values in ((places, folder.blocks), (saved, folder.modules_to_save)):
+            for key, parameter in targets.items():
+                parameter.copy_(_laid_out_like(parameter, trained_values[key]))
 
 
 def _laid_out_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
@@ -312,8 +314,10 @@ def new_adapter(
         site.name: result.graph_module.get_parameter(f"{site.block_owner}.{BLOCK}.{name}")
         for site in result.applied
     }
-    given = folder.modules_to_save if folder else {}
-    saved, absent = saved_parameters(base, config, given, str(folder.path) if folder else name)
+    trained_values = folder.modules_to_save if folder else {}
+    saved, absent = saved_parameters(
+        base, config, trained_values, str(folder.path) if folder else name
+    )
     adapter = MountedAdapter(config, blocks, saved, (*result.refused, *absent))
     adapter.train(False)  # until it is active
     return adapter

@@ -66,14 +66,14 @@ class TrainingGraph(ModelGraph):
         """
         if not self._split:
             self._set_split(True)
-        found = list(layers_of(self).values())
-        if not found:
+        layers = list(layers_of(self).values())
+        if not layers:
             self._split = False
             raise UsageError(
                 "the graph has no layers: no list of modules, or one that is called more than once",
                 next_step="train without gradient checkpointing; shard the whole module",
             )
-        return found
+        return layers
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -296,8 +296,8 @@ def refuse_hidden_names(kind: type[TrainingGraph], base: nn.Module) -> None:
     Raises:
         UsageError: A module, parameter or buffer at the root has the name of an attribute.
     """
-    own = (*base._modules, *base._parameters, *base._buffers)
-    hidden = [name for name in own if hasattr(kind, name)]
+    names = (*base._modules, *base._parameters, *base._buffers)
+    hidden = [name for name in names if hasattr(kind, name)]
     if hidden:
         raise UsageError(
             f"the model has a part called {', '.join(hidden)}, as an adapted module has a verb",

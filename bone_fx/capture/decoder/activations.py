@@ -35,13 +35,13 @@ def recognise_gelu(module: nn.Module) -> str | None:
     """The `approximate` of the GELU that a module computes; None if it computes something else."""
     x = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([-1e4, 1e4])]).double()
     try:
-        found = untraced(lambda: module.forward(x))
+        actual = untraced(lambda: module.forward(x))
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return None
-    if not isinstance(found, Tensor) or found.shape != x.shape:
+    if not isinstance(actual, Tensor) or actual.shape != x.shape:
         return None
     for approximate in APPROXIMATIONS:
-        if torch.allclose(found, functional.gelu(x, approximate=approximate), rtol=0, atol=1e-9):
+        if torch.allclose(actual, functional.gelu(x, approximate=approximate), rtol=0, atol=1e-9):
             return approximate
     return None
 
@@ -49,7 +49,7 @@ def recognise_gelu(module: nn.Module) -> str | None:
 @contextmanager
 def gelus_as_operators(model: nn.Module) -> Iterator[None]:
     """While open, every recognised activation of a model computes `aten.gelu`."""
-    known: dict[tuple[object, ...], str | None] = {}
+    by_kind: dict[tuple[object, ...], str | None] = {}
     replaced: list[nn.Module] = []
     try:
         for module in model.modules():
@@ -57,9 +57,9 @@ def gelus_as_operators(model: nn.Module) -> Iterator[None]:
                 continue
             plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str)}
             key = (type(module), *sorted(plain.items()))
-            if key not in known:
-                known[key] = recognise_gelu(module)
-            approximate = known[key]
+            if key not in by_kind:
+                by_kind[key] = recognise_gelu(module)
+            approximate = by_kind[key]
             if approximate is not None:
                 vars(module)["forward"] = _Gelu(approximate)
                 replaced.append(module)

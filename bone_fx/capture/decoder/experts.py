@@ -91,11 +91,13 @@ def _probe(experts: nn.Module) -> SwiGlu | None:
             bound = round(at(1.0, _FAR) / slope - beta, 4)
             limit = None if bound > _FAR / 2 else bound
             gate = SwiGlu(alpha, beta, limit, interleaved)
-            found = experts._apply_gate(data)  # type: ignore[operator]
+            actual = experts._apply_gate(data)  # type: ignore[operator]
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
             return None
         expected = gate.apply(data)
-        if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-6, atol=1e-8):
+        if actual.shape == expected.shape and torch.allclose(
+            actual, expected, rtol=1e-6, atol=1e-8
+        ):
             return gate
     return None
 

@@ -124,9 +124,9 @@ def _agree(output: object, expected: Tensor) -> bool:
 
 def recognise_norms(model: nn.Module) -> dict[str, Norm]:
     """The norms of a model that become one operator each, by the paths of their modules."""
-    known: dict[tuple[object, ...], Norm | None] = {}
+    by_kind: dict[tuple[object, ...], Norm | None] = {}
     norms = {
-        path: _recognise_once(module, known)
+        path: _recognise_once(module, by_kind)
         for path, module in model.named_modules()
         if "forward" not in vars(module) and is_candidate(module)
     }
@@ -171,14 +171,16 @@ def norms_as_operators(model: nn.Module, norms: Mapping[str, Norm]) -> Iterator[
             module._non_persistent_buffers_set.discard(PLUS_ONE)
 
 
-def _recognise_once(module: nn.Module, known: dict[tuple[object, ...], Norm | None]) -> Norm | None:
+def _recognise_once(
+    module: nn.Module, by_kind: dict[tuple[object, ...], Norm | None]
+) -> Norm | None:
     weight = module._parameters["weight"]
     assert weight is not None
     plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str)}
     key = (type(module), tuple(weight.shape), "bias" in module._parameters, *sorted(plain.items()))
-    if key not in known:
-        known[key] = recognise_norm(module)
-    return known[key]
+    if key not in by_kind:
+        by_kind[key] = recognise_norm(module)
+    return by_kind[key]
 
 
 def _replace_forward(module: nn.Module, norm: Norm) -> None:

@@ -78,25 +78,27 @@ def read_examples(
     Raises:
         UsageError: The inputs do not fit the forward, or hold no tensor.
     """
-    given, positional, by_position = _by_name(model, example_inputs)
-    given = _beside_the_model(model, given)
+    arguments, positional, by_position = _by_name(model, example_inputs)
+    arguments = _beside_the_model(model, arguments)
     transformers = is_transformers_model(model)
     labels = (
-        {name: given.pop(name) for name in LABEL_NAMES if name in given} if transformers else {}
+        {name: arguments.pop(name) for name in LABEL_NAMES if name in arguments}
+        if transformers
+        else {}
     )
     if transformers:
-        given.pop("use_cache", None)
-        given.pop("return_dict", None)
-        _refuse_cache(given)
-    inputs = {name: value for name, value in given.items() if _has_tensor(value)}
+        arguments.pop("use_cache", None)
+        arguments.pop("return_dict", None)
+        _refuse_cache(arguments)
+    inputs = {name: value for name, value in arguments.items() if _has_tensor(value)}
     constants = {
-        name: value for name, value in given.items() if name not in inputs and value is not None
+        name: value for name, value in arguments.items() if name not in inputs and value is not None
     }
     if not inputs:
         raise UsageError(
             "the example inputs hold no tensor",
             expected="the arguments of one call",
-            found=list(given),
+            found=list(arguments),
         )
     ones_like: dict[str, str] = {}
     if transformers:
@@ -114,16 +116,16 @@ def read_examples(
     )
 
 
-def _beside_the_model(model: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+def _beside_the_model(model: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments that are all on the CPU, on the device of a model that is all on another."""
     devices = {parameter.device for parameter in model.parameters()}
-    tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
     if len(devices) != 1 or not all(tensor.device.type == "cpu" for tensor in tensors):
-        return given
+        return arguments
     (device,) = devices
     if device.type in ("cpu", "meta"):
-        return given
-    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), given)  # type: ignore[no-any-return]
+        return arguments
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), arguments)  # type: ignore[no-any-return]
 
 
 def _by_name(
@@ -153,8 +155,8 @@ def _by_name(
     return dict(zip(named, values, strict=False)), tuple(named), len(values)
 
 
-def _refuse_cache(given: dict[str, Any]) -> None:
-    if given.get("past_key_values") is not None:
+def _refuse_cache(arguments: dict[str, Any]) -> None:
+    if arguments.get("past_key_values") is not None:
         raise UsageError(
             "past_key_values in the example inputs",
             expected="inputs of a training step, which has no cache",

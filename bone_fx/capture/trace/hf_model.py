@@ -28,14 +28,14 @@ def is_transformers_model(model: torch.nn.Module) -> bool:
 
 def configs_of(model: torch.nn.Module) -> list[Any]:
     """The distinct configs of a transformers model: encoders and decoders may hold their own."""
-    found: dict[int, Any] = {}
+    configs: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "to_dict"):
-            found.setdefault(id(config), config)
+            configs.setdefault(id(config), config)
             text = config.get_text_config() if hasattr(config, "get_text_config") else config
-            found.setdefault(id(text), text)
-    return list(found.values())
+            configs.setdefault(id(text), text)
+    return list(configs.values())
 
 
 @contextmanager
@@ -83,8 +83,8 @@ def _patched() -> Iterator[None]:
     from transformers.exporters.utils import _PATCHES, import_dotted_path, patch_attributes
 
     loaded = [patch for patch in _PATCHES["dynamo"] if _is_loaded(patch[0])]
-    found = [(import_dotted_path(path, missing_ok=True), *rest) for path, *rest in loaded]
-    with patch_attributes([patch for patch in found if patch[0] is not None]):
+    patches = [(import_dotted_path(path, missing_ok=True), *rest) for path, *rest in loaded]
+    with patch_attributes([patch for patch in patches if patch[0] is not None]):
         yield
 
 

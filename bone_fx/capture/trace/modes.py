@@ -99,15 +99,15 @@ def refuse_checkpointing(model: torch.nn.Module) -> None:
 
 def settings_to_blame(model: torch.nn.Module) -> str | None:
     """Which of the model's settings are known to make its forward differ from call to call."""
-    found = {
+    blamed = {
         avoid: why
         for config in configs_of(model)
         for name, in_the_way, avoid, why in _SETTINGS
         if in_the_way(getattr(config, name, None), config)
     }
-    if not found:
+    if not blamed:
         return None
-    return "; ".join(f"set {avoid} in the config ({why})" for avoid, why in found.items())
+    return "; ".join(f"set {avoid} in the config ({why})" for avoid, why in blamed.items())
 
 
 @contextmanager
@@ -155,8 +155,8 @@ def refuse_own_backward(model: torch.nn.Module) -> Iterator[None]:
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         name = f"{cls.__module__}.{cls.__qualname__}"
-        known = name.startswith("torch.") or name in _DERIVATIVES
-        if not known and threading.get_ident() == tracing:
+        allowed = name.startswith("torch.") or name in _DERIVATIVES
+        if not allowed and threading.get_ident() == tracing:
             raise _own_backward(model, f"its forward calls {name}")
         return before[0].__get__(None, cls)(*args, **kwargs)
 
@@ -175,9 +175,9 @@ def refuse_own_backward(model: torch.nn.Module) -> Iterator[None]:
             function.apply, tensor.register_hook = before  # type: ignore[method-assign]
 
 
-def _own_backward(model: torch.nn.Module, found: str) -> CaptureError:
+def _own_backward(model: torch.nn.Module, cause: str) -> CaptureError:
     return CaptureError(
-        f"{type(model).__name__} has a backward of its own, and its graph would not: {found}",
+        f"{type(model).__name__} has a backward of its own, and its graph would not: {cause}",
         expected="gradients that follow from the forward",
         next_step="write it with detach(), as in x + (f(x) - x).detach(), or leave it out",
     )

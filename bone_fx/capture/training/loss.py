@@ -59,17 +59,17 @@ class ModelLoss:
         Raises:
             UsageError: Labels are missing.
         """
-        given = self._by_name(labels)
-        return self._with_auxiliary(self.compute(self, output, given, options), output)
+        by_name = self._by_name(labels)
+        return self._with_auxiliary(self.compute(self, output, by_name, options), output)
 
     def _by_name(self, labels: Labels) -> Mapping[str, torch.Tensor]:
-        given = labels if isinstance(labels, Mapping) else {self.label_names[0]: labels}
-        missing = [name for name in self.label_names if given.get(name) is None]
+        by_name = labels if isinstance(labels, Mapping) else {self.label_names[0]: labels}
+        missing = [name for name in self.label_names if by_name.get(name) is None]
         if missing:
             raise UsageError(
                 f"the loss lacks {', '.join(missing)}", expected=", ".join(self.label_names)
             )
-        return given
+        return by_name
 
     def _with_auxiliary(self, loss: torch.Tensor, output: Mapping[str, Any]) -> torch.Tensor:
         auxiliary = output.get("aux_loss")

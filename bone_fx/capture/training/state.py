@@ -16,11 +16,11 @@ def mount_state(graph_module: GraphModule, model: torch.nn.Module) -> None:
     persistent, and so do the graphs of higher-order operators.
     """
     subgraphs = {k: m for k, m in graph_module._modules.items() if isinstance(m, GraphModule)}
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    state_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    state_names |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     constants: dict[str, torch.Tensor] = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):
-        if node.target not in known and node.target.partition(".")[0] not in subgraphs:
+        if node.target not in state_names and node.target.partition(".")[0] not in subgraphs:
             value = attribute_at(graph_module, node.target)
             if isinstance(value, torch.Tensor):
                 constants[node.target] = value

@@ -49,14 +49,14 @@ def _widen(graph: Graph, node: Node) -> bool:
     assert isinstance(parts, list | tuple)
     if len(parts) != 2 or int(axis) % rank != rank - 1 or rank != 4:  # type: ignore[arg-type]
         return False
-    turned, rest = parts
+    embedding, rest = parts
     if (
-        not isinstance(turned, Node)
-        or not is_operator(turned, CONTRIB, "RotaryEmbedding")
-        or len(turned.users) != 1
+        not isinstance(embedding, Node)
+        or not is_operator(embedding, CONTRIB, "RotaryEmbedding")
+        or len(embedding.users) != 1
     ):
         return False
-    first, *tables = operands(turned)
+    first, *tables = operands(embedding)
     head, tail = _slice(first), _slice(rest)
     if head is None or tail is None or head[0] is not tail[0]:
         return False
@@ -64,13 +64,13 @@ def _widen(graph: Graph, node: Node) -> bool:
     size = x.meta["val"].shape[-1]
     if start != 0 or tail[1] != width or tail[2] != size or tables[1] is None:
         return False
-    values = {k: v for k, v in attributes(turned).items() if isinstance(v, int | float)}
+    values = {k: v for k, v in attributes(embedding).items() if isinstance(v, int | float)}
     values["rotary_embedding_dim"] = 2 * int(tables[1].meta["val"].shape[1])
     with graph.inserting_before(node):
-        wide = graph.node_copy(turned)
+        wide = graph.node_copy(embedding)
     wide.meta = dict(node.meta)
     rewrite(wide, [x, *tables], values)
-    leading = turned.kwargs["shape"]
+    leading = embedding.kwargs["shape"]
     assert isinstance(leading, list | tuple)
     wide.update_kwarg("shape", [*leading[:-1], size])
     node.replace_all_uses_with(wide)

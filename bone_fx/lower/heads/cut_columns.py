@@ -30,7 +30,7 @@ def cut_columns(graph: Graph) -> Outcome:
     return Outcome(modified=changed > 0)
 
 
-def _cut(graph: Graph, node: Node, known: dict[Node, Node]) -> bool:
+def _cut(graph: Graph, node: Node, flattened: dict[Node, Node]) -> bool:
     piece = _piece(node)
     if piece is None:
         return False
@@ -44,15 +44,17 @@ def _cut(graph: Graph, node: Node, known: dict[Node, Node]) -> bool:
         return False
     source = x.meta["val"]
     leading = list(shape[:-2])
-    if view not in known:
-        known[view] = x
+    if view not in flattened:
+        flattened[view] = x
         if source.dim() != len(leading) + 1 or source.shape[-1] != number * size:
             with graph.inserting_after(view):
                 sizes = [*leading, number * size]
-                known[view] = _reshaped(graph, x, sizes, value.flatten(-2))
+                flattened[view] = _reshaped(graph, x, sizes, value.flatten(-2))
     with graph.inserting_before(node):
         axis = len(leading)
-        cut = graph.call_function(aten.slice.Tensor, (known[view], axis, start * size, end * size))
+        cut = graph.call_function(
+            aten.slice.Tensor, (flattened[view], axis, start * size, end * size)
+        )
         flat = value.flatten(-2)[..., start * size : end * size]
         cut.meta = {**node.meta, "val": flat}
         result = cut

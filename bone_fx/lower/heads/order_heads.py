@@ -64,8 +64,8 @@ def _cut_behind(node: Node | None) -> Node | None:
 
 
 def _order(graph: Graph, pieces: list[Node | None]) -> bool:
-    found = [columns_of(piece) for piece in pieces if piece is not None]
-    cuts = [cut for cut in found if cut is not None]
+    ranges = [columns_of(piece) for piece in pieces if piece is not None]
+    cuts = [cut for cut in ranges if cut is not None]
     if len(cuts) != 3:
         return False
     heads, _, end = cuts[-1]
@@ -73,8 +73,11 @@ def _order(graph: Graph, pieces: list[Node | None]) -> bool:
     ends = [stop for _, _, stop in cuts]
     if any(source is not heads for source, _, _ in cuts) or bounds[1:] != ends or bounds[0]:
         return False
-    turned = heads.target is aten.transpose.int and {int(a) % 4 for a in heads.args[1:3]} == {1, 2}  # type: ignore[arg-type]
-    view = heads.args[0] if turned else heads
+    transposed = heads.target is aten.transpose.int and {int(a) % 4 for a in heads.args[1:3]} == {
+        1,
+        2,
+    }  # type: ignore[arg-type]
+    view = heads.args[0] if transposed else heads
     if not isinstance(view, Node) or view.target not in VIEWS:
         return False
     linear, shape = view.args[:2]
@@ -108,7 +111,7 @@ def _order(graph: Graph, pieces: list[Node | None]) -> bool:
                 (part, sizes),
                 value.new_empty((*value.shape[:2], groups, width)),
             )
-            if turned:
+            if transposed:
                 swapped = node.meta["val"].transpose(1, 2)
                 node = _call(graph, aten.transpose.int, (node, 1, 2), swapped)
             piece.replace_all_uses_with(node)

@@ -127,10 +127,10 @@ def _uncut(parts: list[Node]) -> Node | None:
     """The projection of which the three are consecutive columns, all of them."""
     ranges = [columns_of(part) for part in parts]
     source, end = None, 0
-    for found in ranges:
-        if found is None or found[1] != end or (source is not None and found[0] is not source):
+    for cut in ranges:
+        if cut is None or cut[1] != end or (source is not None and cut[0] is not source):
             return None
-        source, _, end = found
+        source, _, end = cut
     return source if source is not None and end == source.meta["val"].shape[-1] else None
 
 

@@ -30,8 +30,8 @@ class AbsorbConcats(ir.passes.InPlacePass):
             if None in recipes or len(set(names)) < len(names) or name in graph.initializers:
                 continue
             packed = ir.Value(name=name)
-            known = tuple(recipe for recipe in recipes if recipe is not None)
-            set_recipe(packed, Concat(known, axis % len(known[0].shape)))
+            parts = tuple(recipe for recipe in recipes if recipe is not None)
+            set_recipe(packed, Concat(parts, axis % len(parts[0].shape)))
             graph.register_initializer(packed)
             ir.convenience.replace_all_uses_with(node.outputs[0], packed)
             graph.remove(node, safe=True)

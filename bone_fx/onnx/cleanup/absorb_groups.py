@@ -23,10 +23,10 @@ class AbsorbGroups(ir.passes.InPlacePass):
         graph = model.graph
         modified = False
         for node in list(graph):
-            found = None if node.outputs[0].is_graph_output() else _grouped(node)
-            if found is None:
+            groups_of_weight = None if node.outputs[0].is_graph_output() else _grouped(node)
+            if groups_of_weight is None:
                 continue
-            weight, groups, widths = found
+            weight, groups, widths = groups_of_weight
             recipe = recipe_of(weight)
             assert recipe is not None
             name = by_part_name(weight.name or "", groups, widths)

@@ -23,17 +23,17 @@ class AbsorbRegroups(ir.passes.InPlacePass):
         for weight in list(model.graph.initializers.values()):
             recipe = recipe_of(weight)
             split = _only_user(weight, "Reshape")
-            turned = _only_user(split.outputs[0], "Transpose") if split else None
-            joined = _only_user(turned.outputs[0], "Reshape") if turned else None
-            if recipe is None or split is None or turned is None or joined is None:
+            transpose = _only_user(split.outputs[0], "Transpose") if split else None
+            reshape = _only_user(transpose.outputs[0], "Reshape") if transpose else None
+            if recipe is None or split is None or transpose is None or reshape is None:
                 continue
-            groups = _groups(recipe.shape, split, turned)
-            end = joined.outputs[0]
+            groups = _groups(recipe.shape, split, transpose)
+            end = reshape.outputs[0]
             if groups is None or static_shape(end) != recipe.shape or end.is_graph_output():
                 continue
             set_recipe(weight, Regrouped(recipe, *groups))
             ir.convenience.replace_all_uses_with(end, weight)
-            model.graph.remove([joined, turned, split], safe=True)
+            model.graph.remove([reshape, transpose, split], safe=True)
             modified = True
         return ir.passes.PassResult(model, modified)
 
@@ -46,9 +46,11 @@ def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
     return node if node.op_type == op_type and not node.domain else None
 
 
-def _groups(shape: tuple[int, ...], split: ir.Node, turned: ir.Node) -> tuple[int, int, int] | None:
+def _groups(
+    shape: tuple[int, ...], split: ir.Node, transpose: ir.Node
+) -> tuple[int, int, int] | None:
     """The dimension that is split, and the sizes of the two parts that change places."""
-    parts, perm = static_shape(split.outputs[0]), permutation(turned)
+    parts, perm = static_shape(split.outputs[0]), permutation(transpose)
     if parts is None or perm is None:
         return None
     moved = [axis for axis, source in enumerate(perm) if axis != source]

@@ -17,7 +17,7 @@ class LowerCastLike(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Visits the main graph."""
         graph, modified = model.graph, False
-        made: dict[tuple[int, ir.DataType], ir.Value] = {}
+        constants: dict[tuple[int, ir.DataType], ir.Value] = {}
         for node in list(graph):
             to = _target(node)
             if to is None:
@@ -26,9 +26,9 @@ class LowerCastLike(ir.passes.InPlacePass):
             array = constant_value(source)
             if array is not None and array.nbytes <= 1024 and not output.is_graph_output():
                 key = (id(source), to)
-                if key not in made:
-                    made[key] = add_constant(graph, array.astype(to.numpy()))
-                ir.convenience.replace_all_uses_with(output, made[key])
+                if key not in constants:
+                    constants[key] = add_constant(graph, array.astype(to.numpy()))
+                ir.convenience.replace_all_uses_with(output, constants[key])
                 graph.remove(node, safe=True)
             elif node.op_type == "CastLike":
                 replacement = ir.node("Cast", [source], {"to": to}, name=node.name)

@@ -33,8 +33,8 @@ def decompose_nodes(graph_module: GraphModule, unknown: Callable[[Node], bool]) 
     """
     changed = False
     for _ in range(_ROUNDS):
-        found = [(node, _body(node)) for node in graph_module.graph.nodes if unknown(node)]
-        bodies = [(node, body) for node, body in found if body is not None]
+        candidates = [(node, _body(node)) for node in graph_module.graph.nodes if unknown(node)]
+        bodies = [(node, body) for node, body in candidates if body is not None]
         if not bodies:
             break
         for node, body in bodies:
@@ -67,8 +67,8 @@ def _body(node: Node) -> Graph | None:
     if mode is None:
         return None
 
-    def call(*given: Any) -> Any:
-        of = dict(zip(inputs, given, strict=True))
+    def call(*arguments: Any) -> Any:
+        of = dict(zip(inputs, arguments, strict=True))
         args, kwargs = map_arg((node.args, node.kwargs), of.__getitem__)
         return target(*args, **kwargs)
 

@@ -66,8 +66,8 @@ def _padding_behind(graph_module: GraphModule, mask: Node) -> Node | None:
         return None
     try:
         agrees = all(
-            _agrees(found, padding)
-            for padding, found in _tried(graph_module, needed, source, value, mask)
+            _agrees(actual, padding)
+            for padding, actual in _tried(graph_module, needed, source, value, mask)
         )
     except Exception:  # noqa: BLE001 -- what cannot be run is not recognised, and stays
         return None
@@ -75,14 +75,14 @@ def _padding_behind(graph_module: GraphModule, mask: Node) -> Node | None:
 
 
 def _ancestors(mask: Node) -> list[Node]:
-    found: set[Node] = set()
+    needed: set[Node] = set()
     waiting = [mask]
     while waiting:
         node = waiting.pop()
-        if node not in found:
-            found.add(node)
+        if node not in needed:
+            needed.add(node)
             waiting += node.all_input_nodes
-    return [node for node in mask.graph.nodes if node in found]
+    return [node for node in mask.graph.nodes if node in needed]
 
 
 def _is_read(node: Node, within: list[Node]) -> bool:
@@ -132,13 +132,13 @@ def _empty(node: Node, sizes: dict[str, int], other: int) -> Tensor:
     return torch.empty(shape, dtype=torch.bool)
 
 
-def _agrees(found: object, padding: Tensor) -> bool:
-    if not isinstance(found, Tensor) or found.dim() != 4 or found.shape[1] != 1:
+def _agrees(actual: object, padding: Tensor) -> bool:
+    if not isinstance(actual, Tensor) or actual.dim() != 4 or actual.shape[1] != 1:
         return False
     batch, length = padding.shape
-    if (found.shape[0], found.shape[3]) != (batch, length):
+    if (actual.shape[0], actual.shape[3]) != (batch, length):
         return False
-    return torch.equal(found, (padding != 0)[:, None, None, :].expand_as(found))
+    return torch.equal(actual, (padding != 0)[:, None, None, :].expand_as(actual))
 
 
 def _insert(graph: Graph, mask: Node, padding: Node) -> Node:

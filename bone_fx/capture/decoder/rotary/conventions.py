@@ -40,12 +40,12 @@ CONVENTIONS = tuple(
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     """Rotates the first R columns of `x` [..., S, D] by angles with cos and sin [S, R/2]."""
     width = 2 * cos.shape[-1]
-    turned, rest = x[..., :width], x[..., width:]
+    columns, rest = x[..., :width], x[..., width:]
     if interleaved:
-        a, b = turned[..., ::2], turned[..., 1::2]
+        a, b = columns[..., ::2], columns[..., 1::2]
         pair = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
         return torch.cat((pair.flatten(-2), rest), dim=-1)
-    a, b = turned.chunk(2, dim=-1)
+    a, b = columns.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
 
@@ -83,7 +83,7 @@ def recognise_rotation(
         outputs = (outputs,)
     if not isinstance(outputs, tuple | list) or len(outputs) != len(xs):
         return None
-    found = [y if axis == 2 else y.transpose(1, 2) for y in outputs]
+    actual = [y if axis == 2 else y.transpose(1, 2) for y in outputs]
     for convention in CONVENTIONS:
         try:
             angles = [one_of_each(t, convention.layout) for t in (cos, sin)]
@@ -94,7 +94,7 @@ def recognise_rotation(
         expected = [rotate(x, *angles, interleaved=convention.interleaved) for x in xs.values()]
         if all(
             y.shape == e.shape and torch.allclose(y, e, rtol=1e-5, atol=1e-5)
-            for y, e in zip(found, expected, strict=True)
+            for y, e in zip(actual, expected, strict=True)
         ):
             return convention
     return None

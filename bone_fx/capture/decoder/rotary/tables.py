@@ -163,5 +163,5 @@ def tables_of(rows: Rows, length: int, dtype: torch.dtype, module: nn.Module) ->
 
 def _alike(rows: Rows, tokens: int, other: tuple[Tensor, Tensor]) -> bool:
     """Whether position 1 has the angles of `other` in a text of so many tokens."""
-    found = rows(torch.tensor([1, tokens - 1]), torch.float32)
-    return all(torch.equal(a[:1], b[:1]) for a, b in zip(found, other, strict=True))
+    actual = rows(torch.tensor([1, tokens - 1]), torch.float32)
+    return all(torch.equal(a[:1], b[:1]) for a, b in zip(actual, other, strict=True))

@@ -119,11 +119,11 @@ class RotaryWatcher:
         if how not in self._made:
             rows = rows_of(self._twins[module], args, kwargs)
             try:
-                made = untraced(lambda: tables_of(rows, self.length, self.dtype, module))
+                pair = untraced(lambda: tables_of(rows, self.length, self.dtype, module))
             except (TypeError, ValueError, RuntimeError, IndexError):
                 return None  # it takes positions and gives something else than cos and sin
-            self._made[how] = made
-            self._note_choice(module, made)
+            self._made[how] = pair
+            self._note_choice(module, pair)
         return self._made[how]
 
     def _instead_of(self, function: FunctionType) -> Callable[..., Any]:
@@ -144,23 +144,23 @@ class RotaryWatcher:
 
     def _emit(self, function: FunctionType, arguments: dict[str, Any]) -> Any:
         entry = self._tables.get(id(arguments["cos"]))
-        turned = {
+        rotated = {
             name: value
             for name, value in arguments.items()
             if name not in ("cos", "sin") and isinstance(value, Tensor) and value.dim() == 4
         }
-        if entry is None or self.positions is None or not turned:
+        if entry is None or self.positions is None or not rotated:
             self.notes.append(f"{function.__name__}: tables not recognised, kept in the graph")
             return None
-        axes = {_sequence_axis(x) for x in turned.values()}
+        axes = {_sequence_axis(x) for x in rotated.values()}
         axis = axes.pop() if len(axes) == 1 else None
-        convention = axis and self._recognise(function, arguments, turned, entry[1], axis)
+        convention = axis and self._recognise(function, arguments, rotated, entry[1], axis)
         if not axis or not convention:
             self.notes.append(f"{function.__name__}: convention not recognised, kept in the graph")
             return None
         cos, sin = self._chosen(self._interned(entry[1].angles(convention.layout)), entry[1].switch)
         outputs = []
-        for x in turned.values():
+        for x in rotated.values():
             heads_first = x if axis == 2 else x.transpose(1, 2)
             y = rotary_embedding(
                 heads_first, self.positions, cos, sin, interleaved=convention.interleaved
@@ -192,9 +192,9 @@ class RotaryWatcher:
 
     def _interned(self, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The first pair of equal tables seen: layers that turn alike share one constant."""
-        for known in self.tables:
-            if known is angles or untraced(partial(_same_tables, known, angles)):
-                return known
+        for earlier in self.tables:
+            if earlier is angles or untraced(partial(_same_tables, earlier, angles)):
+                return earlier
         self.tables.append(angles)
         return angles
 
@@ -202,18 +202,20 @@ class RotaryWatcher:
         self,
         function: FunctionType,
         arguments: dict[str, Any],
-        turned: dict[str, Tensor],
+        rotated: dict[str, Tensor],
         tables: RotaryTables,
         axis: int,
     ) -> Convention | None:
-        sizes = tuple((int(x.shape[3 - axis]), int(x.shape[3])) for x in turned.values())
-        others = {k: v for k, v in arguments.items() if k not in turned and k not in ("cos", "sin")}
+        sizes = tuple((int(x.shape[3 - axis]), int(x.shape[3])) for x in rotated.values())
+        others = {
+            k: v for k, v in arguments.items() if k not in rotated and k not in ("cos", "sin")
+        }
         key = (function, sizes, axis, id(tables), repr(others))
         if key not in self._conventions:
             self._probing = True  # functions that this one calls run as they are
             self._conventions[key] = untraced(
                 lambda: recognise_rotation(
-                    function, others, dict(zip(turned, sizes, strict=True)), tables, axis
+                    function, others, dict(zip(rotated, sizes, strict=True)), tables, axis
                 )
             )
             self._probing = False
@@ -272,7 +274,7 @@ def _functions_with_cos_and_sin(model: nn.Module) -> list[tuple[ModuleType, str,
         for base in type(module).__mro__
         if base.__module__.split(".")[0] not in ("torch", "builtins")
     }
-    found = []
+    places = []
     for name in sorted(names):
         space = sys.modules.get(name)
         for attribute, value in list(vars(space).items()) if space else []:
@@ -280,5 +282,5 @@ def _functions_with_cos_and_sin(model: nn.Module) -> list[tuple[ModuleType, str,
                 inspect.signature(value).parameters
             ):
                 assert space is not None
-                found.append((space, attribute, value))
-    return found
+                places.append((space, attribute, value))
+    return places

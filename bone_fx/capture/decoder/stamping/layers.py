@@ -72,9 +72,9 @@ class _Stamper:
             value_key(others),
             *((sizes(t), t.dtype) for t in (hidden, *alike)),
         )
-        known = self._traced.get(key)
-        if known is not None:
-            return self._stamped(known, index, hidden)
+        traced = self._traced.get(key)
+        if traced is not None:
+            return self._stamped(traced, index, hidden)
         entered = _mark(ENTRY, (hidden, *emitter.cache.pasts.of_layer(index)), self.paths[index])
         args, kwargs = pytree.tree_map(lambda x: entered if x is hidden else x, (args, kwargs))
         number = LayerNumber(index)
@@ -98,22 +98,22 @@ class _Stamper:
         self._traced[key] = _Traced(index, output, (others, hidden))
         return output
 
-    def _stamped(self, known: _Traced, index: int, hidden: Tensor) -> Any:
+    def _stamped(self, traced: _Traced, index: int, hidden: Tensor) -> Any:
         emitter = self.emitter()
-        former = next(t for t in pytree.tree_leaves(known.output) if t is not None)
+        former = next(t for t in pytree.tree_leaves(traced.output) if t is not None)
         output = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{LAYER}",
             (hidden,),
-            {"of": self.paths[known.number], "path": self.paths[index], "layer": index},
+            {"of": self.paths[traced.number], "path": self.paths[index], "layer": index},
             dtype=former.dtype,
             shape=former.shape,
             version=1,
         )
         emitter.cache.refuse_waiting()
         emitter.cache.stamped.add(index)
-        facts = next(f for f in emitter.layers if f.layer == known.number)
+        facts = next(f for f in emitter.layers if f.layer == traced.number)
         emitter.layers.append(replace(facts, layer=index))
-        return pytree.tree_map(lambda x: output if x is former else x, known.output)
+        return pytree.tree_map(lambda x: output if x is former else x, traced.output)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
