@@ -1,1 +1,1 @@
-"""From a model to a graph. Of the rooms only this one and `trainer` import transformers."""
+"""From a model to a graph."""

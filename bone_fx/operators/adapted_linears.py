@@ -1,6 +1,6 @@
 """`bone_fx::adapted_linears`: the adapted layers that read one x, as they stand in a running graph.
 
-`passes.join_sites` writes it; `joint_linear` says what it keeps.
+`lean.join_sites` writes it; `joint_linear` says what it keeps.
 """
 
 from __future__ import annotations

@@ -317,10 +317,8 @@ class AdaptedModule(TrainingGraph):
     def _named(self, names: str | Sequence[str] | None) -> list[str]:
         """Adapter names as a list, the active ones for None; each must be there."""
         names = self.active_adapters if names is None else names
-        chosen = [names] if isinstance(names, str) else list(names)
-        for name in chosen:
-            self._adapter(name)
-        return chosen
+        names = [names] if isinstance(names, str) else list(names)
+        return [name for name in names if self._adapter(name)]
 
     def _saved(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
         """Parameters of `modules_to_save`; of two adapters that have one, the later acts."""
@@ -372,8 +370,7 @@ class AdaptedModule(TrainingGraph):
         return self
 
     def _inserted(self, names: Sequence[str]) -> fx.GraphModule:
-        chosen = [(name, self._adapter(name)) for name in names]
-        return insert_mounted(self._base, self._origin, chosen)
+        return insert_mounted(self._base, self._origin, [(n, self._adapter(n)) for n in names])
 
     def _rebuild(self) -> None:
         """Write the graph anew for the active adapters and mount every kept parameter."""

@@ -63,7 +63,7 @@ class CallSignature:
         positional: The names that positional arguments of a call stand for.
         output: The nesting of the model's output, its class included.
         largest: For a named size, the largest that the graph can take (learned positions).
-        conditions: What the sizes must satisfy besides (`capture.conditions`).
+        conditions: What the sizes must satisfy besides (`capture.call.conditions`).
         ignored: Arguments of the call that are not for the graph (labels).
         decoder_inputs: For an encoder-decoder, makes `decoder_input_ids` from `labels` when only
             these are given.

@@ -4,7 +4,7 @@ Tried with transformers 5.23.0 and torch 2.13.0; `pyproject.toml` allows others 
 it: the reversible patches of model code that `torch.export` cannot trace (its registry's "dynamo"),
 the pytree registration of caches, and the reset of tensors that modules keep between calls. Its
 `prepare_for_export` is not used: it edits the model and the inputs in place and refuses labels,
-which are taken out before (`capture.examples`).
+which are taken out before (`capture.trace.examples`).
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Capture for training: a model's forward as an fx graph over the model's own parameters.
 
-1. The example inputs are sorted (`capture.examples`): labels go, masks are added, sizes of one
-   become two.
+1. The example inputs are sorted (`capture.trace.examples`): labels go, masks are added, sizes of
+   one become two.
 2. `torch.export` (non-strict) traces the model in training mode, in the dtype it has, with a
    dynamic batch and length.
-3. The graph gets a plain calling convention (flat tensors in, flat tensors out; `capture.signature`
-   stands on both sides of it), loses the assertions of the trace, and takes over the model's
-   parameters under their own names.
+3. The graph gets a plain calling convention (flat tensors in, flat tensors out;
+   `capture.call.signature` stands on both sides of it), loses the assertions of the trace, and
+   takes over the model's parameters under their own names.
 4. The graph with dropout off must be what the model computes in evaluation mode, or the capture is
    refused.
 

@@ -9,7 +9,7 @@ function; otherwise the model's own code stays in the graph, which is always rig
 Where longer texts have other angles the choice is the model's own: the longest text of the batch,
 tokens of the cache included, decides for the whole batch and the new tokens alone; keys that are in
 the cache stay as they were turned. Longrope so has two tables in one, and dynamic NTK the one
-that holds up to max_position_embeddings; `rotary_tables.tables_of` refuses the rest.
+that holds up to max_position_embeddings; `tables.tables_of` refuses the rest.
 
 Shape letters: B batch, H heads, S new tokens, D head size, R rotary width (R <= D), M positions in
 a table.
