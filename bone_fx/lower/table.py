@@ -29,7 +29,7 @@ _CANCEL = Row(
 
 # What tightens a layer: it sees one of each kind of layer.
 LAYER_PASSES: tuple[Row, ...] = (
-    Row(functionalize, BITS, "first: cancel_reshapes leaves a graph alone that changes tensors"),
+    Row(functionalize, BITS, "first: cancel_reshapes requires that no operator changes a tensor"),
     Row(find_linears, LAST_BIT, "before what looks for linear layers"),
     Row(cut_columns, BITS, "before order_heads, which looks for pieces of the last axis"),
     Row(absorb_rotary, LAST_BIT, "before the transpositions that it looks for are cancelled"),

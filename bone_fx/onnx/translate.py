@@ -21,6 +21,8 @@ IR_VERSION = 10
 """What ONNX Runtime 1.18 and later load, as onnxruntime-genai's own builder writes it."""
 
 PRODUCER = "bone_fx"
+_INTERNAL = ("bone_fx", "pkg.")
+"""Domains of marks and functions that translation has to take away."""
 _UNDOCUMENTED = frozenset({"SimplifiedLayerNormalization"})
 """Operators of the default domain that ONNX Runtime has and ONNX has not."""
 
@@ -75,19 +77,21 @@ def translate(
 
 
 def verify_operators(model: ir.Model) -> None:
-    """Check that only operators of the opset and of ONNX Runtime stand in a translated model.
+    """Check that only operators of the opset, of ONNX Runtime and of the user's own domains stand.
 
     Raises:
-        PassError: Another one; the message names the node.
+        PassError: One of this package or of PyTorch, or one that the opset lacks; the message names
+            the node.
     """
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         standard = not node.domain and (
             node.op_type in _UNDOCUMENTED or onnx.defs.has(node.op_type, OPSET)
         )
-        if not standard and node.domain != CONTRIB:
+        foreign = not node.domain or node.domain.startswith(_INTERNAL)
+        if foreign and not standard:
             raise PassError(
                 f"after translation node {node.name} is {node.domain}::{node.op_type}",
-                expected=f"operators of opset {OPSET} or of {CONTRIB}",
+                expected=f"operators of opset {OPSET}, of {CONTRIB} or of a user's domain",
             )
 
 

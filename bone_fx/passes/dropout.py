@@ -65,12 +65,12 @@ def set_dropout(graph_module: GraphModule, training: bool) -> bool:
 
 def random_nodes(graph_module: GraphModule) -> list[Node]:
     """The nodes that draw random numbers in evaluation too, and whose result is read."""
-    literals = []
+    drawing = []
     for module in graph_module.modules():
         if isinstance(module, GraphModule):
             live = _read(module)
-            literals += [node for node in module.graph.nodes if node in live and _draws(node)]
-    return literals
+            drawing += [node for node in module.graph.nodes if node in live and _draws(node)]
+    return drawing
 
 
 def _draws(node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""Adapted layers of one x against their definition in float64, and against PEFT's layers."""
+"""Adapted layers of one x against their definition in float64, and against PEFT's rounding."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_both_forms_of_bone_agree(case: str, monkeypatch: pytest.MonkeyPatch) ->
     assert folds == 0  # a fold in a narrower dtype would round the block away
 
 
-# PEFT's own layers.
+# PEFT's rounding.
 
 
 def in_peft(weight: Tensor, bias: Tensor | None, block: Tensor, method: str) -> nn.Module:
@@ -220,8 +220,12 @@ def in_peft(weight: Tensor, bias: Tensor | None, block: Tensor, method: str) -> 
     return layer
 
 
+@pytest.mark.skipif(
+    not torch.backends.mkl.is_available(),  # type: ignore[no-untyped-call]
+    reason="without MKL the bits of a product may depend on how it is cut",
+)
 @pytest.mark.parametrize("case", ["bone", "bone, ragged", "bat", "both"])
-def test_results_and_gradients_are_those_of_peft(case: str) -> None:
+def test_results_and_gradients_are_those_of_peft_to_the_bit(case: str) -> None:
     problem = make(case, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -232,7 +236,7 @@ def test_results_and_gradients_are_those_of_peft(case: str) -> None:
     found = torch.autograd.grad(ours, [problem.x, *problem.blocks], weights)
     expected = torch.autograd.grad(theirs, [problem.x, *blocks], weights)
     for result, other in zip([*ours, *found], [*theirs, *expected], strict=True):
-        assert_agrees(result, other, "output")
+        assert torch.equal(result, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

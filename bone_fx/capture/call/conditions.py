@@ -52,7 +52,7 @@ class Conditions:
         return Conditions, (self.texts,)
 
     def require(self, arguments: Mapping[str, Any]) -> None:
-        """Raises `InputRefusedError` if the sizes of `given` lead the model along another path."""
+        """Raises `InputRefusedError` where the sizes lead the model along another path."""
         if not self.texts:
             return
         tensors = {

@@ -42,8 +42,9 @@ from bone_fx.capture.decoder.session import (
 from bone_fx.collector import old_objects_left_alone
 from bone_fx.errors import CaptureError
 
-TRACES = 4
-"""Most traces of a model: each of the three facts may be another one than assumed."""
+TRACES = 6
+"""Most traces of a model: each of its three facts may be another one than assumed, and the shapes
+of the cache again once the other two are known."""
 
 
 @dataclass

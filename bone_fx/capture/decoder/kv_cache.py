@@ -1,8 +1,8 @@
 """The cache that a model is given while its decoder graph is captured.
 
 It stores nothing: new keys and values go back to the model as they are, and the pasts wait for the
-attention function, which alone knows how to join them. So the model's own code needs no change and
-no concatenation enters the graph.
+attention function, which alone knows how to join them. So the model's own code needs no change, and
+no concatenation enters a graph whose attention is an operator.
 
 Shape letters: B batch, K key/value heads, S new tokens, P past tokens, D head size.
 """
@@ -155,7 +155,7 @@ class PassThroughCache:
         return self._query_offset
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int | SymInt, int]:
-        """Length and offset of the keys a mask covers; masks are recognised, never built."""
+        """Length and offset of the keys that a mask covers."""
         del query_length, layer_idx
         return self._total, 0
 

@@ -38,13 +38,13 @@ def roles_of(dynamic_shapes: Mapping[str, Any]) -> dict[str, dict[int, str]]:
             items = dict(axes)
         else:
             items = dict(enumerate(axes)) if isinstance(axes, Sequence) else {}
-        axes_of_role = {
+        role_of_axis = {
             axis: UNNAMED if dim == Dim.DYNAMIC else str(getattr(dim, "__name__", UNNAMED))
             for axis, dim in items.items()
             if not (dim is None or isinstance(dim, int) or dim in (Dim.STATIC, Dim.AUTO))
         }
-        if axes_of_role:
-            roles[name] = axes_of_role
+        if role_of_axis:
+            roles[name] = role_of_axis
     return roles
 
 
@@ -56,8 +56,8 @@ def name_dims(inputs: Mapping[str, torch.Tensor], roles: Roles) -> dict[str, dic
         for axis, size in enumerate(tensor.shape):
             if fixed_size(size) is None:
                 role = roles.get(name, {}).get(axis, UNNAMED)
-                symbol = of_symbol.setdefault(str(size), _dim_name(name, axis, role))
-                names.setdefault(name, {})[axis] = symbol
+                dim_name = of_symbol.setdefault(str(size), _dim_name(name, axis, role))
+                names.setdefault(name, {})[axis] = dim_name
     return names
 
 
@@ -68,9 +68,9 @@ def fixed_dims(
     because = f": {reason_line(reason)}" if reason is not None else " by the model's own code"
     return tuple(
         f"dimension {axis} of {name} ({role or 'dynamic'}) is fixed at {size}{because}"
-        for name, axes_of_role in roles.items()
+        for name, role_of_axis in roles.items()
         if name in inputs
-        for axis, role in axes_of_role.items()
+        for axis, role in role_of_axis.items()
         if (size := fixed_size(inputs[name].shape[axis])) is not None
     )
 

@@ -57,8 +57,10 @@ class _LazyLogits:
 
 def _formed(output: Any) -> Any:
     """The same output with its logits, and of the model's class again."""
-    form = output.__dict__.pop(_FORM, None)
+    form = output.__dict__.get(_FORM)
+    logits = None if form is None else form()  # may raise: then the next read asks again
+    output.__dict__.pop(_FORM, None)
     object.__setattr__(output, "__class__", type(output).__bases__[1])
     if form is not None:
-        output["logits"] = form()
+        output["logits"] = logits
     return output

@@ -73,10 +73,9 @@ def _order(graph: Graph, pieces: list[Node | None]) -> bool:
     ends = [stop for _, _, stop in cuts]
     if any(source is not heads for source, _, _ in cuts) or bounds[1:] != ends or bounds[0]:
         return False
-    transposed = heads.target is aten.transpose.int and {int(a) % 4 for a in heads.args[1:3]} == {
-        1,
-        2,
-    }  # type: ignore[arg-type]
+    is_transpose = heads.target is aten.transpose.int
+    axes = {int(a) % 4 for a in heads.args[1:3]} if is_transpose else set()  # type: ignore[arg-type]
+    transposed = axes == {1, 2}
     view = heads.args[0] if transposed else heads
     if not isinstance(view, Node) or view.target not in VIEWS:
         return False

@@ -23,10 +23,10 @@ class AbsorbGroups(ir.passes.InPlacePass):
         graph = model.graph
         modified = False
         for node in list(graph):
-            groups_of_weight = None if node.outputs[0].is_graph_output() else _grouped(node)
-            if groups_of_weight is None:
+            grouped = None if node.outputs[0].is_graph_output() else _grouped(node)
+            if grouped is None:
                 continue
-            weight, groups, widths = groups_of_weight
+            weight, groups, widths = grouped
             recipe = recipe_of(weight)
             assert recipe is not None
             name = by_part_name(weight.name or "", groups, widths)

@@ -57,10 +57,10 @@ class QuantizedWeight:
         bits = self.scheme.bits
         parts: dict[str, list[Tensor]] = {"codes": [], "scales": [], "zero_points": []}
         for band in bands(whole(self.source.shape), _BAND_BYTES, self.source.dtype.itemsize):
-            blocks = quantize(self.source.part(band), self.scheme, self.importance)
-            parts["codes"].append(pack(blocks.codes, bits))
-            parts["scales"].append(blocks.scales)
-            parts["zero_points"].append(pack(blocks.zeros, bits))
+            groups = quantize(self.source.part(band), self.scheme, self.importance)
+            parts["codes"].append(pack(groups.codes, bits))
+            parts["scales"].append(groups.scales)
+            parts["zero_points"].append(pack(groups.zeros, bits))
         if self.scheme.symmetric:
             del parts["zero_points"]
         return {name: torch.cat(tensors) for name, tensors in parts.items()}

@@ -339,13 +339,13 @@ def cast(recipe: Recipe, dtype: torch.dtype) -> Recipe:
 
 def rounded(recipes: Mapping[str, Recipe], dtype: torch.dtype) -> dict[str, Recipe]:
     """Recipes of the same dtypes with floats rounded to another on the way; shared ones shared."""
-    parts_by_id = {
+    by_id = {
         id(recipe): cast(cast(recipe, dtype), recipe.dtype)
         if recipe.dtype.is_floating_point
         else recipe
         for recipe in recipes.values()
     }
-    return {name: parts_by_id[id(recipe)] for name, recipe in recipes.items()}
+    return {name: by_id[id(recipe)] for name, recipe in recipes.items()}
 
 
 def without_cast(recipe: Recipe) -> Recipe:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bone_fx.capture.training.lazy_output import with_lazy_logits
+from bone_fx.errors import UsageError
 
 LOSS, LOGITS = torch.tensor(2.0), torch.arange(6.0).view(2, 3)
 
@@ -81,3 +82,14 @@ def test_what_is_set_stays() -> None:
     assert by_attribute.logits is by_key.logits is LOSS
     by_attribute.loss = LOGITS
     assert by_attribute["loss"] is LOGITS
+
+
+def test_a_refusal_is_said_at_every_read() -> None:
+    def refuse() -> Tensor:
+        raise UsageError("the head's weight was changed")
+
+    output = with_lazy_logits(CausalLMOutputWithPast(loss=LOSS, logits=torch.empty(0)), refuse)
+    for _ in range(2):
+        with pytest.raises(UsageError, match="was changed"):
+            _ = output.logits
+    assert output.loss is LOSS
