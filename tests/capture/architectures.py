@@ -313,3 +313,17 @@ UNLISTED: tuple[Architecture, ...] = (
 """Architectures that nobody made plans for."""
 
 BY_NAME: dict[str, Architecture] = {row.name: row for row in ARCHITECTURES + UNLISTED}
+
+CORE = (
+    "llama",
+    "mixtral",
+    "gemma3_text",
+    "gpt2",
+    "falcon",
+    "bert",
+    "modernbert",
+    "t5",
+    "vit",
+    "whisper",
+)
+"""The rows of every run: decoders, experts, encoders, encoder-decoders, images, audio."""

@@ -158,7 +158,10 @@ def test_overwrite_keeps_the_earlier_output_until_the_new_one_is_good(work: Path
     assert tree(out) != before
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage",
+    [s if s == "write the model" else pytest.param(s, marks=pytest.mark.slow) for s in STAGES],
+)
 def test_interrupted_in_every_stage(stage: str, work: Path) -> None:
     before = tree(work)
     names = {path.name for path in work.iterdir()}

@@ -50,6 +50,7 @@ def test_a_compiled_step_is_the_eager_one_without_a_graph_break(method: str) -> 
         assert_agrees(regained[name], gradient, "gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's, on importing inductor
 @pytest.mark.parametrize(("method", "recompute"), [("bone", True), ("bat", True), ("bat", False)])
 def test_a_compiled_step_keeps_a_folded_weight_only_if_asked_to(
@@ -74,6 +75,7 @@ def test_a_compiled_step_keeps_a_folded_weight_only_if_asked_to(
     assert folded == ([] if recompute else weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_under_autocast_it_compiles_to_one_graph_too(method: str) -> None:
     config = bone_fx.BoneConfig(target_modules="all-linear", **METHODS[method])
@@ -89,6 +91,7 @@ def test_under_autocast_it_compiles_to_one_graph_too(method: str) -> None:
         assert float((regained[name] - gradient).norm()) <= 0.1 * float(gradient.norm())
 
 
+@pytest.mark.slow
 def test_a_batch_of_another_size_compiles_to_one_graph_too() -> None:
     adapted = bone_fx.adapt(llama(), METHOD_CONFIG, inputs()).train()
     stir(adapted, "default")
@@ -99,6 +102,7 @@ def test_a_batch_of_another_size_compiles_to_one_graph_too() -> None:
         assert_agrees(call(**batch).loss, adapted(**batch).loss, "logits")
 
 
+@pytest.mark.slow
 def test_positions_without_a_mask_compile_to_one_graph_too() -> None:
     ids = inputs()["input_ids"]
     positions = torch.arange(7).expand(2, 7)
@@ -125,6 +129,7 @@ def test_sizes_that_do_not_fit_are_refused_by_a_compiled_call() -> None:
         call(input_ids=ids, attention_mask=torch.ones(2, 6, dtype=torch.long))
 
 
+@pytest.mark.slow
 def test_a_compiled_module_follows_its_verbs() -> None:
     adapted = bone_fx.adapt(llama(attention_dropout=0.5), METHOD_CONFIG, inputs()).train()
     stir(adapted, "default")

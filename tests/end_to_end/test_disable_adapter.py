@@ -38,6 +38,7 @@ def without(adapted: bone_fx.AdaptedModule) -> Tensor:
         return logits(adapted)
 
 
+@pytest.mark.slow
 def test_each_form_is_compiled_once() -> None:
     adapted = stirred()
     base, own = without(adapted), logits(adapted)

@@ -43,7 +43,7 @@ def run(folder: Path, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, map(torch.from_numpy, session.run(None, arrays)), strict=True))
 
 
-@pytest.mark.parametrize("method", [True, "bat"])
+@pytest.mark.parametrize("method", [True, pytest.param("bat", marks=pytest.mark.slow)])
 def test_minilm_with_an_adapter(method: Any, minilm: Path, tmp_path: Path) -> None:
     texts = sentences()
     assert len(set(texts)) == 50

@@ -78,6 +78,7 @@ def generate(folder: Path, prompt: list[int], *, stop: bool = False) -> list[int
     return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
 
 
+@pytest.mark.slow
 def test_the_base_answers(smollm2: Path, tmp_path: Path) -> None:
     export(smollm2, "-o", tmp_path / "out")
     tokens = generate(tmp_path / "out", prompts(smollm2)[0], stop=True)

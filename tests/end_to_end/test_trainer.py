@@ -215,6 +215,7 @@ def test_a_token_classifier_trains_its_head_and_what_is_asked_for(tmp_path: Path
             assert not torch.equal(adapted.get_parameter(name), model.get_parameter(name))
 
 
+@pytest.mark.slow
 def test_a_sequence_to_sequence_model_makes_its_decoder_inputs(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = T5Config(

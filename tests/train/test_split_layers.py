@@ -11,6 +11,7 @@ from bone_fx.capture.training.capture_training import capture_training
 from bone_fx.graphs import copy_module
 from bone_fx.train.split_layers import layers_of, split_in_place
 from tests.capture.architectures import ARCHITECTURES, Architecture
+from tests.tiers import tiered
 
 ROWS = [row for row in ARCHITECTURES if row.name in ("llama", "gpt2", "t5")]
 
@@ -25,7 +26,7 @@ def _losses(gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dic
     return loss.detach(), {n: g for n, g in zip(named, found, strict=True) if g is not None}
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", tiered(ROWS, {"llama", "gpt2"}))
 def test_split_and_recomputed_layers_are_the_model(row: Architecture) -> None:
     capture = capture_training(row.build(), row.inputs(3, 12))
     graph = capture.graph_module

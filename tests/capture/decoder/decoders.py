@@ -179,3 +179,11 @@ DECODERS: tuple[Decoder, ...] = (
     Decoder("qwen3_moe", "qwen3_moe", norms=9),
     Decoder("gpt_oss", "gpt_oss", windows=(6, None)),
 )
+
+CORE = (
+    *("llama", "llama_head_20", "qwen2_window", "gemma3_text", "smollm3", "phi3"),
+    *("phi3_longrope_long", "cohere", "gpt_neox", "opt", "gpt2", "bloom", "falcon_new"),
+    *("mixtral", "gpt_oss"),
+)
+"""The rows of every run: windows, layer types, caps, tables, partial and foreign rotary embeddings,
+learned positions, ALiBi, packed projections, experts, sinks."""

@@ -16,7 +16,7 @@ from bone_fx.capture.decoder.lower_program import lower
 from bone_fx.errors import CaptureError
 from bone_fx.onnx.placement import place
 from tests.capture.architectures import BY_NAME
-from tests.capture.decoder.decoders import DECODERS, Decoder
+from tests.capture.decoder.decoders import CORE, DECODERS, Decoder
 from tests.capture.decoder.decoding import (
     Generation,
     capture_of,
@@ -27,13 +27,14 @@ from tests.capture.decoder.decoding import (
     skeleton_of,
     texts,
 )
+from tests.tiers import tiered
 
 TOLERANCE = 1e-5
 ROW = {row.name: row for row in DECODERS}
 
 
 # In the scope of the session all tests of a row follow one another: one process captures it.
-@pytest.mark.parametrize("row", DECODERS, ids=lambda row: row.name, scope="session")
+@pytest.mark.parametrize("row", tiered(DECODERS, CORE), scope="session")
 def test_decoder_equals_the_model_on_ragged_texts(row: Decoder) -> None:
     model, capture = captured(row.name)
     translated = onnx_of(capture, model)

@@ -15,8 +15,9 @@ from bone_fx.capture.decoder.capture_decoder import DecoderCapture, capture_deco
 from bone_fx.capture.decoder.kv_cache import LayerNumber
 from bone_fx.capture.decoder.stamping.keys import layer_key, numbers_of
 from tests.capture.architectures import BY_NAME
-from tests.capture.decoder.decoders import DECODERS, Decoder
+from tests.capture.decoder.decoders import CORE, DECODERS, Decoder
 from tests.capture.decoder.decoding import captured, skeleton_of
+from tests.tiers import tiered
 
 ROW = {row.name: row for row in DECODERS}
 
@@ -51,7 +52,7 @@ def content(capture: DecoderCapture) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("row", DECODERS, ids=lambda row: row.name, scope="session")
+@pytest.mark.parametrize("row", tiered(DECODERS, CORE), scope="session")
 def test_the_graph_is_that_of_a_full_trace(row: Decoder) -> None:
     model, once = captured(row.name)
     whole = capture_decoder(skeleton_of(model), stamp=False)

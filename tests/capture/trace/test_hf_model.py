@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 
+import pytest
 import torch
 from torch.nn import functional
 from transformers.models.qwen2_vl import modeling_qwen2_vl
@@ -31,6 +32,7 @@ def graphs() -> list[torch.fx.Graph]:
     return [o for o in gc.get_objects() if issubclass(type(o), torch.fx.Graph)]
 
 
+@pytest.mark.slow
 def test_no_graph_of_the_trace_outlives_the_capture() -> None:
     before = graphs()
     capture = capture_training(llama(), {"input_ids": torch.zeros(2, 5, dtype=torch.long)})

@@ -14,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 import bone_fx
 import bone_fx.train.adapt as adapting
-from tests.capture.architectures import ARCHITECTURES, UNLISTED, Architecture, text
+from tests.capture.architectures import ARCHITECTURES, CORE, UNLISTED, Architecture, text
 from tests.capture.training.captured import captured
 from tests.elsewhere import call_on_cuda
+from tests.tiers import tiered
 from tests.tolerances import difference, scaled_difference
 
 
@@ -88,7 +89,7 @@ def check(model: Any, adapted: bone_fx.AdaptedModule, inputs: dict[str, Tensor])
         assert scaled_difference(gradient, expected) <= 1e-5, site
 
 
-@pytest.mark.parametrize("row", ARCHITECTURES + UNLISTED, ids=lambda row: row.name, scope="session")
+@pytest.mark.parametrize("row", tiered(ARCHITECTURES + UNLISTED, CORE), scope="session")
 def test_every_architecture_takes_adapters(
     row: Architecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,8 +11,9 @@ from torch.utils import _pytree as pytree
 from bone_fx.graphs import copy_module
 from bone_fx.passes.dropout import set_dropout
 from bone_fx.train.split_layers import layers_of, split_in_place
-from tests.capture.architectures import ARCHITECTURES, SHAPES, UNLISTED, Architecture
+from tests.capture.architectures import ARCHITECTURES, CORE, SHAPES, UNLISTED, Architecture
 from tests.capture.training.captured import captured
+from tests.tiers import tiered
 from tests.tolerances import difference
 
 
@@ -36,7 +37,7 @@ def _gradients(model: torch.nn.Module, output: object) -> dict[str, torch.Tensor
     return dict(zip(names, gradients, strict=True))
 
 
-@pytest.mark.parametrize("row", ARCHITECTURES + UNLISTED, ids=lambda row: row.name, scope="session")
+@pytest.mark.parametrize("row", tiered(ARCHITECTURES + UNLISTED, CORE), scope="session")
 def test_equals_eager(row: Architecture) -> None:
     model, capture = captured(row.name)
     graph = capture.graph_module
