@@ -10,7 +10,6 @@ from bone_fx.lower.functionalize import functionalize, no_mutable_operators
 from bone_fx.lower.fuse_norms import fuse_norms
 from bone_fx.lower.heads.absorb_rotary import absorb_rotary
 from bone_fx.lower.heads.absorb_scale import absorb_scale
-from bone_fx.lower.heads.cut_columns import cut_columns
 from bone_fx.lower.heads.flatten_rotary import flatten_rotary
 from bone_fx.lower.heads.move_norms import move_norms
 from bone_fx.lower.heads.order_heads import order_heads
@@ -31,7 +30,6 @@ _CANCEL = Row(
 LAYER_PASSES: tuple[Row, ...] = (
     Row(functionalize, BITS, "first: cancel_reshapes requires that no operator changes a tensor"),
     Row(find_linears, LAST_BIT, "before what looks for linear layers"),
-    Row(cut_columns, BITS, "before order_heads, which looks for pieces of the last axis"),
     Row(absorb_rotary, LAST_BIT, "before the transpositions that it looks for are cancelled"),
     Row(order_heads, LAST_BIT, "its pieces are heads until the reshapes around them go"),
     Row(move_norms, BITS, "before the transpositions that it moves are cancelled"),
