@@ -317,8 +317,9 @@ class AdaptedModule(TrainingGraph):
     def _named(self, names: str | Sequence[str] | None) -> list[str]:
         """Adapter names as a list, the active ones for None; each must be there."""
         names = self.active_adapters if names is None else names
-        names = [names] if isinstance(names, str) else list(names)
-        return [name for name in names if self._adapter(name)]
+        chosen = [names] if isinstance(names, str) else list(names)
+        _ = [self._adapter(name) for name in chosen]  # refuses a name that is not there
+        return chosen
 
     def _saved(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
         """Parameters of `modules_to_save`; of two adapters that have one, the later acts."""

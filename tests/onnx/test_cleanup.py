@@ -11,10 +11,9 @@ from bone_fx.onnx.cleanup.absorb_transposes import AbsorbTransposes
 from bone_fx.onnx.cleanup.forget_traces import ForgetTraces
 from bone_fx.onnx.cleanup.infer_dtypes import InferDtypes
 from bone_fx.onnx.cleanup.lower_cast_like import LowerCastLike
-from bone_fx.onnx.cleanup.merge_reshapes import MergeReshapes, reshape_target
+from bone_fx.onnx.cleanup.merge_reshapes import MergeReshapes, MergeTransposes, reshape_target
 from bone_fx.onnx.cleanup.remove_no_ops import RemoveNoOps
 from bone_fx.onnx.cleanup.share_constants import ShareConstants, constant_value
-from bone_fx.onnx.cleanup.upstream import MergeTransposes
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
 from bone_fx.weights.recipes.recipe import Value
 from tests.onnx.models import ops

@@ -1,7 +1,7 @@
 """Passes on the ONNX graph, none of which reads a weight.
 
-Each file holds one pass, an `onnx_ir` `InPlacePass` with an honest `modified`; `upstream` holds
-onnxscript's. `CLEANUP` is read from top to bottom.
+Each file holds one idea, `onnx_ir` `InPlacePass`es with an honest `modified`. `CLEANUP` is read
+from top to bottom.
 
 Passes that onnx_ir 1.1.0 or onnxscript 0.7.2 has too, and why theirs do not serve:
 
@@ -10,6 +10,8 @@ Passes that onnx_ir 1.1.0 or onnxscript 0.7.2 has too, and why theirs do not ser
 - InferDtypes: `ShapeInferencePass` serializes the model (170 ms for 30 layers, here 2) and refuses
   whole graphs over one dtype.
 - LowerCastLike: `fold_constants` stores every cast of a constant anew, so equal nodes stay two.
+- LowerSplitSequences: `fold_constants` without folding does it, under other names of values: the
+  bytes of most exports would change.
 - RemoveNoOps and MergeReshapes: the rules know fixed sizes and one dynamic dimension, not two.
 - FuseSkipNorms: the rules leave norms without bias and biases of products.
 - FuseBiasGelu: the rule takes any vector for the bias and does not know FastGelu.
@@ -34,18 +36,18 @@ from bone_fx.onnx.cleanup.fuse_bias_gelu import FuseBiasGelu
 from bone_fx.onnx.cleanup.fuse_skip_norms import FuseSkipNorms
 from bone_fx.onnx.cleanup.infer_dtypes import InferDtypes
 from bone_fx.onnx.cleanup.lower_cast_like import LowerCastLike
-from bone_fx.onnx.cleanup.merge_reshapes import MergeReshapes
+from bone_fx.onnx.cleanup.lower_split_sequences import LowerSplitSequences
+from bone_fx.onnx.cleanup.merge_reshapes import MergeReshapes, MergeTransposes
 from bone_fx.onnx.cleanup.remove_no_ops import RemoveNoOps
 from bone_fx.onnx.cleanup.share_constants import ShareConstants
-from bone_fx.onnx.cleanup.upstream import LowerSequences, MergeTransposes
 
 CLEANUP: tuple[Callable[[], ir.passes.InPlacePass], ...] = (
     common.InlinePass,  # first: the passes below look at the main graph only
     ShareConstants,  # before everything that asks whether an input is constant
+    common.IdentityEliminationPass,
     InferDtypes,  # before the two that need the dtype of inner values
     LowerCastLike,
-    LowerSequences,
-    common.IdentityEliminationPass,
+    LowerSplitSequences,
     RemoveNoOps,
     AbsorbCasts,  # before transposes: a weight may be cast and then transposed
     AbsorbGroups,

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules.common import transpose_transpose_rule
 
 from bone_fx.onnx.cleanup.shapes import equal_shapes
 from bone_fx.onnx.cleanup.share_constants import add_constant, constant_value
 
 _Targets = dict[tuple[int, ...], ir.Value]
+
+
+class MergeTransposes(RewritePass):
+    """onnxscript's rule for a transpose of a transpose: one, or Identity."""
+
+    def __init__(self) -> None:
+        super().__init__([transpose_transpose_rule])
 
 
 class MergeReshapes(ir.passes.InPlacePass):
