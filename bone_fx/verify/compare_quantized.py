@@ -19,7 +19,7 @@ from bone_fx.errors import VerificationError
 from bone_fx.onnx.packed_names import groups_of, parts_of
 from bone_fx.runtime.session import open_session
 from bone_fx.weights.recipes.nbits import QuantizedGroups, unpack
-from bone_fx.weights.recipes.ungroup import row_order
+from bone_fx.weights.recipes.reorder import row_order
 
 if TYPE_CHECKING:
     import onnxruntime

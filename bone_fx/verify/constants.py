@@ -19,7 +19,7 @@ from bone_fx.onnx.packed_names import groups_of, parts_of
 from bone_fx.passes.fold import fold_weight
 from bone_fx.sites import LinearSite
 from bone_fx.verify.reference import Adapters
-from bone_fx.weights.recipes.ungroup import row_order
+from bone_fx.weights.recipes.reorder import row_order
 
 
 def verify_constants(

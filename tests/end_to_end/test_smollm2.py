@@ -4,6 +4,7 @@ generates."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -137,8 +138,10 @@ def test_fp16_runs_and_holds_one_copy_of_the_weights(
     assert len(generate(tmp_path / "out", prompts(smollm2)[0])) == TOKENS
 
 
-def trained(who: str, method: str, smollm2: Path, layers: int, steps: int) -> list[float]:
-    """The losses of the first layers."""
+def trained(
+    who: str, method: str, smollm2: Path, layers: int, steps: int
+) -> tuple[list[float], dict[str, Any]]:
+    """The losses of the first layers, and their blocks afterwards by the name of the layer."""
     model = AutoModelForCausalLM.from_pretrained(
         smollm2, dtype=torch.float32, num_hidden_layers=layers, use_cache=False
     )
@@ -152,7 +155,8 @@ def trained(who: str, method: str, smollm2: Path, layers: int, steps: int) -> li
     else:
         net = bone_fx.adapt(model, bone_fx.BoneConfig(**fields), batches[0])
     net.train()
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=2e-4)
+    blocks = {layer(name): p for name, p in net.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(blocks.values(), lr=2e-4)
     losses = []
     for step in range(steps):
         loss = net(**batches[step % 3]).loss
@@ -160,7 +164,14 @@ def trained(who: str, method: str, smollm2: Path, layers: int, steps: int) -> li
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    return losses
+    return losses, blocks
+
+
+def layer(name: str) -> str:
+    """`0.self_attn.q_proj` of a block's name in PEFT or here."""
+    match = re.search(r"layers[._](\d+)[._](\w+?)[._]([a-z]+_proj)", name)
+    assert match is not None, name
+    return ".".join(match.groups())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -176,7 +187,13 @@ def test_training_gives_the_losses_of_peft(
     against PEFT with each number of the base moved to a neighbour in float32 differs by 2e-5.
     """
     monkeypatch.setitem(CHUNK, "cpu", 16 * 49152)
-    theirs, ours = (trained(who, method, smollm2, layers, steps) for who in ("peft", "ours"))
+    (theirs, their_blocks), (ours, blocks) = (
+        trained(who, method, smollm2, layers, steps) for who in ("peft", "ours")
+    )
     assert ours[-1] < ours[0]
     for step, (found, expected) in enumerate(zip(ours, theirs, strict=True)):
         assert abs(found - expected) <= (1e-5 if step else 1e-6) * max(1.0, expected)
+    assert len(blocks) == 7 * layers
+    assert blocks.keys() == their_blocks.keys()
+    if method != "mini" and torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        assert all(torch.equal(blocks[name], their_blocks[name]) for name in blocks)

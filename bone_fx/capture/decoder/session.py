@@ -277,15 +277,12 @@ class CaptureSession:
         pairs = list(zip(past_key_values[::2], past_key_values[1::2], strict=True))
         pasts = Pasts(pairs, self._input_of, shared=self.options.stamp)
         layers: list[AttentionLayer] = []
-        cache = PassThroughCache(pasts, query_offset=total - tokens, total=total)
+        sizes = {"query_offset": total - tokens, "total": total}
         if self.facts.own_attention:
-            cache = ConcatenatingCache(
-                pasts,
-                query_offset=total - tokens,
-                total=total,
-                heads=self._query_heads,
-                layers=layers,
-            )
+            heads = self._query_heads
+            cache: PassThroughCache = ConcatenatingCache(pasts, heads=heads, layers=layers, **sizes)
+        else:
+            cache = PassThroughCache(pasts, **sizes)
         self.last_tokens = valid_B - before_B - 1
         self.emitter = AttentionEmitter(cache, attention_mask, lengths, layers, self.unfused)
         self.rotary.begin(positions, (lengths[1], total))

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from bone_fx.onnx.cleanup.shapes import static_shape
 from bone_fx.onnx.packed_names import by_part_name
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
-from bone_fx.weights.recipes.ungroup import Ungroup
+from bone_fx.weights.recipes.reorder import Ungroup
 
 
 class AbsorbGroups(ir.passes.InPlacePass):

@@ -7,7 +7,7 @@ import torch
 
 from bone_fx.onnx.packed_names import by_part_name, groups_of, parts_of
 from bone_fx.weights.recipes.recipe import Converted, Recipe, Transpose, Value
-from bone_fx.weights.recipes.ungroup import Ungroup, row_order
+from bone_fx.weights.recipes.reorder import Ungroup, row_order
 
 W = torch.arange(3 * 7 * 4.0).reshape(21, 4)
 WIDTHS = (4, 1, 2)
