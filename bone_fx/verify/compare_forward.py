@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bone_fx.sites import LinearSite
+from bone_fx.verify.cases import LONGEST, edges
 from bone_fx.verify.compare_quantized import ROUNDED_ACTIVATIONS, Written
-from bone_fx.verify.parity import TOLERANCE, Parity, check_effect
+from bone_fx.verify.graph import WrittenGraph, keep_activations
+from bone_fx.verify.parity import SMALLEST, TOLERANCE, Parity, check_effect
 from bone_fx.verify.ranges import within_range
-from bone_fx.verify.reference import Adapters, fold_in_place, load_heads, unmerged
+from bone_fx.verify.reference import Adapters, fold_in_place, load_parameters, unmerged
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -30,32 +31,33 @@ _EXAMPLE = "the example"
 
 
 def verify_model(
-    session: onnxruntime.InferenceSession,
+    graph: WrittenGraph,
     model: nn.Module,
-    sites: Mapping[str, LinearSite],
     adapters: Adapters,
     examples: Feeds,
     *,
     dtype: str,
+    short: bool = False,
     written: Written | None = None,
 ) -> Parity:
-    """Compare a session with a transformers model under its adapters.
+    """Compare a graph with a transformers model under its adapters.
 
     Args:
-        session: The exported graph; inputs are named as the model's arguments, outputs as its
+        graph: The exported graph; inputs are named as the model's arguments, outputs as its
             output's fields.
         model: The base model in float32 and eval mode; it is folded in place and must not be used
             afterwards.
-        sites: The model's sites by name.
-        adapters: Adapters by name, in the order in which they apply.
+        adapters: The adapters as verification read them, in the order in which they apply.
         examples: One tensor an input; what varies is resized.
         dtype: `"fp32"` or `"fp16"`, which sets the tolerance.
+        short: Leave out the lengths that a text's model is asked about besides.
         written: The graph's quantized weights; the graph is then held to torch with these.
 
     Raises:
         VerificationError: Two of the three disagree, or a value is not finite.
     """
-    parity = Parity(TOLERANCE[dtype])
+    parity = Parity(TOLERANCE[dtype], SMALLEST[dtype])
+    session = graph.session()
     cases = _cases(session, examples)
     names = [output.name for output in session.get_outputs()]
 
@@ -63,16 +65,22 @@ def verify_model(
         return [_fields(model(**feeds), names) for feeds in cases.values()]
 
     with torch.no_grad():
+        if not short:
+            cases |= _longer(parity, session, model, examples)
         base = run() if adapters else []
-        load_heads(model, adapters)
-        with unmerged(model, sites, adapters), within_range(model, dtype):
+        load_parameters(model, adapters)
+        with unmerged(model, adapters), within_range(model, dtype):
             reference = run()
-        fold_in_place(model, sites, adapters)
+        fold_in_place(model, adapters)
         folded = run() if adapters else reference
         if written is not None:
             written.load_into(model)
             quantized = run()
     free = parity.tolerance if written is None else math.inf
+    runs = {"onnx_vs_written": (session, parity.tolerance)}
+    if graph.rounds_activations():
+        runs["onnx_vs_written"] = (graph.session(keep_activations), parity.tolerance)
+        runs["rounded_activations"] = (session, ROUNDED_ACTIVATIONS)
     for number, (case, feeds) in enumerate(cases.items()):
         outputs = run_session(session, feeds)
         for name, actual, one, other in zip(
@@ -86,12 +94,9 @@ def verify_model(
             parity.compare("onnx_vs_folded", f"{case}: {name}", *_kept(keep, actual, other), free)
         if written is None:
             continue
-        runs = {"onnx_vs_written": (written.exact or session, parity.tolerance)}
-        if written.exact is not None:
-            runs["rounded_activations"] = (session, ROUNDED_ACTIVATIONS)
-        for pair, (graph, tolerance) in runs.items():
+        for pair, (run_of, tolerance) in runs.items():
             for name, actual, one in zip(
-                names, run_session(graph, feeds), quantized[number], strict=True
+                names, run_session(run_of, feeds), quantized[number], strict=True
             ):
                 both = _kept(feeds.get(_MASK), actual, one)
                 parity.compare(pair, f"{case}: {name}", *both, tolerance)
@@ -102,6 +107,35 @@ def verify_model(
     ]
     check_effect(parity, pairs)
     return parity
+
+
+def _longer(
+    parity: Parity, session: onnxruntime.InferenceSession, model: nn.Module, examples: Feeds
+) -> dict[str, Feeds]:
+    """More cases of a text's model: one token, many, and beyond each length the model names.
+
+    What the model itself does not take is left out.
+    """
+    config: Any = model.config
+    ids = [name for name in examples if name.endswith("input_ids")]
+    if not ids:
+        return {}
+    vocabulary = int(config.get_text_config().vocab_size)
+    lengths = [n + 3 for n in edges(config, LONGEST)]
+    cases = _cases(session, examples, [(1, 1), (2, 64), *((2, length) for length in lengths)])
+    generator = torch.Generator().manual_seed(1)
+    taken = {}
+    for case, feeds in cases.items():
+        for name in ids:
+            shape = feeds[name].shape
+            feeds[name] = torch.randint(0, vocabulary, shape, generator=generator)
+        try:
+            model(**feeds)
+        except Exception as error:  # noqa: BLE001 - a model may refuse a length in any way
+            parity.skip(case, f"the model refuses it: {error or type(error).__name__}")
+        else:
+            taken[case] = feeds
+    return taken
 
 
 def verify_module(
@@ -118,7 +152,7 @@ def verify_module(
     Raises:
         VerificationError: They disagree, or a value is not finite.
     """
-    parity = Parity(TOLERANCE[dtype])
+    parity = Parity(TOLERANCE[dtype], SMALLEST[dtype])
     leaves, spec = pytree.tree_flatten((examples,) if isinstance(examples, Tensor) else examples)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     names = [value.name for value in session.get_inputs()]
@@ -156,7 +190,11 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Mapping[str, Tenso
     return [torch.from_numpy(value) for value in session.run(None, arrays)]
 
 
-def _cases(session: onnxruntime.InferenceSession, examples: Feeds) -> dict[str, Feeds]:
+def _cases(
+    session: onnxruntime.InferenceSession,
+    examples: Feeds,
+    choices: Sequence[tuple[int, int]] = _SIZES,
+) -> dict[str, Feeds]:
     """Cases by name: the examples in other sizes.
 
     Only the example's sizes where the graph has no dynamic dimension.
@@ -164,12 +202,12 @@ def _cases(session: onnxruntime.InferenceSession, examples: Feeds) -> dict[str, 
     shapes = {value.name: value.shape for value in session.get_inputs()}
     batch = next((s[0] for s in shapes.values() if s and isinstance(s[0], str)), None)
     cases: dict[str, Feeds] = {}
-    for rows, length in _SIZES:
+    for rows, length in choices:
         sizes: dict[str, int] = {}
         feeds: Feeds = {}
         for name, example in examples.items():
             shape = [
-                _size(dim, example.shape[axis], rows if dim == batch else length, sizes)
+                _size(dim, example, axis, rows if dim == batch else length, sizes, batch)
                 for axis, dim in enumerate(shapes[name])
             ]
             feeds[name] = _resized(example, shape)
@@ -189,8 +227,14 @@ def _cases(session: onnxruntime.InferenceSession, examples: Feeds) -> dict[str, 
     return cases
 
 
-def _size(dim: object, example: int, size: int, sizes: dict[str, int]) -> int:
-    return sizes.setdefault(dim, size) if isinstance(dim, str) else example
+def _size(
+    dim: object, example: Tensor, axis: int, size: int, sizes: dict[str, int], batch: str | None
+) -> int:
+    """The size of a dimension; samples of audio are as many more, for layers that need some."""
+    if not isinstance(dim, str):
+        return example.shape[axis]
+    more = example.shape[axis] if example.is_floating_point() and dim != batch else 0
+    return sizes.setdefault(dim, more + size)
 
 
 def _resized(example: Tensor, shape: Sequence[int]) -> Tensor:

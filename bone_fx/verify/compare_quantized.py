@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
@@ -17,12 +16,8 @@ from torch import Tensor, nn
 
 from bone_fx.errors import VerificationError
 from bone_fx.onnx.packed_names import groups_of, parts_of
-from bone_fx.runtime.session import open_session
 from bone_fx.weights.recipes.nbits import QuantizedGroups, unpack
 from bone_fx.weights.recipes.reorder import row_order
-
-if TYPE_CHECKING:
-    import onnxruntime
 
 LARGEST_ERROR = {4: 0.25, 8: 0.02}
 """Norm of a weight's rounding error by bits, relative to the weight's norm."""
@@ -40,12 +35,9 @@ class Written:
 
     Attributes:
         folder: The folder with `model.onnx`.
-        exact: The same graph with products that do not round their activations; None if the written
-            one rounds none.
     """
 
     folder: Path
-    exact: onnxruntime.InferenceSession | None
 
     def load_into(self, model: nn.Module) -> int:
         """Replace a folded model's weights by those that were written; returns how many.
@@ -85,22 +77,6 @@ class RoundedWeights(Written):
             for parameter in parameters:
                 parameter.copy_(parameter.bfloat16())
         return len(parameters)
-
-
-def written_graph(folder: Path, provider: str) -> Written:
-    """The graph in a folder, and a session for it without rounded activations."""
-    model = ir.load(folder / "model.onnx")
-    rounding = [node for node in model.graph if "accuracy_level" in node.attributes]
-    if not rounding:
-        return Written(folder, None)
-    for node in rounding:
-        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
-    twin = folder / "verified.onnx"
-    try:
-        twin.write_bytes(ir.serde.serialize_model(model).SerializeToString())
-        return Written(folder, open_session(twin, provider))
-    finally:
-        twin.unlink(missing_ok=True)
 
 
 def _apart(

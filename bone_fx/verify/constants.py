@@ -1,13 +1,16 @@
-"""The written constants, bit for bit.
+"""The written constants, each against the reference model's own parameter.
 
-Each weight in the file is torch's own fold of the base's weight.
-
-Logits hide a single layer's mistake where fp16 rounds it away; the bytes do not.
+Logits hide a single weight's mistake where fp16 rounds it away, or where no token of a test reads
+the row; the bytes do not. Not adapted sites only: every constant that carries a parameter's name is
+made again from the parameter transformers loaded (packed, put part by part, transposed, cast) and
+compared bit for bit. Quantized weights are compared when they are loaded into the reference
+(`verify.compare_quantized`), tables of rotary embeddings in `verify.rotary_tables`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -16,80 +19,158 @@ from torch import Tensor, nn
 
 from bone_fx.errors import VerificationError
 from bone_fx.onnx.packed_names import groups_of, parts_of
-from bone_fx.passes.fold import fold_weight
-from bone_fx.sites import LinearSite
-from bone_fx.verify.reference import Adapters
+from bone_fx.verify.reference import Adapters, adapted_layers, folded_weight, steps_of, stored
 from bone_fx.weights.recipes.reorder import row_order
 
+_ADD_ONE = "_plus_one"
 
-def verify_constants(
-    folder: Path, model: nn.Module, sites: Mapping[str, LinearSite], adapters: Adapters
-) -> None:
-    """Compare the adapted weights in a written model with torch's fold.
+
+@dataclass(frozen=True)
+class Compared:
+    """What was found in a graph.
+
+    Attributes:
+        parameters: Names of the parameters whose constants are right.
+        others: Floating constants of more than one value that no parameter names: only outputs
+            speak for them.
+    """
+
+    parameters: frozenset[str]
+    others: tuple[str, ...]
+
+
+def verify_constants(folder: Path, model: nn.Module, adapters: Adapters) -> Compared:
+    """Compare the constants of a written model with the reference model's parameters.
 
     Args:
         folder: The folder with `model.onnx`.
-        model: The base in float32.
-        sites: The adapted sites by name.
-        adapters: Adapters by name, in the order in which they apply.
+        model: The base in float32 with the adapters' own parameters; its weights are not folded.
+        adapters: The adapters as verification read them, in the order in which they apply.
 
     Raises:
-        VerificationError: A weight is missing or differs; the message names the layer.
+        VerificationError: A constant differs, or an adapted weight has none; the message names it.
     """
+    sources = _Sources(model, adapters)
     constants = ir.load(folder / "model.onnx").graph.initializers
-    codes = (name.removesuffix(".codes") for name in constants if name.endswith(".codes"))
-    quantized = {part for name in codes for part in parts_of(name)}
-    for name, site in sites.items():
-        if site.weight_name in quantized:
-            continue  # quantized: checked when it is loaded into the reference
-        steps = [(a.config.method, a.blocks[name]) for _, a in adapters if name in a.blocks]
-        weight = model.get_parameter(site.weight_name).detach()
-        with torch.no_grad():
-            expected = fold_weight(weight, steps, transposed=site.transposed, layer=name)
-        actual = _written(constants, site.weight_name, model)
-        if actual is None:
-            raise VerificationError(
-                f"{name}: the exported model has no constant {site.weight_name}"
-            )
-        expected = expected.to(actual.dtype)
-        if not (_equal(actual, expected) or _equal(actual, expected.t())):
-            base = weight.to(actual.dtype)
-            what = (
-                "the base weight, unfolded"
-                if _equal(actual, base) or _equal(actual, base.t())
-                else "other values"
-            )
-            raise VerificationError(
-                f"verification failed: {name}: the written weight is not the folded one",
-                expected="torch's fold, bit for bit",
-                found=what,
-                next_step="nothing was published; the build is kept as <output>.rejected",
-            )
-
-
-def _written(constants: Mapping[str, ir.Value], weight: str, model: nn.Module) -> Tensor | None:
-    """A weight as it was written, alone or as a part of a packed constant; None if it is not."""
+    right: set[str] = set()
+    others = []
     for name, value in constants.items():
-        plain = name.removesuffix(".T")
-        parts = parts_of(plain)
-        if weight not in parts or value.const_value is None:
+        if value.const_value is None or value.dtype is None:
             continue
-        packed = _tensor(value.const_value)
-        if (groups := groups_of(plain)) is not None:
-            return _regrouped(packed, row_order(*groups))
-        if len(parts) == 1:
-            return packed
-        rows = [model.get_parameter(part).shape[0] for part in parts]
-        axis = 0 if packed.shape[0] == sum(rows) and packed.shape[1] != sum(rows) else 1
-        place = parts.index(weight)
-        return packed.narrow(axis, sum(rows[:place]), rows[place])
-    return None
+        if name.endswith(".codes"):
+            right.update(parts_of(name.removesuffix(".codes")))
+            continue
+        parts = [] if not value.dtype.is_floating_point() else sources.parts(name)
+        if parts:
+            sources.compare(name, parts, _tensor(value.const_value))
+            right.update(parts)
+        elif value.dtype.is_floating_point() and value.const_value.size > 1:
+            others.append(name)
+    for layer in adapted_layers(adapters):
+        if not sources.aliases(f"{layer}.weight") & right:
+            raise VerificationError(
+                f"verification failed: {layer}: the exported model has no constant {layer}.weight"
+            )
+    return Compared(frozenset(right), tuple(others))
 
 
-def _regrouped(weight: Tensor, order: Tensor) -> Tensor:
-    """A weight in the order of the model's rows."""
-    axis = 0 if weight.shape[0] == len(order) and weight.shape[-1] != len(order) else 1
-    return torch.empty_like(weight).index_copy_(axis, order, weight)
+@dataclass(frozen=True)
+class _Sources:
+    """The reference's parameters and buffers, folded one at a time."""
+
+    model: nn.Module
+    adapters: Adapters
+
+    def parts(self, constant: str) -> list[str]:
+        """The parameters that a constant's name tells of; none if it tells of none."""
+        names = parts_of(constant.removesuffix(".T").removesuffix(_ADD_ONE))
+        return names if all(stored(self.model, name) is not None for name in names) else []
+
+    def aliases(self, name: str) -> set[str]:
+        """Every name of a parameter."""
+        parameter = stored(self.model, name)
+        return {n for n, p in self.model.named_parameters(remove_duplicate=False) if p is parameter}
+
+    def compare(self, constant: str, parts: list[str], actual: Tensor) -> None:
+        """Refuse a constant that is not made of its parameters."""
+        folded = [self._folded(name) for name in parts]
+        if any(_same(actual, expected) for expected in _layouts(constant, folded, actual)):
+            return
+        plain = [self._plain(name) for name in parts]
+        of_base = any(_same(actual, expected) for expected in _layouts(constant, plain, actual))
+        layer = self._first_difference(constant, folded, parts, actual)
+        raise VerificationError(
+            f"verification failed: {layer}: the written weight is not the folded one"
+            if any(steps_of(name.removesuffix(".weight"), self.adapters) for name in parts)
+            else f"verification failed: {layer}: the written constant is not the base's",
+            expected="torch's own, bit for bit",
+            found="the base weight, unfolded" if of_base else "other values",
+            next_step="nothing was published; the build is kept as <output>.rejected",
+        )
+
+    def _plain(self, name: str) -> Tensor:
+        parameter = stored(self.model, name)
+        assert parameter is not None
+        return parameter.detach()
+
+    def _folded(self, name: str) -> Tensor:
+        layer, _, attribute = name.rpartition(".")
+        if attribute != "weight" or not steps_of(layer, self.adapters):
+            return self._plain(name)
+        return folded_weight(self.model, layer, self.adapters)
+
+    def _first_difference(
+        self, constant: str, folded: list[Tensor], parts: list[str], actual: Tensor
+    ) -> str:
+        """The layer of the first part of a packed constant that differs."""
+        layers = [name.rpartition(".")[0] or name for name in parts]
+        if len(parts) == 1 or groups_of(_plain_name(constant)) is not None:
+            return layers[0]
+        for dim in range(actual.dim()):
+            lengths = [part.shape[0] for part in folded]
+            if sum(lengths) != actual.shape[dim]:
+                continue
+            pieces = torch.split(actual, lengths, dim)
+            for layer, piece, part in zip(layers, pieces, folded, strict=True):
+                if not any(_same(piece, e) for e in _layouts("", [part], piece)):
+                    return layer
+        return layers[0]
+
+
+def _plain_name(constant: str) -> str:
+    return constant.removesuffix(".T").removesuffix(_ADD_ONE)
+
+
+def _layouts(constant: str, parts: list[Tensor], actual: Tensor) -> Iterator[Tensor]:
+    """The forms in which a constant may hold its parameters: as they are, or transposed."""
+    if constant.removesuffix(".T").endswith(_ADD_ONE):
+        parts = [part + 1 for part in parts]
+    order = groups_of(_plain_name(constant))
+    for dim in range(min(2, parts[0].dim()) or 1):
+        whole = parts[0] if len(parts) == 1 else _joined(parts, dim)
+        if whole is None:
+            continue
+        if order is not None and whole.shape[dim] == len(row_order(*order)):
+            whole = whole.index_select(dim, row_order(*order))
+        yield whole.to(actual.dtype)
+        if whole.dim() > 1:
+            yield whole.transpose(-1, -2).to(actual.dtype)
+        if whole.dim() == 3 and whole.shape[1] % 2 == 0:  # gate and up of experts, row by row
+            yield whole.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).to(actual.dtype)
+        if len(parts) == 1 and order is None:
+            return
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor | None:
+    others = {tuple(s for i, s in enumerate(p.shape) if i != dim) for p in parts}
+    return torch.cat(parts, dim) if len(others) == 1 else None
+
+
+def _same(actual: Tensor, expected: Tensor) -> bool:
+    if actual.numel() != expected.numel():
+        return False
+    squeezed = [s for s in actual.shape if s != 1] == [s for s in expected.shape if s != 1]
+    return squeezed and torch.equal(actual, expected.reshape(actual.shape))
 
 
 def _tensor(value: ir.TensorProtocol) -> Tensor:
@@ -97,7 +178,3 @@ def _tensor(value: ir.TensorProtocol) -> Tensor:
     if value.dtype == ir.DataType.BFLOAT16:  # NumPy has no such dtype
         return torch.from_numpy(content.view("int16")).view(torch.bfloat16)
     return torch.from_numpy(content)
-
-
-def _equal(actual: Tensor, expected: Tensor) -> bool:
-    return actual.shape == expected.shape and torch.equal(actual, expected)

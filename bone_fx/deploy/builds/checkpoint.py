@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
@@ -22,16 +22,11 @@ from bone_fx.deploy.checkpoint_inputs import (
     open_checkpoint,
 )
 from bone_fx.deploy.options import NO_CALIBRATION, ExportOptions
-from bone_fx.onnx.writer import write_model
+from bone_fx.onnx.writer import MODEL_FILE, write_model
 from bone_fx.progress import Progress
 from bone_fx.sites import LinearSite
 from bone_fx.verify.parity import Parity
 from bone_fx.weights.recipes.rounding import Rounding
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
-
-    from bone_fx.verify.compare_quantized import Written as WrittenWeights
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TWIN = "bf16 has no CPU kernels: verification runs an fp32 twin with the rounded weights"
@@ -84,36 +79,42 @@ class CheckpointBuild(Build):
     def verify(self, folder: Path, provider: str, level: str) -> Parity:
         """Compare the written model with the base under its adapters, unmerged and folded."""
         from bone_fx.base.real_model import load_model
-        from bone_fx.runtime.session import open_session
-        from bone_fx.verify.compare_decoder import verify_decoder
+        from bone_fx.verify.compare_decoder import DecoderChecks, verify_decoder
         from bone_fx.verify.compare_forward import verify_model
-        from bone_fx.verify.compare_quantized import RoundedWeights, written_graph
+        from bone_fx.verify.compare_quantized import RoundedWeights, Written
         from bone_fx.verify.constants import verify_constants
+        from bone_fx.verify.graph import WrittenGraph
+        from bone_fx.verify.peft_layout import PeftAdapter
+        from bone_fx.verify.rotary_tables import verify_rotary_tables
 
-        base, adapters = self.inputs.checkpoint, self.inputs.adapters
+        base = self.inputs.checkpoint
         model = load_model(base, self.inputs.architecture, self.inputs.overrides, self.inputs.heads)
-        verify_constants(folder, model, self.sites, adapters)
-        if self.twin is not None:
-            session, dtype = _session_beside(folder, self.twin, provider), "fp32"
-            written: WrittenWeights | None = RoundedWeights(folder, None)
-        else:
-            session, dtype = open_session(folder / "model.onnx", provider), self.activations
-            written = None if self.quantization is None else written_graph(folder, provider)
-        if isinstance(self.graph, DecoderGraph):
-            return verify_decoder(
-                session,
-                model,
-                self.sites,
-                adapters,
-                dtype=dtype,
-                vocab_size=int(base.config.get_text_config().vocab_size),
-                context_length=self.graph.capture.context_length,
-                short=level == "fast",
-                written=written,
+        adapters = [PeftAdapter.read(folder.path) for _, folder in self.inputs.adapters]
+        compared = verify_constants(folder, model, adapters)
+        verify_rotary_tables(folder, model, compared.others)
+        short, written = level == "fast", None
+        dtype = self.activations
+        with ExitStack() as stack:
+            path = folder / MODEL_FILE
+            if self.twin is not None:
+                beside = stack.enter_context(TemporaryDirectory(dir=folder.parent))
+                write_model(self.twin, Path(beside))
+                path, dtype, written = Path(beside) / MODEL_FILE, "fp32", RoundedWeights(folder)
+            elif self.quantization is not None:
+                written = Written(folder)
+            graph = WrittenGraph(path, provider)
+            if isinstance(self.graph, DecoderGraph):
+                checks = DecoderChecks(
+                    dtype=dtype,
+                    vocab_size=int(base.config.get_text_config().vocab_size),
+                    context_length=self.graph.capture.context_length,
+                    short=short,
+                )
+                return verify_decoder(graph, model, adapters, checks, written)
+            examples = self.graph.examples
+            return verify_model(
+                graph, model, adapters, examples, dtype=dtype, short=short, written=written
             )
-        return verify_model(
-            session, model, self.sites, adapters, self.graph.examples, dtype=dtype, written=written
-        )
 
 
 def build_checkpoint(
@@ -181,12 +182,3 @@ def _quantize(
         calibration = calibrate(folded, options.calibration)
     progress.stage("quantize into recipes")
     return quantize(graph.model, plan, calibration)
-
-
-def _session_beside(folder: Path, model: ir.Model, provider: str) -> InferenceSession:
-    """A session of a model whose files, written beside a folder, are gone when this returns."""
-    from bone_fx.runtime.session import open_session
-
-    with TemporaryDirectory(dir=folder.parent) as beside:
-        write_model(model, Path(beside))
-        return open_session(Path(beside) / "model.onnx", provider)

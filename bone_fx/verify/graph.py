@@ -1,0 +1,94 @@
+"""A written graph as verification runs it: whole, without rounded activations, or cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+
+from bone_fx.runtime.session import open_session
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Edit = Callable[[onnx.ModelProto], None]
+_VARIANT = "verified.onnx"
+_LEVEL = "accuracy_level"
+_FLOAT32_LEVEL = 1
+
+
+@dataclass(frozen=True)
+class WrittenGraph:
+    """A model file with its data beside it.
+
+    Attributes:
+        path: `model.onnx`.
+        provider: ONNX Runtime's provider to run it on, `"cpu"` or `"cuda"`.
+    """
+
+    path: Path
+    provider: str
+
+    def read(self) -> onnx.ModelProto:
+        """The model without the bytes of its constants."""
+        return onnx.load(self.path, load_external_data=False)
+
+    def rounds_activations(self) -> bool:
+        """Whether a product rounds its activations to int8."""
+        return any(a.name == _LEVEL for node in self.read().graph.node for a in node.attribute)
+
+    def session(self, *edits: Edit) -> onnxruntime.InferenceSession:
+        """A session of the model, or of a copy that was edited.
+
+        The copy's file lies beside the data, and is gone when this returns.
+        """
+        if not edits:
+            return open_session(self.path, self.provider)
+        model = self.read()
+        for edit in edits:
+            edit(model)
+        variant = self.path.with_name(_VARIANT)
+        try:
+            variant.write_bytes(model.SerializeToString())
+            return open_session(variant, self.provider)
+        finally:
+            variant.unlink(missing_ok=True)
+
+
+def keep_activations(model: onnx.ModelProto) -> None:
+    """Let every product take its activations as they are, not rounded to int8."""
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == _LEVEL:
+                attribute.i = _FLOAT32_LEVEL
+
+
+def cut_at(names: Iterable[str]) -> Edit:
+    """An edit that leaves only what some values are computed from, and makes them the outputs."""
+    wanted = list(dict.fromkeys(names))
+
+    def edit(model: onnx.ModelProto) -> None:
+        graph = model.graph
+        needed, nodes = set(wanted), []
+        for node in reversed(graph.node):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                nodes.append(node)
+        presents = [o for o in graph.output if o.name in {n for x in nodes for n in x.output}]
+        others = [onnx.helper.make_empty_tensor_value_info(n) for n in wanted]
+        outputs = [*others, *(o for o in presents if o.name not in wanted)]
+        kept = {
+            "node": nodes[::-1],
+            "initializer": [t for t in graph.initializer if t.name in needed],
+            "input": [i for i in graph.input if i.name in needed],
+            "output": outputs,
+        }
+        for field, values in kept.items():
+            copies = [type(value).FromString(value.SerializeToString()) for value in values]
+            del getattr(graph, field)[:]
+            getattr(graph, field).extend(copies)
+
+    return edit

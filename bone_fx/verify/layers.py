@@ -1,0 +1,96 @@
+"""Where the layers of a reference stand in a written graph.
+
+A node belongs to the last layer whose constants it or its inputs read: `model.layers.3.mlp.…`. What
+leaves layer k is what later layers read of the nodes up to it: one value, or the parts of a
+residual that a fused norm adds. So a graph is cut behind its first layers, and a long text costs
+two layers and not thirty.
+
+Shape letters: B batch, S tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+from torch import nn
+
+from bone_fx.onnx.packed_names import parts_of
+
+
+@dataclass(frozen=True)
+class LayerList:
+    """The list of a model's layers.
+
+    Attributes:
+        path: Its name, `model.layers`.
+        layers: The layers.
+    """
+
+    path: str
+    layers: nn.ModuleList
+
+    @classmethod
+    def of(cls, model: nn.Module) -> LayerList | None:
+        """The list of as many layers as the configuration has, of the most weights; None if none."""
+        config: Any = model.config
+        count = getattr(config.get_text_config(), "num_hidden_layers", None)
+        lists = [
+            cls(name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == count
+        ]
+        return max(lists, key=lambda each: _size(each.layers), default=None)
+
+    def distinct(self, config: Any) -> int:
+        """How many layers from the first hold one of every kind."""
+        fields = config.get_text_config().to_dict().values()
+        lists = [v for v in fields if isinstance(v, list) and len(v) == len(self.layers)]
+        shapes = [tuple(p.shape for p in layer.parameters()) for layer in self.layers]
+        kinds = [repr(kind) for kind in zip(shapes, *lists, strict=True)]
+        return max(kinds.index(kind) for kind in set(kinds)) + 1
+
+
+def layer_outputs(graph: onnx.GraphProto, path: str) -> dict[int, list[str]]:
+    """Names of the values that later layers read of a layer and those before it, by layer.
+
+    Those of the shape `[B, S, H]` are the parts of a sum: the layer's output.
+    """
+    prefix = f"{path}."
+    constants = {tensor.name for tensor in graph.initializer}
+
+    def layer_of_constant(name: str) -> int | None:
+        for part in parts_of(name):
+            if part.startswith(prefix):
+                return int(part.removeprefix(prefix).partition(".")[0])
+        return None
+
+    after_all = 1 + max(
+        (k for name in constants if (k := layer_of_constant(name)) is not None), default=-1
+    )
+    depth: dict[str, int] = {}
+    readers: dict[str, list[int]] = {}
+    for node in graph.node:
+        of_constants = [k for n in node.input if (k := layer_of_constant(n)) is not None]
+        of_values = [depth[n] for n in node.input if n in depth]
+        level = max([*of_constants, *of_values], default=-1)
+        of_others = any(n in constants and "." in n for n in node.input) and not of_constants
+        if of_others and of_values and level == after_all - 1:
+            level = after_all  # the last norm and the head
+        for name in node.output:
+            depth[name] = level
+        for name in node.input:
+            readers.setdefault(name, []).append(level)
+    return {
+        layer: [
+            name
+            for name, level in depth.items()
+            if level <= layer and any(reader > layer for reader in readers.get(name, []))
+        ]
+        for layer in range(after_all)
+    }
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

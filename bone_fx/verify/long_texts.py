@@ -1,0 +1,259 @@
+"""Long texts, on a graph cut behind its first layers.
+
+What a window, a chunk or a table of positions does wrong shows beyond its length only, where the
+whole model would take minutes. Layers are alike: the first ones, one of every kind, meet the long
+text, and the torch model runs as many. A past that no token made stands for what would come before:
+some of its values are loud, at the ends of the windows, so that one position more or less is seen.
+
+Shape letters: B batch, S tokens, H hidden, N heads of the cache, P positions of the past, D head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bone_fx.verify.cases import LONGEST, edges
+from bone_fx.verify.graph import Edit, WrittenGraph, cut_at
+from bone_fx.verify.layers import LayerList, layer_outputs
+from bone_fx.verify.parity import Parity
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+PAIR = "long_texts"
+_CACHE_BYTES = 1 << 30
+"""The largest past that is made up, of all layers that are run, in float32."""
+_NEW = 3
+_LOUD = 8
+"""A loud value of the past is its length over this many times larger than the others."""
+
+Past = list[tuple[Tensor, Tensor]]
+
+
+def verify_long_texts(
+    parity: Parity,
+    graph: WrittenGraph,
+    edits: Sequence[Edit],
+    model: nn.Module,
+    context_length: int | None,
+) -> None:
+    """Compare the first layers of a graph with torch's beyond every length the model names.
+
+    Args:
+        parity: Takes the figures.
+        graph: The graph.
+        edits: Edits that make it comparable.
+        model: The reference, with the weights that the graph has.
+        context_length: Positions that the graph holds for.
+
+    Raises:
+        VerificationError: They differ.
+    """
+    config: Any = model.config
+    lengths = edges(config, context_length)
+    first = _FirstLayers.of(graph, edits, model)
+    if first is None:
+        parity.skip("long texts", "the graph is not cut between layers")
+        return
+    vocabulary = int(config.get_text_config().vocab_size)
+    for length in lengths:
+        tokens = length + _NEW
+        if tokens <= min(LONGEST, context_length or LONGEST):
+            name = f"{first.count} layers, a text of {tokens} tokens, beyond {length}"
+            ids = _ids(vocabulary, tokens)
+            parity.compare(PAIR, name, first.run(ids), first.expected(ids))
+    if not first.takes_a_past():
+        parity.skip("a made-up past", "the cache's layout is not the reference's")
+        return
+    longest = min(first.most_positions(), (context_length or LONGEST) - _NEW)
+    for positions in sorted({*(n + 1 for n in lengths if n + 1 < longest), longest}):
+        name = f"{first.count} layers, {_NEW} tokens after a past of {positions}"
+        past = first.past(positions, lengths)
+        ids = _ids(vocabulary, _NEW)
+        parity.compare(PAIR, name, first.run(ids, past), first.expected(ids, past))
+
+
+@dataclass(frozen=True)
+class _FirstLayers:
+    """The first layers of a graph and of the reference.
+
+    Attributes:
+        session: The graph, cut behind them.
+        parts: Names of the values whose sum leaves the last of them.
+        model: The reference.
+        layers: The list of its layers.
+        count: How many are run.
+        hidden: H.
+    """
+
+    session: onnxruntime.InferenceSession
+    parts: tuple[str, ...]
+    model: nn.Module
+    layers: LayerList
+    count: int
+    hidden: int
+
+    @classmethod
+    def of(
+        cls, graph: WrittenGraph, edits: Sequence[Edit], model: nn.Module
+    ) -> _FirstLayers | None:
+        """As many layers as hold one of every kind; None if the graph cannot be cut there.
+
+        The cut is tried on a short text: the parts are those whose sum is the reference's.
+        """
+        config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        layers = LayerList.of(model)
+        if layers is None:
+            return None
+        count = layers.distinct(config)
+        outputs = layer_outputs(graph.read().graph, layers.path).get(count - 1, [])
+        if not outputs:
+            return None
+        session = graph.session(*edits, cut_at(outputs))
+        whole = cls(session, (), model, layers, count, int(config.hidden_size))
+        leaving, expected = whole.values(_SHORT_IDS), whole.expected(_SHORT_IDS)
+        for size in range(len(leaving), 0, -1):
+            for parts in combinations(leaving, size):
+                if _alike(torch.stack([leaving[name] for name in parts]).sum(0), expected):
+                    return replace(whole, parts=parts)
+        return None
+
+    def takes_a_past(self) -> bool:
+        """Whether the cache lies in the graph as it does in the reference, on a short past."""
+        past = self.past(len(_SHORT_IDS[0]), ())
+        return _alike(self.run(_SHORT_IDS, past), self.expected(_SHORT_IDS, past))
+
+    def run(self, ids: Tensor, past: Past | None = None) -> Tensor:
+        """What leaves the last layer of the graph, `[B, S, H]`."""
+        values = self.values(ids, past)
+        return torch.stack([values[name] for name in self.parts]).sum(0)
+
+    def values(self, ids: Tensor, past: Past | None = None) -> dict[str, Tensor]:
+        """The values `[B, S, H]` that later layers read, by name."""
+        feeds: dict[str, Any] = {"input_ids": ids.numpy()}
+        inputs = {value.name: value for value in self.session.get_inputs()}
+        length = 0 if past is None else past[0][0].shape[2]
+        feeds["attention_mask"] = np.ones((len(ids), length + ids.shape[1]), dtype=np.int64)
+        for name, value in inputs.items():
+            if name.startswith("past_key_values."):
+                _, number, side = name.split(".")
+                half = value.type == "tensor(float16)"
+                feeds[name] = _cached(past, int(number), side, value.shape).numpy()
+                feeds[name] = feeds[name].astype(np.float16 if half else np.float32)
+        names = [value.name for value in self.session.get_outputs()]
+        values = self.session.run(names, {k: v for k, v in feeds.items() if k in inputs})
+        return {
+            name: torch.from_numpy(value).float().reshape(*ids.shape, -1)
+            for name, value in zip(names, values, strict=True)
+            if value.shape[-1:] == (self.hidden,) and value.size == ids.numel() * self.hidden
+        }
+
+    def expected(self, ids: Tensor, past: Past | None = None) -> Tensor:
+        """What leaves the same layer of the reference, `[B, S, H]`."""
+        length = 0 if past is None else past[0][0].shape[2]
+        mask = torch.ones(len(ids), length + ids.shape[1], dtype=torch.long)
+        return self._reference(ids, mask, self._cache(past))
+
+    def most_positions(self) -> int:
+        """Positions of the longest past within the bound on its bytes."""
+        config: Any = self.model.config.get_text_config()
+        [key, _], *_ = self._short_cache()
+        heads = max(key.shape[1], int(getattr(config, "num_attention_heads", None) or 1))
+        a_position = 2 * self.count * heads * key.shape[3] * 4
+        return _CACHE_BYTES // a_position
+
+    def past(self, positions: int, lengths: Sequence[int]) -> Past:
+        """Keys and values `[B, N, P, D]` of each layer that no token made."""
+        generator = torch.Generator().manual_seed(positions)
+        loud = {0, positions - 1}
+        for length in lengths:
+            loud |= {positions + new - length for new in range(-1, _NEW + 1)}
+        rows = [row for row in loud if 0 <= row < positions]
+        past = []
+        for key, value in self._short_cache():
+            shape = (1, key.shape[1], positions, key.shape[3])
+            keys = torch.randn(shape, generator=generator)
+            values = torch.randn((*shape[:3], value.shape[3]), generator=generator)
+            values[:, :, rows] *= max(1.0, positions / _LOUD)
+            past.append((keys, values))
+        return past
+
+    def _short_cache(self) -> Past:
+        """The reference's own cache of a short text."""
+        cache = self._cache(None)
+        self._reference(_SHORT_IDS, torch.ones_like(_SHORT_IDS), cache)
+        return [(layer.keys, layer.values) for layer in cache.layers[: self.count]]
+
+    def _cache(self, past: Past | None) -> Any:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        for number, (key, value) in enumerate(past or ()):
+            cache.update(key.clone(), value.clone(), number)
+        return cache
+
+    def _reference(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        outputs: list[Tensor] = []
+
+        def keep(_: nn.Module, args: Any, output: Any) -> None:
+            del args
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+            raise _Reached
+
+        with torch.no_grad(), _only(self.model, self.layers, self.count):
+            handle = self.layers.layers[self.count - 1].register_forward_hook(keep)
+            try:
+                self.model(
+                    input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True
+                )
+            except _Reached:
+                pass
+            finally:
+                handle.remove()
+        return outputs[0].float().reshape(*ids.shape, -1)
+
+
+class _Reached(Exception):  # noqa: N818 - no error: what comes behind is of no use
+    pass
+
+
+_SHORT_IDS = torch.tensor([[5, 3, 8, 2, 9, 4]])
+
+
+@contextmanager
+def _only(model: nn.Module, layers: LayerList, count: int) -> Iterator[None]:
+    """A context in which a model has its first layers only."""
+    owner, _, name = layers.path.rpartition(".")
+    setattr(model.get_submodule(owner), name, nn.ModuleList(list(layers.layers)[:count]))
+    try:
+        yield
+    finally:
+        setattr(model.get_submodule(owner), name, layers.layers)
+
+
+def _cached(past: Past | None, number: int, side: str, shape: Sequence[Any]) -> Tensor:
+    """One input of the cache; a graph that keeps a key for every query head gets copies."""
+    if past is None:
+        return torch.zeros(1, shape[1], 0, shape[3])
+    tensor = past[number][side == "value"]
+    return tensor.repeat_interleave(shape[1] // tensor.shape[1], dim=1)
+
+
+def _ids(vocabulary: int, tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(tokens)
+    return torch.randint(0, vocabulary, (1, tokens), generator=generator)
+
+
+def _alike(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two values are the same up to a rounding to 16 bits."""
+    if actual.shape != expected.shape:
+        return False
+    return float((actual - expected).abs().max()) <= 0.05 * float(expected.abs().max())

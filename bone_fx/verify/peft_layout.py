@@ -1,0 +1,51 @@
+"""An adapter's folder as PEFT lays it out, read for verification by a path of its own.
+
+Nothing of the exporter's reading stands here: keys name the layers, and shapes name the sizes. A
+mistake of the exporter's reader or of its sites shows as a difference.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+BAT = "bat"
+_PREFIX = "base_model.model."
+_LEAVES = {"BONE": "bone_block", "MISS": "miss_block"}
+_BASE_LAYER = ".base_layer."
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """What an adapter's folder holds.
+
+    Attributes:
+        folder: The folder.
+        kind: `"bat"`, or `"bone"` for what adds a block to the weight, MiSS mini among it.
+        blocks: Block by name of the layer, in float32.
+        parameters: What was trained whole, in float32, by name of the parameter.
+    """
+
+    folder: Path
+    kind: str
+    blocks: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: Path) -> PeftAdapter:
+        """Read `adapter_config.json` and `adapter_model.safetensors` of a folder."""
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        leaf = f".{_LEAVES[config['peft_type']]}"
+        blocks, parameters = {}, {}
+        for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+            name = key.removeprefix(_PREFIX)
+            if name.endswith(leaf):
+                blocks[name.removesuffix(leaf)] = tensor.float()
+            elif not any(part in name.split(".") for part in _LEAVES.values()):
+                parameters[name.replace(_BASE_LAYER, ".")] = tensor.float()
+        kind = BAT if config.get("init_weights") == BAT else "bone"
+        return cls(folder, kind, blocks, parameters)
