@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from bone_fx.errors import VerificationError
 from bone_fx.verify.cases import Case, decoder_cases, rows_of
 from bone_fx.verify.compare_quantized import ROUNDED_ACTIVATIONS, Written
-from bone_fx.verify.graph import WrittenGraph, keep_activations
+from bone_fx.verify.graph import Edit, WrittenGraph, keep_activations
+from bone_fx.verify.locate import first_difference, located
 from bone_fx.verify.long_texts import verify_long_texts
 from bone_fx.verify.parity import SMALLEST, TOLERANCE, Parity, check_effect
 from bone_fx.verify.ranges import within_range
@@ -89,26 +90,23 @@ def verify_decoder(
         for row, (one, other) in enumerate(zip(ones, others, strict=True)):
             where = f"{case.name}, row {row}"
             parity.compare("unmerged_vs_folded", where, one, other, TOLERANCE["fp32"])
-    session = graph.session()
-    runs = _Runs(parity, cases, rows)
+    runs = _Runs(parity, cases, rows, graph, model)
     references = {"onnx_vs_unmerged": reference, "onnx_vs_folded": folded}
-    edits = ()
+    edits: tuple[Edit, ...] = ()
     if written is None:
-        runs.compare(session, references, parity.tolerance)
+        runs.compare((), references, parity.tolerance)
     else:
         written.load_into(model)
         quantized = {"onnx_vs_written": [_alone(model, r) for r in rows]}
         if graph.rounds_activations():
             edits = (keep_activations,)
-            runs.compare(graph.session(*edits), quantized, parity.tolerance)
             rounded = {"rounded_activations": quantized["onnx_vs_written"]}
-            runs.compare(session, rounded, ROUNDED_ACTIVATIONS)
-        else:
-            runs.compare(session, quantized, parity.tolerance)
-        runs.compare(session, references, math.inf)
+            runs.compare((), rounded, ROUNDED_ACTIVATIONS)
+        runs.compare(edits, quantized, parity.tolerance)
+        runs.compare((), references, math.inf)
     if not checks.short:
         verify_long_texts(parity, graph, edits, model, checks.context_length)
-        _compare_greedy(parity, graph.session(*edits) if edits else session, model, rows[0][0])
+        _compare_greedy(parity, graph.session(*edits), model, rows[0][0])
     effects = [
         (a, b)
         for one, other in zip(base, reference, strict=False)
@@ -120,19 +118,22 @@ def verify_decoder(
 
 @dataclass(frozen=True)
 class _Runs:
-    """Cases, and the token ids of their rows."""
+    """Cases, the token ids of their rows, and who runs them."""
 
     parity: Parity
     cases: Sequence[Case]
     rows: Sequence[list[list[int]]]
+    graph: WrittenGraph
+    model: nn.Module
 
     def compare(
         self,
-        session: onnxruntime.InferenceSession,
+        edits: Sequence[Edit],
         references: Mapping[str, Sequence[Sequence[Tensor]]],
         tolerance: float,
     ) -> None:
-        """Compare a session's logits with logits `[S, V]` by pair, case and row."""
+        """Compare a graph's logits with logits `[S, V]` by pair, case and row."""
+        session = self.graph.session(*edits)
         for number, case in enumerate(self.cases):
             try:
                 outputs = list(_run(session, case, self.rows[number]))
@@ -146,8 +147,36 @@ class _Runs:
                 for pair, reference in references.items():
                     where = f"{case.name}: {step}, row {row}"
                     values = reference[number][row][expected]
-                    self.parity.compare(pair, where, logits, values, tolerance)
+                    try:
+                        self.parity.compare(pair, where, logits, values, tolerance)
+                    except VerificationError as error:
+                        ids = self.rows[number][row][: position + len(logits)]
+                        raise located(error, self._where(edits, ids, tolerance)) from None
                     self.parity.compare_choices(pair, logits, values)
+
+    def _where(self, edits: Sequence[Edit], ids: list[int], tolerance: float) -> str | None:
+        """The first layer that differs on some tokens, all at once or the last after the others."""
+        for cached in (0, len(ids) - 1):
+
+            def run(session: onnxruntime.InferenceSession, cached: int = cached) -> Sequence[Any]:
+                past = empty_past(session, 1)
+                if cached:
+                    before = np.array([ids[:cached]], dtype=np.int64)
+                    _, past = step_of(session, before, np.ones_like(before), past)
+                feeds = {
+                    "input_ids": np.array([ids[cached:]], dtype=np.int64),
+                    "attention_mask": np.ones((1, len(ids)), dtype=np.int64),
+                    **past,
+                }
+                inputs = {value.name for value in session.get_inputs()}
+                return session.run(None, {k: v for k, v in feeds.items() if k in inputs})
+
+            where = first_difference(
+                self.graph, edits, self.model, run, lambda: _alone(self.model, [ids]), tolerance
+            )
+            if where is not None:
+                return where
+        return None
 
 
 def _refused(case: Case, error: Exception) -> VerificationError:

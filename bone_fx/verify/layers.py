@@ -33,7 +33,7 @@ class LayerList:
 
     @classmethod
     def of(cls, model: nn.Module) -> LayerList | None:
-        """The list of as many layers as the configuration has, of the most weights; None if none."""
+        """The list of as many layers as the configuration has; None if there is none."""
         config: Any = model.config
         count = getattr(config.get_text_config(), "num_hidden_layers", None)
         lists = [

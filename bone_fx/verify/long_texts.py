@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bone_fx.errors import VerificationError
 from bone_fx.verify.cases import LONGEST, edges
 from bone_fx.verify.graph import Edit, WrittenGraph, cut_at
 from bone_fx.verify.layers import LayerList, layer_outputs
+from bone_fx.verify.locate import first_difference, located
 from bone_fx.verify.parity import Parity
 
 if TYPE_CHECKING:
@@ -69,16 +71,14 @@ def verify_long_texts(
         if tokens <= min(LONGEST, context_length or LONGEST):
             name = f"{first.count} layers, a text of {tokens} tokens, beyond {length}"
             ids = _ids(vocabulary, tokens)
-            parity.compare(PAIR, name, first.run(ids), first.expected(ids))
+            first.compare(parity, name, ids)
     if not first.takes_a_past():
         parity.skip("a made-up past", "the cache's layout is not the reference's")
         return
     longest = min(first.most_positions(), (context_length or LONGEST) - _NEW)
     for positions in sorted({*(n + 1 for n in lengths if n + 1 < longest), longest}):
         name = f"{first.count} layers, {_NEW} tokens after a past of {positions}"
-        past = first.past(positions, lengths)
-        ids = _ids(vocabulary, _NEW)
-        parity.compare(PAIR, name, first.run(ids, past), first.expected(ids, past))
+        first.compare(parity, name, _ids(vocabulary, _NEW), first.past(positions, lengths))
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ class _FirstLayers:
     """The first layers of a graph and of the reference.
 
     Attributes:
-        session: The graph, cut behind them.
+        graph: The graph.
+        edits: Edits that make it comparable, and cut it behind them.
+        session: The graph so edited.
         parts: Names of the values whose sum leaves the last of them.
         model: The reference.
         layers: The list of its layers.
@@ -94,6 +96,8 @@ class _FirstLayers:
         hidden: H.
     """
 
+    graph: WrittenGraph
+    edits: tuple[Edit, ...]
     session: onnxruntime.InferenceSession
     parts: tuple[str, ...]
     model: nn.Module
@@ -117,8 +121,9 @@ class _FirstLayers:
         outputs = layer_outputs(graph.read().graph, layers.path).get(count - 1, [])
         if not outputs:
             return None
-        session = graph.session(*edits, cut_at(outputs))
-        whole = cls(session, (), model, layers, count, int(config.hidden_size))
+        edits = (*edits, cut_at(outputs))
+        session = graph.session(*edits)
+        whole = cls(graph, edits, session, (), model, layers, count, int(config.hidden_size))
         leaving, expected = whole.values(_SHORT_IDS), whole.expected(_SHORT_IDS)
         for size in range(len(leaving), 0, -1):
             for parts in combinations(leaving, size):
@@ -131,6 +136,22 @@ class _FirstLayers:
         past = self.past(len(_SHORT_IDS[0]), ())
         return _alike(self.run(_SHORT_IDS, past), self.expected(_SHORT_IDS, past))
 
+    def compare(self, parity: Parity, case: str, ids: Tensor, past: Past | None = None) -> None:
+        """Compare what leaves the last layer of both; an error names the first that differs."""
+        expected = self.expected(ids, past)
+        try:
+            parity.compare(PAIR, case, self.run(ids, past), expected)
+        except VerificationError as error:
+            where = first_difference(
+                self.graph,
+                self.edits,
+                self.model,
+                lambda session: session.run(None, self._feeds(session, ids, past)),
+                lambda: self.expected(ids, past),
+                parity.tolerance,
+            )
+            raise located(error, where) from None
+
     def run(self, ids: Tensor, past: Past | None = None) -> Tensor:
         """What leaves the last layer of the graph, `[B, S, H]`."""
         values = self.values(ids, past)
@@ -138,18 +159,8 @@ class _FirstLayers:
 
     def values(self, ids: Tensor, past: Past | None = None) -> dict[str, Tensor]:
         """The values `[B, S, H]` that later layers read, by name."""
-        feeds: dict[str, Any] = {"input_ids": ids.numpy()}
-        inputs = {value.name: value for value in self.session.get_inputs()}
-        length = 0 if past is None else past[0][0].shape[2]
-        feeds["attention_mask"] = np.ones((len(ids), length + ids.shape[1]), dtype=np.int64)
-        for name, value in inputs.items():
-            if name.startswith("past_key_values."):
-                _, number, side = name.split(".")
-                half = value.type == "tensor(float16)"
-                feeds[name] = _cached(past, int(number), side, value.shape).numpy()
-                feeds[name] = feeds[name].astype(np.float16 if half else np.float32)
         names = [value.name for value in self.session.get_outputs()]
-        values = self.session.run(names, {k: v for k, v in feeds.items() if k in inputs})
+        values = self.session.run(names, self._feeds(self.session, ids, past))
         return {
             name: torch.from_numpy(value).float().reshape(*ids.shape, -1)
             for name, value in zip(names, values, strict=True)
@@ -185,6 +196,21 @@ class _FirstLayers:
             values[:, :, rows] *= max(1.0, positions / _LOUD)
             past.append((keys, values))
         return past
+
+    def _feeds(
+        self, session: onnxruntime.InferenceSession, ids: Tensor, past: Past | None
+    ) -> dict[str, Any]:
+        length = 0 if past is None else past[0][0].shape[2]
+        mask = np.ones((len(ids), length + ids.shape[1]), dtype=np.int64)
+        feeds: dict[str, Any] = {"input_ids": ids.numpy(), "attention_mask": mask}
+        inputs = {value.name: value for value in session.get_inputs()}
+        for name, value in inputs.items():
+            if name.startswith("past_key_values."):
+                _, number, side = name.split(".")
+                half = value.type == "tensor(float16)"
+                cached = _cached(past, int(number), side, value.shape).numpy()
+                feeds[name] = cached.astype(np.float16 if half else np.float32)
+        return {name: array for name, array in feeds.items() if name in inputs}
 
     def _short_cache(self) -> Past:
         """The reference's own cache of a short text."""

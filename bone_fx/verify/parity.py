@@ -16,8 +16,8 @@ TOLERANCE = {"fp64": 1e-6, "fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 A rounding in float32 is 6e-8 of a value. A layer of a decoder adds some ten sums in another order
 than torch, each of which is off by about the square root of its length times that: 3e-6 for 2,560
 columns, 1e-5 to 4e-5 after 30 layers that do not cancel: 1e-4 is a margin of two. A rounding in
-fp16 is 4.9e-4 and happens at each operator's output: 40 layers of six, as a random walk, are 7.6e-3;
-2e-2 is a margin of two and a half. bf16 has three bits less, and its graphs are held to the
+fp16 is 4.9e-4 and happens at each operator's output: 40 layers of six, as a random walk, make
+7.6e-3; 2e-2 is a margin of two and a half. bf16 has three bits less, and its graphs are held to the
 tolerance of the twin they are run as. In fp64 the model's own constants in float32 set the limit.
 """
 
@@ -82,7 +82,6 @@ class Parity:
             found=what,
             next_step="nothing was published; look at the build that is kept as <output>.rejected",
         )
-
 
     def skip(self, case: str, reason: str) -> None:
         """Record that a case could not be run."""
