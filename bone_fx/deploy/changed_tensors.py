@@ -48,11 +48,13 @@ def changed_tensors(folded: FoldedCheckpoint, usual: torch.dtype) -> ChangedTens
             found=f"trained apart: {', '.join(sorted(inputs.untied))}",
             next_step="export it with bone-export",
         )
+    # tie_word_embeddings is one field: false, it unties every pair of the model.
+    untied = {*plan.tied, *plan.tied.values()} if inputs.untied else set()
     weights = {site.weight_name: name for name, site in folded.sites.items()}
     recipes: dict[str, Recipe] = {}
     keys: dict[str, str] = {}
-    for name in dict.fromkeys([*weights, *inputs.heads, *sorted(inputs.untied)]):
-        key = keys[name] = _key_on_disk(name, plan, untied=name in inputs.untied)
+    for name in dict.fromkeys([*weights, *inputs.heads, *sorted(untied)]):
+        key = keys[name] = _key_on_disk(name, plan, untied=name in untied)
         recipe = folded.recipes[name]
         stored = inputs.checkpoint.tensors.get(key)
         dtype = usual if stored is None else stored.dtype

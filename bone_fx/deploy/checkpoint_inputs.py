@@ -144,18 +144,20 @@ def open_checkpoint(
             tensors that have no use.
     """
     from bone_fx.base.loading import open_base
+    from bone_fx.base.padding import missing_padding
 
     checkpoint = open_base(base, trust_remote_code=trust_remote_code, revision=revision)
     checkpoint.start_hashing()
     adapters, notes = without_unused(adapters, allow_unused)
     architecture = _architecture(checkpoint, adapters)
-    overrides: dict[str, Any] = {}
+    folders = [*(adapter.path for _, adapter in adapters), checkpoint.folder]
+    overrides: dict[str, Any] = missing_padding(checkpoint.config, architecture, folders)
     heads = TrainedHeads()
     if concern_heads(adapters):
         from bone_fx.base.architectures import with_overrides
         from bone_fx.base.skeleton import meta_model
 
-        overrides = _head_size(checkpoint, architecture, brought_tensors(adapters))
+        overrides |= _head_size(checkpoint, architecture, brought_tensors(adapters))
         config = with_overrides(checkpoint.config, overrides)
         heads = trained_heads(meta_model(config, torch.float32, architecture), adapters)
         overrides |= heads.overrides()

@@ -59,7 +59,7 @@ def brought_tensors(adapters: Adapters) -> dict[str, Tensor]:
                 raise AdapterError(
                     f"adapters {other!r} and {label!r} bring different values of {name}",
                     expected="one adapter with this head, or the same values in both",
-                    found=f"{list(value.shape)} and {list(tensor.shape)}",
+                    found=f"{_kind(value)} and {_kind(tensor)}",
                     next_step="export them one by one, or take the head out of one of them",
                 )
     return {name: tensor for name, (_, tensor) in brought.items()}
@@ -93,6 +93,10 @@ def without_unused(
         rest = {k: v for k, v in adapter.modules_to_save.items() if k not in heads}
         kept.append((label, replace(adapter, modules_to_save=rest)))
     return kept, notes
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} of mean size {tensor.float().abs().mean().item():.3g}"
 
 
 def concern_heads(adapters: Adapters) -> bool:

@@ -176,6 +176,8 @@ def _check_extra(extra: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> 
                 f"the adapter saved {name}, which the base model does not have",
                 expected=f"a name such as {_nearest(name, tensors)}",
                 found=name,
+                next_step="use the base model that the adapter was trained on, or "
+                f"--allow-unused '{name}' if the adapter is right without it",
             )
         if tensors[name].is_floating_point() and not value.is_floating_point():
             raise AdapterError(
