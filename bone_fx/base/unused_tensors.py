@@ -83,7 +83,7 @@ def account_for_unused(
         if module is not None and _TOWER.search(module):
             left_out.setdefault(module, []).append(key)
     if refused:
-        raise _unused(model, refused)
+        raise _unused(model, plan, refused)
     kind = type(model).__name__
     notes = [
         f"left out: {module} of the base ({_count(keys)}), which {kind} does not have"
@@ -132,7 +132,7 @@ def _absent_module(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def _unused(model: nn.Module, refused: Mapping[str, str]) -> BaseModelError:
+def _unused(model: nn.Module, plan: LoadPlan, refused: Mapping[str, str]) -> BaseModelError:
     first = next(iter(refused))
     next_step = (
         "use the config.json and the class that belong to these weights, or "
@@ -144,12 +144,12 @@ def _unused(model: nn.Module, refused: Mapping[str, str]) -> BaseModelError:
         f"{_count(refused)} of the checkpoint would be lost: {type(model).__name__}, as it is "
         f"described in config.json, does not take {first}",
         expected="a checkpoint whose tensors are all used",
-        found=f"{_listed(list(refused))}: {_meaning(model, first, refused[first])}",
+        found=f"{_listed(list(refused))}: {_meaning(model, plan, first, refused[first])}",
         next_step=next_step,
     )
 
 
-def _meaning(model: nn.Module, key: str, name: str) -> str:
+def _meaning(model: nn.Module, plan: LoadPlan, key: str, name: str) -> str:
     """What a tensor that is left over is, as far as its name says."""
     owner, _, leaf = name.rpartition(".")
     modules = {path for path, _ in model.named_modules()}
@@ -158,8 +158,8 @@ def _meaning(model: nn.Module, key: str, name: str) -> str:
             "part of a quantization that config.json does not declare (see hf_quant_config.json or "
             "quantize_config.json, if there is one); without it the weights are not these"
         )
-    if name in model.state_dict():
-        return f"a second tensor for {name}, with other values"
+    if name in plan.sources:
+        return f"a second tensor beside {plan.sources[name].keys[0]}, with other values"
     if leaf == "bias" and owner in modules:
         return "a bias, and config.json builds the layer without one"
     if any(part.isdecimal() and _parent(name, part) in modules for part in name.split(".")):
