@@ -1,17 +1,24 @@
 """Adapter folders in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`.
 
-Keys are `base_model.model.<site>.bone_block` (BONE) or `.miss_block` (MISS), and
-`base_model.model.<parameter>` for `modules_to_save`. PEFT 0.18.1 also writes other adapters'
-blocks, as `...bone_block.<name>`, and ignores them when it loads; so do we. Folders are untrusted:
-safetensors only.
+Keys, after `base_model.model.`, as PEFT 0.18.1 writes and reads them:
+
+- `<site>.bone_block` (BONE) or `<site>.miss_block` (MISS);
+- `<parameter>` of a module in `modules_to_save`: the trained copy beside the base's own;
+- `<parameter>` of another module (embeddings that were resized), and `<site>.base_layer.weight`
+  of a targeted one: PEFT writes them into the base itself;
+- `<site>.bone_block.<name>`, `<module>.original_module.weight`, `<module>.modules_to_save.weight`:
+  other adapters' blocks and second copies, which PEFT ignores when it loads; so do we.
+
+Whatever else a file holds is listed as unused. Folders are untrusted: safetensors only.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +33,9 @@ from bone_fx.sites import LinearSite, Refusal, check_fit, select_sites
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_BASE_LAYER = ".base_layer."
+_SECOND_COPIES = (".original_module.", ".modules_to_save.")
+_BLOCK_KEY = re.compile(r"\.(bone|miss)_block(\.|$)")
 _BLOCK_OF_TYPE = {"BONE": "bone_block", "MISS": "miss_block"}
 
 
@@ -37,13 +47,17 @@ class AdapterFolder:
         path: The folder.
         config: Its configuration.
         blocks: Block by site name, float32 as PEFT loads it (`autocast_adapter_dtype`).
-        modules_to_save: Tensor by parameter name of every module that was trained whole.
+        modules_to_save: Tensor by parameter name of every parameter that the file brings besides.
+        in_base: Those of them that PEFT writes into the base itself, whatever else is tied to it.
+        unused: Keys of tensors that mean nothing for this kind of adapter.
     """
 
     path: Path
     config: BoneConfig
     blocks: dict[str, Tensor]
     modules_to_save: dict[str, Tensor]
+    in_base: frozenset[str] = frozenset()
+    unused: tuple[str, ...] = ()
 
     def match(
         self,
@@ -76,6 +90,13 @@ class AdapterFolder:
         for site in chosen:
             self._check_shape(site)
         return chosen
+
+    def trains_copy_of(self, parameter: str) -> bool:
+        """Whether PEFT trains a copy of a parameter: `modules_to_save` ends a path to it."""
+        *modules, _ = parameter.split(".")
+        paths = [".".join(modules[: depth + 1]) for depth in range(len(modules))]
+        entries = self.config.modules_to_save or ()
+        return any(path.endswith(entry) for entry in entries for path in paths)
 
     def _check_shape(self, site: LinearSite) -> None:
         config = self.config
@@ -125,25 +146,27 @@ def read_adapter(directory: str | Path, name: str = "default") -> AdapterFolder:
             found=str(error),
             next_step="copy or save the adapter again",
         ) from None
-    blocks, saved = _sort_keys(tensors, config)
-    if not blocks:
+    adapter = _sorted(folder, config, tensors)
+    if not adapter.blocks:
         raise AdapterError(
             f"{path} holds no block",
             expected=f"keys that end in .{_BLOCK_OF_TYPE[str(config.peft_type)]}",
             found=_some(list(tensors)),
         )
-    for key in (k for k in tensors if k.endswith("_block") and not tensors[k].is_floating_point()):
-        raise AdapterError(
-            f"{path}: {key} holds no floats", expected="float32", found=str(tensors[key].dtype)
-        )
-    for key, tensor in {**blocks, **saved}.items():
+    for key, tensor in {**adapter.blocks, **adapter.modules_to_save}.items():
+        is_count = key not in adapter.blocks and not tensor.is_complex()  # of a batch norm
+        if not tensor.is_floating_point() and not is_count:
+            raise AdapterError(
+                f"{path}: {key} holds no floats", expected="float32", found=str(tensor.dtype)
+            )
         if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(
                 f"{path}: {key} holds NaN or Inf",
                 expected="finite values",
                 next_step="train again from a sound state",
             )
-    return AdapterFolder(folder, config, blocks, saved)
+    blocks = {site: block.float() for site, block in adapter.blocks.items()}
+    return replace(adapter, blocks=blocks)
 
 
 def write_adapter(
@@ -175,23 +198,28 @@ def write_adapter(
     return folder
 
 
-def _sort_keys(
-    tensors: Mapping[str, Tensor], config: BoneConfig
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _sorted(folder: Path, config: BoneConfig, tensors: Mapping[str, Tensor]) -> AdapterFolder:
+    """The tensors of an adapter file by what they are."""
     leaf = f".{_BLOCK_OF_TYPE[str(config.peft_type)]}"
     blocks: dict[str, Tensor] = {}
     saved: dict[str, Tensor] = {}
-    for key in sorted(tensors):
+    in_base: set[str] = set()
+    unused: list[str] = []
+    copies = AdapterFolder(folder, config, {}, {})
+    for key in sorted(tensors, key=lambda key: (_BASE_LAYER in key, key)):
         name = key.removeprefix(_PREFIX)
-        if name.endswith(leaf):
-            blocks[name.removesuffix(leaf)] = tensors[key].float()
-        elif (
-            ".bone_block." not in name
-            and ".miss_block." not in name
-            and not name.endswith("_block")
-        ):
-            saved[name] = tensors[key]
-    return blocks, saved
+        parameter = name.replace(_BASE_LAYER, ".")
+        if name.endswith(leaf) and name.removesuffix(leaf) not in blocks:
+            blocks[name.removesuffix(leaf)] = tensors[key]
+        elif f"{leaf}." in name or any(part in name for part in _SECOND_COPIES):
+            continue
+        elif _BLOCK_KEY.search(name) or parameter in saved:
+            unused.append(key)
+        else:
+            saved[parameter] = tensors[key]
+            if not copies.trains_copy_of(parameter):
+                in_base.add(parameter)
+    return AdapterFolder(folder, config, blocks, saved, frozenset(in_base), tuple(unused))
 
 
 def _some(names: list[str]) -> str:

@@ -76,6 +76,7 @@ ADAPTER = typer.Option(
 )
 Overwrite = Annotated[bool, _option("overwrite", "--overwrite")]
 Revision = Annotated[str | None, _option("revision")]
+AllowUnused = Annotated[list[str] | None, _option("allow_unused", "--allow-unused", metavar="NAME")]
 RemoteCode = Annotated[bool, _option("trust_remote_code", "--trust-remote-code")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result, or the error, as JSON on stdout.")
@@ -112,6 +113,7 @@ def bone_export(
     last_token_logits: Annotated[bool, _option("last_token_logits", "--last-token-logits")] = False,
     calibration: Annotated[str | None, _option("calibration", metavar="FILE")] = None,
     revision: Revision = None,
+    allow_unused: AllowUnused = None,
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -131,6 +133,7 @@ def bone_export(
         last_token_logits=last_token_logits,
         calibration=calibration,
         revision=revision,
+        allow_unused=allow_unused,
         trust_remote_code=trust_remote_code,
     )
     from bone_fx.deploy.export import export_with
@@ -153,6 +156,7 @@ def bone_export_fold(
     output: Output,
     overwrite: Overwrite = False,
     revision: Revision = None,
+    allow_unused: AllowUnused = None,
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -168,6 +172,7 @@ def bone_export_fold(
             output=output,
             overwrite=overwrite,
             revision=revision,
+            allow_unused=allow_unused,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

@@ -81,6 +81,13 @@ def architecture_of(
     )
 
 
+def named_architecture(config: PreTrainedConfig, name: object) -> type[PreTrainedModel] | None:
+    """The class of that name in transformers, if it is a class of this configuration's model."""
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    fits = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
+    return cls if fits and cls.config_class is type(config) else None
+
+
 def auto_architecture(config: PreTrainedConfig, auto_class: str) -> type[PreTrainedModel]:
     """The class that one of transformers' AutoModel classes takes for a configuration.
 
@@ -98,10 +105,11 @@ def auto_architecture(config: PreTrainedConfig, auto_class: str) -> type[PreTrai
 
 
 def with_overrides(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
-    """A copy of a configuration with some fields set."""
+    """A copy of a configuration with some fields set; `vocab_size` is the text model's."""
     config = copy.deepcopy(config)
     for name, value in overrides.items():
-        setattr(config, name, value)
+        owner = config.get_text_config() if name == "vocab_size" else config
+        setattr(owner, name, value)
     return config
 
 

@@ -65,20 +65,22 @@ def plan_loading(model: PreTrainedModel, stored: Mapping[str, Read]) -> LoadPlan
         )
         if name not in in_memory and key in in_memory:
             name, pattern = rename_source_key(key, [], [], model.base_model_prefix, in_memory)
-        if name not in in_memory:
-            unexpected[name] = key
+        if name not in in_memory or (pattern is None and name in sources):
+            unexpected[key] = name
         elif pattern is None:
-            sources.setdefault(name, Source((key,)))
+            sources[name] = Source((key,))
         else:
             group = groups.setdefault(name, _Group(deepcopy(by_pattern[pattern])))
             group.slots.append((key, pattern))
     for name, group in groups.items():
         sources |= _converted(model, name, group, stored)
-    info = _adjusted(model, set(in_memory) - set(sources), set(unexpected))
+    info = _adjusted(model, set(in_memory) - set(sources), set(unexpected.values()))
+    minded = {key: name for key, name in unexpected.items() if name in info.unexpected_keys}
     return LoadPlan(
         sources=sources,
         tied=dict(model.get_expanded_tied_weights_keys(all_submodels=True)),
-        unexpected=tuple(key for name, key in unexpected.items() if name in info.unexpected_keys),
+        unexpected=minded,
+        ignored={key: name for key, name in unexpected.items() if key not in minded},
         optional=frozenset(set(in_memory) - set(sources) - info.missing_keys),
     )
 

@@ -1,27 +1,39 @@
 """GGUF files: dequantized by transformers, once, into a safetensors folder in the cache.
 
-The folder is keyed by the file's SHA-256, written under another name and moved into place when it
-is complete.
+A file that lacks a tensor of its model is refused: transformers would fill it with random values.
+Tensors that transformers does not read are listed in the folder for `unread_tensors`. The folder is
+keyed by the file's SHA-256, written under another name and moved into place when it is complete.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from bone_fx.errors import BaseModelError
 from bone_fx.weights.storage.safetensors_file import file_sha256
 
-_LAYOUT = "gguf1"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LAYOUT = "gguf2"
 """Part of the key: changed when the folder's content would be another for the same file."""
+_UNREAD = "unread_tensors.json"
+"""In the folder: names in the GGUF file of the tensors that transformers does not read."""
+_LAYER = re.compile(r"^(enc\.|dec\.)?blk\.\d+\.(?!.*(_exps|_shexp|ssm_|shortconv|time_mix_))")
+"""Tensors of a layer; those of experts and of state spaces transformers takes apart by itself."""
+_ROPE_FACTORS = "rope_freqs.weight"
 _log = logging.getLogger(__name__)
 _READ_ERRORS = (
     ValueError,
@@ -66,6 +78,12 @@ def dequantized_folder(file: Path, cache: Path) -> Path:
     return folder
 
 
+def unread_tensors(folder: Path) -> tuple[str, ...]:
+    """What a dequantized folder lists as not read by transformers, by the names in the GGUF."""
+    path = folder / _UNREAD
+    return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ()
+
+
 def _dequantize(file: Path, target: Path) -> None:
     try:
         import gguf  # noqa: F401 - transformers needs it, and says so less clearly
@@ -87,8 +105,9 @@ def _dequantize(file: Path, target: Path) -> None:
                 if type(config) in AutoModelForCausalLM._model_mapping
                 else AutoModel
             )
-            model = auto.from_pretrained(
+            model, report = auto.from_pretrained(
                 **source,
+                output_loading_info=True,
                 config=config,
                 local_files_only=True,
                 dtype=torch.float32,
@@ -100,10 +119,47 @@ def _dequantize(file: Path, target: Path) -> None:
                 found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
                 next_step="use the model's safetensors checkpoint",
             ) from error
+        _check_complete(file, report)
+        unread = _unread(file, model)
         for owner, mark in ((model, "hf_quantizer"), (model.config, "quantization_config")):
             vars(owner).pop(mark, None)  # what would keep a plain model from being saved as one
         model.save_pretrained(target)
+        if unread:
+            (target / _UNREAD).write_text(json.dumps(unread), encoding="utf-8")
         _save_tokenizer(source, target)
+
+
+def _check_complete(file: Path, report: Mapping[str, Collection[object]]) -> None:
+    """Refuse a file from which transformers did not get every weight.
+
+    Raises:
+        BaseModelError: A weight is missing or of another shape.
+    """
+    for kind in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in report.get(kind, ()))
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise BaseModelError(
+                f"{file} does not hold the whole model: {names[0]} would be random",
+                expected="a tensor for every weight that its metadata describe",
+                found=f"{kind.replace('_', ' ')}: {', '.join(names[:3])}{more}",
+                next_step="download it again, or use the model's safetensors checkpoint",
+            )
+
+
+def _unread(file: Path, model: PreTrainedModel) -> list[str]:
+    """Names in the file of what changes the model's outputs and transformers has no use for."""
+    from gguf import GGUFReader
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    kind = reading.TENSOR_PROCESSORS.get(model.config.model_type, reading.TensorProcessor)
+    read = reading.get_gguf_hf_weights_map(model, kind(config=model.config.to_dict()))
+    return [
+        tensor.name
+        for tensor in GGUFReader(file).tensors
+        if (_LAYER.search(tensor.name) and tensor.name not in read)
+        or (tensor.name == _ROPE_FACTORS and not bool((tensor.data == 1).all()))
+    ]
 
 
 def _save_tokenizer(source: dict[str, str], target: Path) -> None:

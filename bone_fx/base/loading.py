@@ -49,6 +49,7 @@ class BaseCheckpoint:
         files: Weight files, in order.
         tensors: Every tensor under its name on disk.
         trust_remote_code: Whether the folder's own Python files may be run.
+        unread: Tensors of a GGUF file that transformers does not read, by their names there.
     """
 
     origin: str
@@ -57,6 +58,7 @@ class BaseCheckpoint:
     files: tuple[Path, ...]
     tensors: Mapping[str, Read]
     trust_remote_code: bool = False
+    unread: tuple[str, ...] = ()
     _hashes: list[Future[str]] = field(default_factory=list, repr=False)
 
     @property
@@ -86,14 +88,18 @@ class BaseCheckpoint:
                 future.set_exception(error)
 
     def sha256(self) -> dict[str, str]:
-        """SHA-256 of the weight files by name, computed once.
+        """SHA-256 of the weight files by their paths in the folder, computed once.
 
         Raises:
             OSError: A file cannot be read.
         """
         self.start_hashing()
         named = zip(self.files, self._hashes, strict=True)
-        return {file.name: future.result() for file, future in named}
+        return {self.path_of(file): future.result() for file, future in named}
+
+    def path_of(self, file: Path) -> str:
+        """Path of a weight file in the folder, as an index names it."""
+        return file.relative_to(self.folder).as_posix()
 
     def plan(self, model: nn.Module) -> LoadPlan:
         """Which tensors on disk make each of a model's, by transformers' own conversions."""
@@ -150,15 +156,18 @@ def open_base(
 
         folder = download(str(base), revision, trust_remote_code=trust_remote_code)
     gguf = _gguf_in(folder)
+    unread: tuple[str, ...] = ()
     if gguf is not None:
-        from bone_fx.base.gguf import dequantized_folder
+        from bone_fx.base.gguf import dequantized_folder, unread_tensors
 
         folder = dequantized_folder(gguf, cache_root(cache_dir))
+        unread = unread_tensors(folder)
     raw = _read_config(folder)
-    files = find_weights(folder, raw.get("transformers_weights"))
+    named = raw.get("transformers_weights")
+    files = find_weights(folder, named)
     _refuse_quantized(folder, raw)
     tensors = read_tensors(files)
-    check_index(files, tensors)
+    check_index(folder, named, tensors)
     if not tensors:
         raise BaseModelError(
             f"{folder} holds no weights",
@@ -168,7 +177,7 @@ def open_base(
     from bone_fx.base.architectures import load_config
 
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    return BaseCheckpoint(str(base), folder, config, files, tensors, trust_remote_code)
+    return BaseCheckpoint(str(base), folder, config, files, tensors, trust_remote_code, unread)
 
 
 def skeleton(

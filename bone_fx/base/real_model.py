@@ -6,19 +6,21 @@ The reference that verification compares with.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging as _logging
 
 from bone_fx.base.architectures import reference_attention, with_overrides
 from bone_fx.base.loading import BaseCheckpoint
+from bone_fx.errors import BaseModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logging: Any = _logging  # without annotations in transformers
 
@@ -39,6 +41,7 @@ def load_model(
     architecture: type[PreTrainedModel],
     overrides: Mapping[str, Any],
     heads: Mapping[str, Tensor],
+    untied: Collection[str] = (),
 ) -> PreTrainedModel:
     """The model in float32 and eval mode, with its real weights.
 
@@ -46,31 +49,70 @@ def load_model(
         base: The base model.
         architecture: The class to load.
         overrides: Fields of the configuration to set.
-        heads: Parameters that the caller supplies afterwards; transformers' notice about fresh ones
-            is not shown.
+        heads: Parameters that the adapters bring, which the model gets too.
+        untied: Parameters that get a tensor of their own though the model ties them.
+
+    Raises:
+        BaseModelError: A parameter has no bytes, in the base or in `heads`.
     """
     config = with_overrides(base.config, overrides)
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model: Any = architecture.from_pretrained(
+    with quiet_loading():
+        model, report = cast(Any, architecture).from_pretrained(
             base.folder,
             config=config,
             dtype=torch.float32,
             attn_implementation=reference_attention(config),
             local_files_only=True,
             ignore_mismatched_sizes=bool(heads),
+            output_loading_info=True,
         )
+    _check_loaded(model, report, heads)
+    _take_heads(model, heads, untied)
+    return cast("PreTrainedModel", model.eval())
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """A context in which transformers shows no load report and no progress bar."""
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
         logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
-    return cast("PreTrainedModel", model.eval())
+
+
+def _check_loaded(model: Any, report: Mapping[str, Any], heads: Collection[str]) -> None:
+    """Refuse a model of which transformers filled a part with random values that no head is."""
+    random = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    tied: dict[str, str] = model.all_tied_weights_keys
+    brought = {tied.get(name, name) for name in heads}
+    lacking = sorted(name for name in random if tied.get(name, name) not in brought)
+    lacking = [name for name in lacking if model.get_parameter_or_buffer(name).is_floating_point()]
+    if lacking:
+        raise BaseModelError(
+            f"{len(lacking)} weights would be random when transformers loads the base: "
+            f"{', '.join(lacking[:4])}",
+            next_step="use the complete checkpoint, or an adapter that saved these",
+        )
+
+
+def _take_heads(model: Any, heads: Mapping[str, Tensor], untied: Collection[str]) -> None:
+    """Untie parameters of a loaded model, and write what the adapters bring."""
+    for name in untied:
+        owner, _, attribute = name.rpartition(".")
+        value = model.get_parameter(name).detach().clone()
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(value))
+    with torch.no_grad():
+        for name, tensor in heads.items():
+            model.get_parameter_or_buffer(name).copy_(tensor)
 
 
 def copy_config_and_tokenizer(
-    base: BaseCheckpoint, overrides: Mapping[str, Any], folder: Path
+    base: BaseCheckpoint, config: PreTrainedConfig, folder: Path
 ) -> list[str]:
     """Copy what stands beside a model that is no decoder; returns notes.
 
@@ -79,7 +121,6 @@ def copy_config_and_tokenizer(
     for name in _BESIDE_THE_MODEL[1:]:
         if (base.folder / name).is_file():
             shutil.copyfile(base.folder / name, folder / name)
-    config = with_overrides(base.config, overrides)
     config.to_json_file(folder / _BESIDE_THE_MODEL[0])
     has_tokenizer = any(
         (folder / name).exists()
@@ -89,12 +130,8 @@ def copy_config_and_tokenizer(
 
 
 def write_config(
-    base: BaseCheckpoint,
-    architecture: type[PreTrainedModel],
-    overrides: Mapping[str, Any],
-    folder: Path,
+    config: PreTrainedConfig, architecture: type[PreTrainedModel], folder: Path
 ) -> None:
-    """Write config.json for a checkpoint that got another class or a head of another size."""
-    config = with_overrides(base.config, overrides)
-    config.architectures = [architecture.__name__]
+    """Write config.json for a checkpoint that got another class or heads of its own."""
+    config = with_overrides(config, {"architectures": [architecture.__name__]})
     config.to_json_file(folder / _BESIDE_THE_MODEL[0])

@@ -157,24 +157,33 @@ def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype, loaded: Collect
 
 
 def _compute_optional(model: PreTrainedModel, plan: LoadPlan) -> None:
-    """Let the model's own code compute the parameters that a checkpoint need not hold."""
+    """Let the model's own code compute the parameters that a checkpoint need not hold.
+
+    What comes out otherwise the second time is random and stays without bytes.
+    """
     names = [name for name, _ in model.named_parameters() if name in plan.optional]
+    if not names:
+        return
+    first, second = (_initialized(model, names, seed) for seed in (0, 1))
     for name in names:
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
+        path, _, attribute = name.rpartition(".")
+        if not torch.equal(first[name], second[name]):  # so is NaN, which nothing was written to
+            setattr(model.get_submodule(path), attribute, _meta(first[name]))
+
+
+def _initialized(model: PreTrainedModel, names: Collection[str], seed: int) -> dict[str, Tensor]:
+    """What the model's code makes of parameters, which then hold it."""
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
         shape, dtype = getattr(module, attribute).shape, getattr(module, attribute).dtype
-        setattr(
-            module,
-            attribute,
-            nn.Parameter(torch.full(shape, torch.nan, dtype=dtype), requires_grad=False),
-        )
+        empty = nn.Parameter(torch.full(shape, torch.nan, dtype=dtype), requires_grad=False)
+        setattr(module, attribute, empty)
         module._is_hf_initialized = False  # type: ignore[assignment]  # transformers' own mark
-    if names:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         model.initialize_weights()  # type: ignore[no-untyped-call]
-    for name in names:
-        if model.get_parameter(name).isnan().any():
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, _meta(model.get_parameter(name)))
+    return {name: model.get_parameter(name).detach().clone() for name in names}
 
 
 def _tie(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bone_fx.errors import BaseModelError
 from bone_fx.weights.recipes.recipe import Read
-from bone_fx.weights.storage.safetensors_file import TensorEntry, read_header
+from bone_fx.weights.storage.safetensors_file import read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -112,28 +112,54 @@ def inside(folder: Path, name: str, where: str) -> Path:
 
 
 def read_tensors(files: tuple[Path, ...]) -> dict[str, Read]:
-    """Every tensor under its name on disk; if two files have one, the later file's counts."""
-    entries: dict[str, tuple[Path, TensorEntry]] = {}
+    """Every tensor under its name on disk.
+
+    Raises:
+        BaseModelError: A file is broken, or two hold a tensor of one name.
+    """
+    tensors: dict[str, Read] = {}
     for path in files:
-        entries.update({key: (path, entry) for key, entry in read_header(path).items()})
-    return {key: Read(path, key, entry) for key, (path, entry) in entries.items()}
+        for key, entry in read_header(path).items():
+            if key in tensors:
+                raise BaseModelError(
+                    f"two weight files in {path.parent} hold {key!r}",
+                    expected="each tensor in one file",
+                    found=f"{tensors[key].path} and {path}",
+                    next_step="download it again into an empty folder",
+                )
+            tensors[key] = Read(path, key, entry)
+    return tensors
 
 
-def check_index(files: tuple[Path, ...], tensors: Mapping[str, Read]) -> None:
-    """That every name in the index, if there is one, has its bytes.
+def check_index(folder: Path, named: object, tensors: Mapping[str, Read]) -> None:
+    """That every name in the index, if there is one, has its bytes where the index says.
+
+    Args:
+        folder: The model folder.
+        named: What config.json has as `transformers_weights`, if it has: a file name.
+        tensors: Every tensor under its name on disk.
 
     Raises:
         BaseModelError: A shard lacks a tensor that the index places there.
     """
-    index = files[0].parent / INDEX
-    if files[0].name == SINGLE or not index.is_file():
+    index = folder / (named if isinstance(named, str) else INDEX)
+    is_single = named is None and (folder / SINGLE).is_file()
+    if is_single or index.suffix != ".json" or not index.is_file():
         return
-    for key in _weight_map(index):
-        if key not in tensors:
-            raise BaseModelError(
-                f"{index} lists {key!r}, which none of its files holds",
-                next_step="download it again",
-            )
+    weight_map = _weight_map(index)
+    lost = [key for key, name in weight_map.items() if not _lies_in(tensors, key, folder / name)]
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise BaseModelError(
+            f"{index} lists {lost[0]!r}, which {weight_map[lost[0]]} does not hold",
+            expected=f"{len(weight_map)} tensors where the index says",
+            found=f"{len(lost)} that are not there: {', '.join(lost[:3])}{more}",
+            next_step="download it again",
+        )
+
+
+def _lies_in(tensors: Mapping[str, Read], key: str, file: Path) -> bool:
+    return key in tensors and tensors[key].path == file
 
 
 def _indexed(folder: Path, path: Path) -> tuple[Path, ...]:

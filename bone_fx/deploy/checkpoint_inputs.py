@@ -16,13 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from bone_fx.adapter_folder import AdapterFolder
+from bone_fx.deploy.trained_heads import (
+    TrainedHeads,
+    brought_tensors,
+    concern_heads,
+    trained_heads,
+    without_unused,
+)
 from bone_fx.errors import AdapterError
 from bone_fx.sites import LinearSite
 from bone_fx.weights.recipes.recipe import Recipe, rounded
 from bone_fx.weights.recipes.rounding import Rounding
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from bone_fx.base.loading import BaseCheckpoint, Skeleton
 
@@ -38,8 +45,11 @@ class CheckpointInputs:
         checkpoint: The base model.
         adapters: The adapters by name, in the order in which they apply.
         architecture: The model's class.
-        overrides: Fields of the configuration that the adapters' head decides.
+        overrides: Fields of the configuration that the adapters' heads decide.
         heads: Parameters that come from the adapters.
+        untied: Parameters that get a tensor of their own though the model ties them.
+        allow_unused: Patterns of tensors that the person gives up.
+        notes: What a person should know about the adapters' files.
     """
 
     checkpoint: BaseCheckpoint
@@ -47,6 +57,17 @@ class CheckpointInputs:
     architecture: type[PreTrainedModel]
     overrides: Mapping[str, Any]
     heads: Mapping[str, Tensor]
+    untied: frozenset[str] = frozenset()
+    allow_unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The configuration of the model under its adapters."""
+        from bone_fx.base.architectures import with_overrides
+
+        untied = {"tie_word_embeddings": False} if self.untied else {}
+        return with_overrides(self.checkpoint.config, {**self.overrides, **untied})
 
     def fold(self, dtype: torch.dtype, rounding: Rounding | None = None) -> FoldedCheckpoint:
         """Build the model without weights and fold the adapters into its recipes.
@@ -56,10 +77,11 @@ class CheckpointInputs:
             rounding: Measures what the cast of each folded weight costs.
 
         Raises:
-            BaseModelError: The model cannot be built, or a parameter has no bytes.
+            BaseModelError: The model cannot be built, a parameter has no bytes, or a tensor no use.
             AdapterError: An adapter does not fit the base.
         """
         from bone_fx.base.loading import skeleton
+        from bone_fx.base.unused_tensors import account_for_unused
         from bone_fx.weights.apply_adapters import fold_recipes
         from bone_fx.weights.load_plan import recipes_for
 
@@ -68,11 +90,16 @@ class CheckpointInputs:
             dtype,
             architecture=self.architecture,
             config_overrides=self.overrides,
+            untie=self.untied,
         )
         sites = adapted_sites(shell.model, self.adapters)
         recipes = recipes_for(*shell, self.checkpoint.tensors, extra=self.heads)
+        left_out = account_for_unused(
+            *shell, self.checkpoint.tensors, self.allow_unused, self.checkpoint.unread
+        )
         recipes = fold_recipes(recipes, sites, self.adapters, rounding=rounding)
-        return FoldedCheckpoint(self, shell, sites, recipes, rounding)
+        notes = (*self.notes, *left_out)
+        return FoldedCheckpoint(self, shell, sites, recipes, rounding, notes)
 
 
 @dataclass(frozen=True)
@@ -86,6 +113,7 @@ class FoldedCheckpoint:
         recipes: Recipe by parameter name, the adapters folded in.
         rounding: What the cast of the folded weights costs; None where it costs nothing, or where
             it is not asked for.
+        notes: What a person should know: tensors that are left out.
     """
 
     inputs: CheckpointInputs
@@ -93,6 +121,7 @@ class FoldedCheckpoint:
     sites: Mapping[str, LinearSite]
     recipes: Mapping[str, Recipe]
     rounding: Rounding | None
+    notes: tuple[str, ...] = ()
 
     def rounded_to(self, dtype: torch.dtype) -> FoldedCheckpoint:
         """The same with every weight rounded to a dtype on its way to its own."""
@@ -100,25 +129,48 @@ class FoldedCheckpoint:
 
 
 def open_checkpoint(
-    base: str | Path, adapters: Adapters, *, trust_remote_code: bool, revision: str | None
+    base: str | Path,
+    adapters: Adapters,
+    *,
+    trust_remote_code: bool,
+    revision: str | None,
+    allow_unused: Sequence[str] = (),
 ) -> CheckpointInputs:
     """Open a base, start to hash its files, and choose the class that the adapters ask for.
 
     Raises:
         BaseModelError: There is no usable model.
-        AdapterError: The adapters were trained for different tasks.
+        AdapterError: The adapters were trained for different tasks, bring different heads, or hold
+            tensors that have no use.
     """
     from bone_fx.base.loading import open_base
+    from bone_fx.base.padding import missing_padding
 
     checkpoint = open_base(base, trust_remote_code=trust_remote_code, revision=revision)
     checkpoint.start_hashing()
-    heads: dict[str, Tensor] = {}
-    for _, adapter in adapters:
-        heads |= adapter.modules_to_save
-    task = _task(adapters)
-    architecture = _architecture(checkpoint, task)
-    overrides = _head_size(checkpoint, heads) if task in ("SEQ_CLS", "TOKEN_CLS") else {}
-    return CheckpointInputs(checkpoint, adapters, architecture, overrides, heads)
+    adapters, notes = without_unused(adapters, allow_unused)
+    architecture = _architecture(checkpoint, adapters)
+    folders = [*(adapter.path for _, adapter in adapters), checkpoint.folder]
+    overrides: dict[str, Any] = missing_padding(checkpoint.config, architecture, folders)
+    heads = TrainedHeads()
+    if concern_heads(adapters):
+        from bone_fx.base.architectures import with_overrides
+        from bone_fx.base.skeleton import meta_model
+
+        overrides |= _head_size(checkpoint, architecture, brought_tensors(adapters))
+        config = with_overrides(checkpoint.config, overrides)
+        heads = trained_heads(meta_model(config, torch.float32, architecture), adapters)
+        overrides |= heads.overrides()
+    return CheckpointInputs(
+        checkpoint,
+        adapters,
+        architecture,
+        overrides,
+        heads.tensors,
+        heads.untied,
+        tuple(allow_unused),
+        tuple(notes),
+    )
 
 
 def adapted_sites(model: nn.Module, adapters: Adapters) -> dict[str, LinearSite]:
@@ -146,23 +198,34 @@ def _task(adapters: Adapters) -> str | None:
     return next(iter(tasks), None)
 
 
-def _architecture(checkpoint: BaseCheckpoint, task: str | None) -> type[PreTrainedModel]:
-    """The class for a task: the checkpoint's own if it names one that generates."""
+def _architecture(checkpoint: BaseCheckpoint, adapters: Adapters) -> type[PreTrainedModel]:
+    """The class for a task: the checkpoint's own if it names one that generates.
+
+    Without a task it is the class that PEFT noted, if it is another of the same model.
+    """
+    from bone_fx.base.architectures import named_architecture
     from bone_fx.base.loading import architecture_for_task
 
+    task = _task(adapters)
+    if task is None:
+        noted = (adapter.config.extra.get("auto_mapping") for _, adapter in adapters)
+        names = [note.get("base_model_class") for note in noted if isinstance(note, Mapping)]
+        trained = named_architecture(checkpoint.config, names[0]) if names else None
+        return trained or checkpoint.architecture
     generates = (
         task == "CAUSAL_LM"
         and bool(checkpoint.config.architectures)
         and checkpoint.architecture.__name__.endswith(("CausalLM", "LMHeadModel"))
     )
-    if task is None or generates:
-        return checkpoint.architecture
-    return architecture_for_task(checkpoint, task)
+    return checkpoint.architecture if generates else architecture_for_task(checkpoint, task)
 
 
-def _head_size(checkpoint: BaseCheckpoint, heads: Mapping[str, Tensor]) -> dict[str, int]:
+def _head_size(
+    checkpoint: BaseCheckpoint, architecture: type[PreTrainedModel], heads: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """`num_labels`, if the adapters bring a head of another size than the base's."""
     labels = next((len(t) for name, t in heads.items() if name.endswith(_HEAD_WEIGHTS)), None)
-    if labels is None or labels == checkpoint.config.num_labels:
+    classifies = architecture.__name__.endswith("Classification")
+    if not classifies or labels is None or labels == checkpoint.config.num_labels:
         return {}
     return {"num_labels": labels}

@@ -84,6 +84,7 @@ def export(
     calibration: str | Path | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    allow_unused: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Export to ONNX.
@@ -121,6 +122,8 @@ def export(
             `"none"` rounds to nearest, as ONNX Runtime's quantizer and the builder do.
         trust_remote_code: Run Python files that come with the base.
         revision: Branch, tag or commit of a hub id.
+        allow_unused: Names, or patterns as for file names, of tensors in the base's or an adapter's
+            files that may be left out though the model does not take them; the manifest notes them.
         progress: Gets the stages and the bytes.
 
     Raises:
@@ -150,6 +153,7 @@ def export(
         last_token_logits=last_token_logits,
         calibration=calibration,
         revision=revision,
+        allow_unused=allow_unused,
         trust_remote_code=trust_remote_code,
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
@@ -232,6 +236,6 @@ def _check_module_choices(
             "adapters go with a checkpoint",
             next_step="adapt the module, train it and export its fold()",
         )
-    for name in ("calibration", "revision"):
-        if getattr(options, name) is not None:
+    for name in ("calibration", "revision", "allow_unused"):
+        if getattr(options, name):
             raise UsageError(f"{name} goes with a checkpoint", next_step="leave it out")

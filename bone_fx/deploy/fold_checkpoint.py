@@ -6,10 +6,12 @@ and written one at a time; no model is built with weights.
 1. A staging folder is made beside the output (`deploy.staging.staged`).
 2. The adapters are read and the base is opened (`deploy.checkpoint_inputs.open_checkpoint`).
 3. The adapters are folded into the recipes of a model without weights (`CheckpointInputs.fold`);
-   what they change gets its name and dtype on disk (`_folded_weights`, `_head_weights`).
+   what they change gets its name and dtype on disk (`deploy.changed_tensors`).
 4. Every weight file is written again (`_write`), and what stands beside it copied
    (`_copy_the_rest`).
-5. Every folded weight is read back and compared with torch's own fold (`_verify`).
+5. Every folded weight is read back and compared with torch's own fold (`_verify`), every head with
+   the adapter's, and transformers says which tensor each of them gets when the folder is loaded
+   (`deploy.changed_tensors.check_names`).
 6. The manifest is written and the folder moved to the output (`deploy.manifest.manifest_of`,
    `Staging.publish`).
 """
@@ -19,7 +21,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,19 +30,15 @@ import torch
 from torch import Tensor
 
 from bone_fx.adapter_folder import read_adapters
-from bone_fx.deploy.checkpoint_inputs import (
-    Adapters,
-    CheckpointInputs,
-    FoldedCheckpoint,
-    open_checkpoint,
-)
+from bone_fx.deploy.changed_tensors import changed_tensors, check_names
+from bone_fx.deploy.checkpoint_inputs import Adapters, CheckpointInputs, open_checkpoint
 from bone_fx.deploy.manifest import manifest_of
 from bone_fx.deploy.staging import MANIFEST, refuse_inputs_as_output, staged
 from bone_fx.errors import FoldError, UsageError, VerificationError
 from bone_fx.passes.fold import fold_weight
 from bone_fx.progress import Progress, Silent
 from bone_fx.weights.recipes.fold_recipe import Fold, FoldPart
-from bone_fx.weights.recipes.recipe import Read, Recipe, Value, cast
+from bone_fx.weights.recipes.recipe import Read, Recipe
 from bone_fx.weights.recipes.rounding import Rounding
 from bone_fx.weights.storage.safetensors_file import read_header
 from bone_fx.weights.writing.safetensors_writer import write_safetensors
@@ -81,12 +79,14 @@ def fold_checkpoint(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    allow_unused: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> FoldResult:
     """Fold adapters into a checkpoint and publish it as a Hugging Face folder.
 
-    The fold is computed in float32 from the stored bytes and rounded once, to the stored dtype.
-    Every folded weight is read back and compared with torch's fold before the folder is published.
+    The fold is computed in float32 from the stored bytes (float64 ones in float64) and rounded
+    once, to the stored dtype. Before the folder is published every folded weight and head is read
+    back and compared, and transformers loads the folder's names.
 
     Args:
         base: A Hugging Face folder, a GGUF file or a hub id.
@@ -95,6 +95,8 @@ def fold_checkpoint(
         overwrite: Replace an earlier output.
         trust_remote_code: Run Python files that come with the base, and copy them.
         revision: Branch, tag or commit of a hub id.
+        allow_unused: Names, or patterns as for file names, of tensors in the base's or an adapter's
+            files that may be left out though the model does not take them; the manifest notes them.
         progress: Gets the stages and the bytes.
 
     Raises:
@@ -122,16 +124,19 @@ def fold_checkpoint(
             read_adapters(adapters),
             trust_remote_code=trust_remote_code,
             revision=revision,
+            allow_unused=allow_unused or (),
         )
         stored = _usual_dtype(inputs.checkpoint)
         rounding = Rounding(stored) if stored.itemsize == 2 else None
         folded = inputs.fold(torch.float32, rounding)
-        recipes = {**_folded_weights(folded), **_head_weights(folded)}
+        changes = changed_tensors(folded, stored)
+        recipes = changes.recipes
         progress.stage("fold the weights")
         files = _write(inputs.checkpoint, recipes, staging.folder, progress)
         _copy_the_rest(inputs, staging.folder)
         progress.stage("verify")
         _verify(files, recipes, inputs.adapters)
+        check_names(staging.folder, folded, changes)
         progress.stage("publish")
         manifest = manifest_of(
             "checkpoint",
@@ -141,45 +146,22 @@ def fold_checkpoint(
             adapters=inputs.adapters,
             entries={
                 "rounding": None if rounding is None else rounding.report(),
-                "files": {path.name: sha256 for path, sha256 in files.items()},
+                "files": {
+                    path.relative_to(staging.folder).as_posix(): sha256
+                    for path, sha256 in files.items()
+                },
+                "notes": list(folded.notes),
             },
         )
         staging.publish(manifest)
     names = tuple(key for key, recipe in recipes.items() if isinstance(recipe, Fold))
-    warnings = () if rounding is None else tuple(rounding.warnings())
-    return FoldResult(staging.output, names, manifest, warnings)
+    lossy = [] if rounding is None else rounding.warnings()
+    return FoldResult(staging.output, names, manifest, (*folded.notes, *lossy))
 
 
 def _usual_dtype(checkpoint: BaseCheckpoint) -> torch.dtype:
     """The dtype of a checkpoint's first tensor."""
     return next(iter(checkpoint.tensors.values())).dtype
-
-
-def _folded_weights(folded: FoldedCheckpoint) -> dict[str, Recipe]:
-    """The folded weights under their names on disk, in the dtype they are stored in."""
-    weights: dict[str, Recipe] = {}
-    for name, site in folded.sites.items():
-        fold = folded.recipes[site.weight_name]
-        if not isinstance(fold, Fold) or not isinstance(fold.base, Read):
-            raise FoldError(
-                f"{name} has no tensor of its own in the checkpoint: {fold.describe()}",
-                expected="a weight that is stored as the model has it",
-                next_step="export it with bone-export, or save the base with transformers first",
-            )
-        weights[fold.base.key] = replace(fold, to=fold.base.dtype)
-    return weights
-
-
-def _head_weights(folded: FoldedCheckpoint) -> dict[str, Recipe]:
-    """Parameters that come from the adapters, in the dtype of the checkpoint."""
-    checkpoint, plan = folded.inputs.checkpoint, folded.skeleton.plan
-    stored = checkpoint.tensors
-    heads: dict[str, Recipe] = {}
-    for name, tensor in folded.inputs.heads.items():
-        on_disk = name if name in stored else (plan.source_name(name) or name)
-        dtype = stored[on_disk].dtype if on_disk in stored else _usual_dtype(checkpoint)
-        heads[on_disk] = cast(Value(tensor, "adapter's"), dtype)
-    return heads
 
 
 def _write(
@@ -214,11 +196,14 @@ def _write(
         }
         if place == len(checkpoint.files):
             content |= new
-        target = folder / file.name
+        target = folder / checkpoint.path_of(file)
+        target.parent.mkdir(parents=True, exist_ok=True)
         sha256[target] = write_safetensors(target, content, advance)
     for index in checkpoint.folder.glob(f"*{INDEX_SUFFIX}"):
         content_of_index = json.loads(index.read_text(encoding="utf-8"))
-        content_of_index["weight_map"] |= dict.fromkeys(new, checkpoint.files[-1].name)
+        content_of_index["weight_map"] |= dict.fromkeys(
+            new, checkpoint.path_of(checkpoint.files[-1])
+        )
         text = json.dumps(content_of_index, indent=2) + "\n"
         (folder / index.name).write_text(text, encoding="utf-8")
     return sha256
@@ -234,17 +219,22 @@ def _copy_the_rest(inputs: CheckpointInputs, folder: Path) -> None:
         is_written = path.name.endswith(INDEX_SUFFIX) or path.name == MANIFEST
         if path.is_file() and path.suffix in kinds and not is_written:
             shutil.copyfile(path, folder / path.name)
-    if inputs.overrides or inputs.architecture is not checkpoint.architecture:
-        write_config(checkpoint, inputs.architecture, inputs.overrides, folder)
+    is_another = inputs.architecture is not checkpoint.architecture
+    if inputs.overrides or inputs.untied or is_another:
+        write_config(inputs.config, inputs.architecture, folder)
 
 
 def _verify(files: Iterable[Path], recipes: Mapping[str, Recipe], adapters: Adapters) -> None:
-    """Read every folded weight back and compare it with torch's own fold, bit for bit."""
+    """Read what was changed back; folded weights are torch's own fold, bit for bit."""
     by_key = {
         key: Read(path, key, entry) for path in files for key, entry in read_header(path).items()
     }
     for key, recipe in recipes.items():
         if not isinstance(recipe, Fold):
+            if not torch.equal(by_key[key].evaluate(), recipe.evaluate()):
+                raise VerificationError(
+                    f"verification failed: {key}: the written tensor is not the adapter's"
+                )
             continue
         same = partial(_is_the_fold, by_key[key], recipe, adapters)
         with workers() as pool:

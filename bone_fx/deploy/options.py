@@ -6,6 +6,7 @@ person left a choice open; a property gives what it then is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -66,6 +67,10 @@ class ExportOptions:
         str | Path | None, "int4: a text instead of the built-in one; none: to nearest."
     ] = None
     revision: Annotated[str | None, "Branch, tag or commit of a hub id."] = None
+    allow_unused: Annotated[
+        Sequence[str] | None,
+        "Leave out tensors of this name or pattern that the model does not take.",
+    ] = None
     trust_remote_code: Annotated[bool, "Run Python files that come with the base."] = False
     example_inputs: Any = None
     dynamic_shapes: Any = None
@@ -81,6 +86,7 @@ class ExportOptions:
                 )
         self._check_quantization()
         self._check_calibration()
+        self._check_provider()
 
     @property
     def weight_dtype(self) -> Dtype:
@@ -103,6 +109,17 @@ class ExportOptions:
     def verification_provider(self) -> Provider:
         """Where the written model runs to be compared with torch."""
         return self.verify_on or self.provider
+
+    def _check_provider(self) -> None:
+        """Refuse a dtype that ONNX Runtime's provider has no kernels for."""
+        if self.dtype == "bf16" and self.provider == "cpu":
+            raise UsageError(
+                "ONNX Runtime does not load a bf16 model on the CPU provider",
+                expected="dtype fp32 or fp16 with provider cpu, or bf16 with provider cuda",
+                found="dtype='bf16' with provider='cpu'",
+                next_step="--dtype fp16, or --provider cuda (and --verify-on cpu where there is no "
+                "GPU)",
+            )
 
     def _check_quantization(self) -> None:
         """Refuse choices that only a quantized export has."""

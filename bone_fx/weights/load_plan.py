@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bone_fx.errors import AdapterError, BaseModelError
-from bone_fx.weights.recipes.recipe import Converted, Read, Recipe, Value, cast
+from bone_fx.weights.recipes.recipe import Converted, Read, Recipe, Value, cast, dtype_name
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,16 @@ class LoadPlan:
         sources: For each name in memory, what it is made of.
         tied: Names that have no bytes of their own if the other has: `{name: other name}`, read in
             both directions.
-        unexpected: Names in the checkpoint that the model has no use for.
+        unexpected: Names in the checkpoint that the model has no use for, each with the name that
+            it would have in the model.
+        ignored: The same for those that the model's class itself says not to mind.
         optional: Names that the model computes by itself if the checkpoint lacks them.
     """
 
     sources: Mapping[str, Source]
     tied: Mapping[str, str] = field(default_factory=dict)
-    unexpected: tuple[str, ...] = ()
+    unexpected: Mapping[str, str] = field(default_factory=dict)
+    ignored: Mapping[str, str] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
 
     def source_name(self, name: str) -> str | None:
@@ -117,9 +120,16 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_computed(model: nn.Module, name: str, plan: LoadPlan) -> bool:
-    """Whether the model's own code gives the value: buffers, and parameters that may be absent."""
-    owner, _, attribute = name.rpartition(".")
-    return attribute in model.get_submodule(owner)._buffers or name in plan.optional
+    """Whether the model's own code gives the value, which no checkpoint needs to hold.
+
+    Buffers that are not saved, and counts and indices that are; of the rest what the class says.
+    """
+    path, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(path)
+    buffer = owner._buffers.get(attribute)
+    if buffer is None or name in plan.optional:
+        return name in plan.optional
+    return attribute in owner._non_persistent_buffers_set or not buffer.is_floating_point()
 
 
 def _recipe(name: str, tensor: Tensor, source: Source, stored: Mapping[str, Read]) -> Recipe:
@@ -127,6 +137,14 @@ def _recipe(name: str, tensor: Tensor, source: Source, stored: Mapping[str, Read
     # through its own.
     reads = tuple(replace(stored[key]) for key in source.keys)
     recipe: Recipe = reads[0]
+    odd = next((read for read in reads if _is_no_float(read, tensor)), None)
+    if odd is not None:
+        raise BaseModelError(
+            f"{name} is stored as {dtype_name(odd.dtype)}: these are no weights as they stand",
+            expected="weights in float32, float16, bfloat16 or float64",
+            found=odd.describe(),
+            next_step="use the unquantized model, or dequantize it first",
+        )
     if source.convert is not None:
         # Shards of one constant may have been stored in different dtypes; a conversion joins
         # equals.
@@ -146,6 +164,11 @@ def _recipe(name: str, tensor: Tensor, source: Source, stored: Mapping[str, Read
     return cast(recipe, tensor.dtype)
 
 
+def _is_no_float(read: Read, tensor: Tensor) -> bool:
+    """Whether a tensor of floats is stored as something else: codes, flags or complex numbers."""
+    return tensor.is_floating_point() and not read.dtype.is_floating_point
+
+
 def _check_extra(extra: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     for name, value in extra.items():
         if name not in tensors:
@@ -153,12 +176,21 @@ def _check_extra(extra: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> 
                 f"the adapter saved {name}, which the base model does not have",
                 expected=f"a name such as {_nearest(name, tensors)}",
                 found=name,
+                next_step="use the base model that the adapter was trained on, or "
+                f"--allow-unused '{name}' if the adapter is right without it",
+            )
+        if tensors[name].is_floating_point() and not value.is_floating_point():
+            raise AdapterError(
+                f"the adapter's {name} holds no floats",
+                expected=dtype_name(tensors[name].dtype),
+                found=dtype_name(value.dtype),
             )
         if value.shape != tensors[name].shape:
             raise AdapterError(
                 f"the adapter's {name} does not fit the base model",
                 expected=list(tensors[name].shape),
                 found=list(value.shape),
+                next_step="use the base model that the adapter was trained on",
             )
         partners = [n for n, t in tensors.items() if t is tensors[name] and n not in extra]
         if partners:
@@ -176,7 +208,8 @@ def _no_bytes(missing: Sequence[str], stored: Mapping[str, Read]) -> BaseModelEr
         f"{len(missing)} parameter(s) of the model are not in the checkpoint: {missing[0]}",
         expected=f"bytes for {'; '.join(shown)}{more}",
         found=f"{len(stored)} tensors",
-        next_step="use the complete checkpoint, or an adapter that saved these (modules_to_save)",
+        next_step="use the complete checkpoint, or an adapter that saved these (modules_to_save): "
+        "nothing is initialised at random",
     )
 
 

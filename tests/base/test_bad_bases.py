@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bone_fx.base.loading import open_base, skeleton
 from bone_fx.errors import BaseModelError, BoneFxError, UsageError
@@ -72,6 +73,22 @@ def _index(**files: Any) -> Callable[[Path], None]:
     return write
 
 
+def _two_shards(*, of: str = "") -> Callable[[Path], None]:
+    """A second file that holds one of the first one's tensors; the index says where `of` is."""
+
+    def write(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").rename(folder / "one.safetensors")
+        name = "stranger" if of else next(iter(tensors))
+        save_file({name: torch.ones(2)}, folder / "two.safetensors", metadata={"format": "pt"})
+        places = {**dict.fromkeys(tensors, "one.safetensors"), name: "two.safetensors"}
+        places |= {of: "two.safetensors"} if of else {}
+        text = json.dumps({"weight_map": places})
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return write
+
+
 def _config(**fields: Any) -> Callable[[Path], None]:
     return lambda folder: edit_json(folder / "config.json", **fields)
 
@@ -107,7 +124,9 @@ REFUSED: list[tuple[Callable[[Path], None], str]] = [
     (_index(a="gone.safetensors"), "gone"),
     (_index(a=3), "no file name"),
     (_index(a="config.json"), "not safetensors"),
-    (_index(a="part.safetensors"), "none of its files holds"),
+    (_index(a="part.safetensors"), "which part.safetensors does not hold"),
+    (_two_shards(), "two weight files in .* hold"),
+    (_two_shards(of="model.norm.weight"), "which two.safetensors does not hold"),
     (_config(transformers_weights="../x.safetensors"), "points out of its folder"),
     (_config(transformers_weights=7), "transformers_weights"),
     (_config(quantization_config={"quant_method": "gptq", "bits": 4}), "'gptq'"),

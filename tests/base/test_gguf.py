@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bone_fx.base.loading import open_base, skeleton
+from bone_fx.base.unused_tensors import account_for_unused
 from bone_fx.errors import BaseModelError
 from bone_fx.weights.load_plan import recipes_for
 from tests.capture.architectures import BY_NAME, VOCABULARY
@@ -43,7 +47,9 @@ def _interleaved(weight: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(out_features, in_features)
 
 
-def _write(file: Path, merge: str = "! #") -> dict[str, Tensor]:
+def _write(
+    file: Path, merge: str = "! #", extra: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Tensor]:
     """A tiny Llama as GGUF, matrices in Q8_0; gives back what it dequantizes to, by HF name."""
     gguf = pytest.importorskip("gguf")
     model = BY_NAME["llama"].build()
@@ -82,6 +88,8 @@ def _write(file: Path, merge: str = "! #") -> dict[str, Tensor]:
             out_features, in_features = stored.shape
             pairs = stored.view(rotary, out_features // rotary // 2, 2, in_features)
             expected[name] = pairs.transpose(1, 2).reshape(out_features, in_features)
+    for name, values in extra.items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -132,6 +140,33 @@ def test_a_truncated_file(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="dequantized"):
         open_base(file, cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*"))
+
+
+@pytest.mark.parametrize("name", ["blk.1.attn_q.weight", "output_norm.weight", "token_embd.weight"])
+def test_a_file_that_lacks_a_tensor(name: str, tmp_path: Path) -> None:
+    """transformers would fill it with random values."""
+    file = tmp_path / "model.gguf"
+    _write(file)
+    content = file.read_bytes()
+    assert content.count(name.encode()) == 1
+    file.write_bytes(content.replace(name.encode(), name.replace("weight", "weighX").encode()))
+    with pytest.raises(BaseModelError, match="does not hold the whole model"):
+        open_base(file, cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_a_tensor_that_transformers_does_not_read(tmp_path: Path) -> None:
+    file, extra = tmp_path / "model.gguf", ("blk.1.ffn_up.bias", "rope_freqs.weight")
+    _write(file, extra={name: np.full(4, 2.0, np.float32) for name in extra})
+    for _ in range(2):  # the second time from the cache
+        base = open_base(file, cache_dir=tmp_path / "cache")
+        assert base.unread == extra
+    shell = skeleton(base, torch.float32)
+    with pytest.raises(BaseModelError, match=r"2 tensors .* does not take blk\.1\.ffn_up\.bias"):
+        account_for_unused(*shell, base.tensors, unread=base.unread)
+    assert account_for_unused(*shell, base.tensors, extra, base.unread) == [
+        "left out as allowed: blk.1.ffn_up.bias, rope_freqs.weight of the base"
+    ]
 
 
 def test_a_tokenizer_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -87,6 +87,14 @@ def test_a_choice_of_quantization_is_refused_elsewhere_though_it_is_the_default(
     ExportOptions(dtype="int8", **choice)
 
 
+def test_bf16_is_not_for_the_cpu() -> None:
+    with pytest.raises(UsageError, match="does not load a bf16 model on the CPU provider"):
+        ExportOptions(dtype="bf16")
+    with pytest.raises(UsageError, match="--provider cuda"):
+        ExportOptions(dtype="bf16", verify="off", verify_on="cuda")
+    ExportOptions(dtype="bf16", provider="cuda", verify_on="cpu")
+
+
 def test_a_calibration_is_for_int4(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     with pytest.raises(UsageError, match="is no file"):

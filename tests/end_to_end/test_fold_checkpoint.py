@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import bone_fx
+from bone_fx.deploy.changed_tensors import ChangedTensors
 from bone_fx.errors import AdapterError, SiteError, UsageError, VerificationError
 from bone_fx.weights.writing import safetensors_writer
 from tests.command import run
@@ -165,6 +166,62 @@ def test_a_wrong_byte_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         bone_fx.fold_checkpoint(base, adapters=[adapter], output=out)
     assert not out.exists()
     assert (tmp_path / "out.rejected").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float64_is_folded_in_float64(method: str, tmp_path: Path) -> None:
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    wrapped = adapter_of(adapter, checkpoint(base, torch.float32), method, task_type="CAUSAL_LM")
+    for path in base.glob("*.safetensors"):
+        wide = {name: tensor.double() for name, tensor in load_file(path).items()}
+        save_file(wide, path, metadata={"format": "pt"})
+    bone_fx.fold_checkpoint(base, adapters=[adapter], output=out)
+    merged = wrapped.double().merge_and_unload().state_dict()
+    for path in out.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            assert tensor.dtype == torch.float64
+            torch.testing.assert_close(tensor, merged[name], rtol=0, atol=1e-15)
+
+
+def test_shards_of_one_name_in_folders(tmp_path: Path) -> None:
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    model = checkpoint(base, torch.float32)
+    adapter_of(adapter, model, "bone", task_type="CAUSAL_LM")
+    index = base / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    moved = {name: f"part-{i}/weights.safetensors" for i, name in enumerate({*places.values()})}
+    for name, place in moved.items():
+        (base / place).parent.mkdir()
+        (base / name).rename(base / place)
+    index.write_text(json.dumps({"weight_map": {k: moved[name] for k, name in places.items()}}))
+    result = bone_fx.fold_checkpoint(base, adapters=[adapter], output=out)
+    assert len(moved) > 2
+    assert sorted(result.manifest["files"]) == sorted(moved.values())
+    assert sorted(result.manifest["base"]["files"]) == sorted(moved.values())
+    written = {key for place in moved.values() for key in load_file(out / place)}
+    assert written == set(places)
+
+
+def test_a_name_that_transformers_does_not_read_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bone_fx.deploy import fold_checkpoint as folding
+
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    config = {"modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
+    adapter_of(adapter, checkpoint(base, torch.float32, shard="5GB"), "bone", **config)
+    real = folding.changed_tensors
+
+    def misnamed(*arguments: Any) -> ChangedTensors:
+        changes = real(*arguments)
+        recipes = dict(changes.recipes)
+        recipes["head.weight"] = recipes.pop("lm_head.weight")
+        return ChangedTensors(recipes, {**changes.keys, "lm_head.weight": "head.weight"})
+
+    monkeypatch.setattr(folding, "changed_tensors", misnamed)
+    with pytest.raises(VerificationError, match=r"does not load what was written for lm_head"):
+        bone_fx.fold_checkpoint(base, adapters=[adapter], output=out)
+    assert not out.exists()
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -121,17 +121,14 @@ def test_defects_are_caught(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("provider", ["cpu", "cuda"])
-def test_bf16_is_verified_on_a_twin(
-    provider: Any, folders: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_bf16_is_verified_on_a_twin(folders: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = bone_fx.export(
         folders[0],
         output=out,
         adapters=[folders[1]],
         dtype="bf16",
-        provider=provider,
+        provider="cuda",
         verify_on="cpu",
     )
     model = ir.load(out / "model.onnx")

@@ -67,12 +67,12 @@ class CheckpointBuild(Build):
             from bone_fx.deploy.genai_config import write_genai_folder
 
             notes += write_genai_folder(
-                folder, base.config, self.graph.capture, base.folder, provider=self.provider
+                folder, self.inputs.config, self.graph.capture, base.folder, provider=self.provider
             )
         else:
             from bone_fx.base.real_model import copy_config_and_tokenizer
 
-            notes += copy_config_and_tokenizer(base, self.inputs.overrides, folder)
+            notes += copy_config_and_tokenizer(base, self.inputs.config, folder)
         report = self.rounding.report() if self.rounding is not None else None
         return Written(sha256, report, tuple(notes))
 
@@ -87,9 +87,11 @@ class CheckpointBuild(Build):
         from bone_fx.verify.peft_layout import PeftAdapter
         from bone_fx.verify.rotary_tables import verify_rotary_tables
 
-        base = self.inputs.checkpoint
-        model = load_model(base, self.inputs.architecture, self.inputs.overrides, self.inputs.heads)
-        adapters = [PeftAdapter.read(folder.path) for _, folder in self.inputs.adapters]
+        inputs = self.inputs
+        model = load_model(
+            inputs.checkpoint, inputs.architecture, inputs.overrides, inputs.heads, inputs.untied
+        )
+        adapters = [PeftAdapter.read(folder.path) for _, folder in inputs.adapters]
         compared = verify_constants(folder, model, adapters)
         verify_rotary_tables(folder, model, compared.others)
         short, written = level == "fast", None
@@ -106,7 +108,7 @@ class CheckpointBuild(Build):
             if isinstance(self.graph, DecoderGraph):
                 checks = DecoderChecks(
                     dtype=dtype,
-                    vocab_size=int(base.config.get_text_config().vocab_size),
+                    vocab_size=int(inputs.config.get_text_config().vocab_size),
                     context_length=self.graph.capture.context_length,
                     short=short,
                 )
@@ -126,13 +128,14 @@ def build_checkpoint(
         adapters,
         trust_remote_code=options.trust_remote_code,
         revision=options.revision,
+        allow_unused=options.allow_unused or (),
     )
     progress.stage("capture without weights")
     dtype = TORCH_DTYPES[options.activation_dtype]
     in_halves = dtype.itemsize == 2 and not options.quantizes
     folded = inputs.fold(dtype, Rounding(dtype) if in_halves and adapters else None)
     graph = capture_graph(folded, options, progress)
-    notes = list(graph.notes)
+    notes = [*folded.notes, *graph.notes]
     twin = None
     if options.activation_dtype == "bf16":
         progress.stage("capture the fp32 twin")

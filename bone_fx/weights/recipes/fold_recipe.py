@@ -69,6 +69,8 @@ class FoldPart:
 class Fold(Recipe):
     """A weight with blocks folded into it, in float32, rounded once.
 
+    A weight that stays in float64 is folded in float64.
+
     Attributes:
         base: The weight's recipe, as close to the stored bytes as can be (no cast before the fold).
         steps: Blocks in the order in which they act.
@@ -128,6 +130,12 @@ class Fold(Recipe):
         for rows, columns in bands(((first, last), wide), nbytes, 4, grain=grain):
             yield FoldPart(rows, columns, self.transposed)
 
+    @property
+    def _exact(self) -> torch.dtype:
+        """The dtype that blocks act in, as in `passes.fold.fold_weight`."""
+        stays_wide = self.base.dtype == self.to == torch.float64
+        return torch.float64 if stays_wide else torch.float32
+
     def cuts(self, dim: int) -> bool:  # noqa: D102 - documented on Recipe
         along_outputs = (dim == 1) == self.transposed
         additive = all(METHODS[step.method].additive for step in self.steps)
@@ -135,14 +143,14 @@ class Fold(Recipe):
 
     def _fold(self, part: FoldPart, result: Tensor) -> None:
         """Compute a part `[outputs, inputs]` of the folded weight in the dtype of the result."""
-        with scratch(part.shape, torch.float32) as w_OI:
+        with scratch(part.shape, self._exact) as w_OI:
             self._read(part, w_OI)
             sample = slice(-(-part.shape[0] // _SAMPLED))
             measures = self.rounding is not None and self.rounding.to == self.to
             before = w_OI[sample].clone() if measures else None
             for step in self.steps:
                 METHODS[step.method].fold_(
-                    w_OI, part.of_block(step.method, step.block.detach()).float()
+                    w_OI, part.of_block(step.method, step.block.detach()).to(self._exact)
                 )
             result.copy_(w_OI)
             if not is_finite(result):
@@ -157,13 +165,13 @@ class Fold(Recipe):
                 self.rounding.measure(self.site, corner, before, w_OI[sample], result[sample])
 
     def _read(self, part: FoldPart, w_OI: Tensor) -> None:
-        """Read a part `[outputs, inputs]` of the weight before the fold, in float32."""
+        """Read a part `[outputs, inputs]` of the weight before the fold."""
         with scratch(sizes(part.stored), self.base.dtype) as stored:
             self.base.fill(stored, part.stored)
             if not self.transposed:
                 w_OI.copy_(stored)
                 return
-            with scratch(stored.shape, torch.float32) as exact:
+            with scratch(stored.shape, self._exact) as exact:
                 w_OI.copy_(exact.copy_(stored).t())
 
     def describe(self) -> str:  # noqa: D102 - documented on Recipe
@@ -186,7 +194,7 @@ class Fold(Recipe):
             if not torch.isfinite(step.block).all():
                 return f"NaN or Inf in the block of adapter {step.adapter!r}"
         if not torch.isfinite(folded).all():
-            return "an overflow in float32"
+            return f"an overflow in {dtype_name(self._exact)}"
         return (
             f"values up to {folded.abs().max().item():.3g}, beyond {torch.finfo(self.to).max:.3g}"
         )

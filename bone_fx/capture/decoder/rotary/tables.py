@@ -48,7 +48,11 @@ class RotaryTables:
     _halves: dict[Layout | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def angles(self, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Tables [M, R/2] of cos and sin; those of short texts, [switch, R/2], stand before."""
+        """Tables [M, R/2] of cos and sin; those of short texts, [switch, R/2], stand before.
+
+        In the dtype of the graph, as the operators take them: some modules (OLMo-2's) turn heads in
+        float32 and hand out such tables.
+        """
         return self._whole(layout)
 
     def as_made(self) -> tuple[Tensor, Tensor]:
@@ -75,7 +79,9 @@ class RotaryTables:
             for start in range(0, length, TILE):
                 positions = torch.arange(start, min(start + TILE, length))
                 pair = rows(positions, self.dtype)
-                tiles.append([one_of_each(t, layout) for t in pair] if layout else list(pair))
+                tiles.append(
+                    [one_of_each(t, layout).to(self.dtype) for t in pair] if layout else list(pair)
+                )
         return torch.cat([t[0] for t in tiles]), torch.cat([t[1] for t in tiles])
 
 

@@ -1,0 +1,227 @@
+"""What adapters bring besides blocks, and what it makes of the base, as PEFT 0.18.1 has it.
+
+An entry of `modules_to_save` is a copy that acts in its own place alone: of a tied pair the other
+side keeps its value, and the pair unties. Other parameters in an adapter's file are the base's own,
+resized or moved under `base_layer`: they act wherever the base's tensor does. A block on one side
+of a tied pair acts on that side alone, too. Embeddings with more or fewer rows resize the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bone_fx.adapter_folder import WEIGHTS_NAME, AdapterFolder
+from bone_fx.base.unused_tensors import matching
+from bone_fx.errors import AdapterError
+from bone_fx.sites import is_saved_module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Adapters = Sequence[tuple[str, AdapterFolder]]
+
+
+@dataclass(frozen=True)
+class TrainedHeads:
+    """What adapters bring besides blocks.
+
+    Attributes:
+        tensors: Parameters of the model that come from the adapters, by name.
+        vocab_size: Rows of the embeddings, if they are other than the base's.
+        untied: Names that get a tensor of their own though the model ties them.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    vocab_size: int | None = None
+    untied: frozenset[str] = frozenset()
+
+    def overrides(self) -> dict[str, Any]:
+        """Fields of the configuration that the heads decide."""
+        return {} if self.vocab_size is None else {"vocab_size": self.vocab_size}
+
+
+def brought_tensors(adapters: Adapters) -> dict[str, Tensor]:
+    """Every parameter that an adapter brings, by name.
+
+    Raises:
+        AdapterError: Two adapters bring different values.
+    """
+    brought: dict[str, tuple[str, Tensor]] = {}
+    for label, adapter in adapters:
+        for name, tensor in adapter.modules_to_save.items():
+            other, value = brought.setdefault(name, (label, tensor))
+            if value.shape != tensor.shape or not torch.equal(value, tensor):
+                raise AdapterError(
+                    f"adapters {other!r} and {label!r} bring different values of {name}",
+                    expected="one adapter with this head, or the same values in both",
+                    found=f"{_kind(value)} and {_kind(tensor)}",
+                    next_step="export them one by one, or take the head out of one of them",
+                )
+    return {name: tensor for name, (_, tensor) in brought.items()}
+
+
+def without_unused(
+    adapters: Adapters, allowed: Sequence[str]
+) -> tuple[list[tuple[str, AdapterFolder]], list[str]]:
+    """Adapters without the tensors that a person gives up, and notes about those.
+
+    Raises:
+        AdapterError: A file holds a tensor that means nothing for this kind of adapter.
+    """
+    kept, notes = [], []
+    for label, adapter in adapters:
+        heads = matching(adapter.modules_to_save, allowed)
+        unused = matching(adapter.unused, allowed)
+        left = [key for key in adapter.unused if key not in unused]
+        if left:
+            raise AdapterError(
+                f"{len(left)} tensors of {adapter.path / WEIGHTS_NAME} would be lost: {left[0]} is "
+                f"no part of a {adapter.config.peft_type} adapter",
+                expected="blocks of this kind, and modules that were trained whole",
+                found=", ".join(left[:4]) + (f" and {len(left) - 4} more" if left[4:] else ""),
+                next_step="correct peft_type in its configuration, or "
+                f"--allow-unused '{left[0]}' if the adapter is right without it",
+            )
+        given_up = [*heads, *unused]
+        if given_up:
+            notes.append(f"left out as allowed: {', '.join(given_up)} of adapter {label!r}")
+        rest = {k: v for k, v in adapter.modules_to_save.items() if k not in heads}
+        kept.append((label, replace(adapter, modules_to_save=rest)))
+    return kept, notes
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} of mean size {tensor.float().abs().mean().item():.3g}"
+
+
+def concern_heads(adapters: Adapters) -> bool:
+    """Whether an adapter may touch heads or a tied pair, by what its file and configuration say."""
+    return any(
+        adapter.modules_to_save
+        or adapter.config.modules_to_save
+        or any(not _is_in_layer(site) for site in adapter.blocks)
+        for _, adapter in adapters
+    )
+
+
+def trained_heads(model: PreTrainedModel, adapters: Adapters) -> TrainedHeads:
+    """What adapters make of a model's embeddings and heads.
+
+    Args:
+        model: The base without weights, nothing tied yet (`base.skeleton.meta_model`).
+        adapters: The adapters by name.
+
+    Raises:
+        AdapterError: Two adapters bring different values, a module in `modules_to_save` is not in
+            an adapter's file, or resized embeddings lack a part.
+    """
+    tensors = brought_tensors(adapters)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for label, adapter in adapters:
+        _check_whole(label, adapter, model)
+    vocab_size = _resized(model, tensors, parameters)
+    in_base = frozenset(name for _, adapter in adapters for name in adapter.in_base)
+    untied: set[str] = set()
+    for group in _tied_groups(model, parameters):
+        values = _values(group, tensors, in_base)
+        adapted = {name for name in group if _has_block(name, adapters)}
+        if not adapted and all(_equal(value, values[group[0]]) for value in values.values()):
+            tensors |= {name: value for name, value in values.items() if value is not None}
+            continue
+        untied.update(group)
+        tensors |= {name: value for name, value in values.items() if value is not None}
+    return TrainedHeads(tensors, vocab_size, frozenset(untied))
+
+
+def _tied_groups(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+    """Names that share one tensor, in the order in which PEFT loads them."""
+    tied: dict[str, str] = model.all_tied_weights_keys
+    roots = dict.fromkeys(tied.values())
+    members = {root: {root, *(name for name in tied if tied[name] == root)} for root in roots}
+    return [tuple(name for name in parameters if name in group) for group in members.values()]
+
+
+def _values(
+    group: Sequence[str], tensors: Mapping[str, Tensor], in_base: Collection[str]
+) -> dict[str, Tensor | None]:
+    """The value of each name of a tied group; None is the base's own."""
+    shared = [tensors[name] for name in group if name in in_base]
+    alike = all(_equal(value, shared[0]) for value in shared)
+    others = shared[-1] if shared else None
+    own = {name for name in group if name in tensors and (name not in in_base or not alike)}
+    return {name: tensors[name] if name in own else others for name in group}
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or (one.shape == other.shape and torch.equal(one, other))
+
+
+def _has_block(name: str, adapters: Adapters) -> bool:
+    return any(name.removesuffix(".weight") in adapter.blocks for _, adapter in adapters)
+
+
+def _is_in_layer(site: str) -> bool:
+    return any(part.isdecimal() for part in site.split("."))
+
+
+def _check_whole(label: str, adapter: AdapterFolder, model: PreTrainedModel) -> None:
+    """Refuse an adapter whose file lacks a module that its configuration says it trained."""
+    brought = adapter.modules_to_save
+    tied: dict[str, str] = model.all_tied_weights_keys
+    partners = {tied.get(name, name) for name in brought}
+    lacking = [
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if name not in brought
+        and tied.get(name, name) not in partners
+        and is_saved_module(adapter.config, name.rpartition(".")[0])
+    ]
+    if lacking:
+        raise AdapterError(
+            f"adapter {label!r} lists {adapter.config.modules_to_save} in modules_to_save, and its "
+            f"file does not hold {lacking[0]}",
+            expected=", ".join(lacking[:4]),
+            found=", ".join(list(brought)[:4])
+            or f"no trained module in {adapter.path / WEIGHTS_NAME}",
+            next_step="save the adapter again with PEFT's save_pretrained, on the model it was "
+            "trained on: without this head its values would be random",
+        )
+
+
+def _resized(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> int | None:
+    """Rows of embeddings that were resized before training; None if they were not.
+
+    Raises:
+        AdapterError: Input and output embeddings would have different numbers of rows.
+    """
+    try:
+        modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except NotImplementedError:  # models that have none
+        return None
+    weights = [getattr(module, "weight", None) for module in modules]
+    names = [name for name, p in parameters.items() if any(p is weight for weight in weights)]
+    rows = {name: len(tensors[name]) for name in names if name in tensors}
+    base_rows = {name: len(parameters[name]) for name in names}
+    if all(rows[name] == base_rows[name] for name in rows):
+        return None
+    tied = model.all_tied_weights_keys
+    roots = {tied.get(name, name) for name in rows}
+    rows |= {name: base_rows[name] for name in names if tied.get(name, name) not in roots}
+    if len(set(rows.values())) > 1:
+        raise AdapterError(
+            "the adapter resizes one side of the embeddings only",
+            expected="input and output embeddings of one vocabulary",
+            found=", ".join(f"{name} with {number} rows" for name, number in rows.items()),
+            next_step="save the adapter with save_embedding_layers=True, or give the base that was "
+            "resized",
+        )
+    return next(iter(rows.values()))
