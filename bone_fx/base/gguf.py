@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from bone_fx.base.left_over import without_adapter
 from bone_fx.errors import BaseModelError
 from bone_fx.weights.storage.safetensors_file import file_sha256
 
@@ -87,13 +88,14 @@ def _dequantize(file: Path, target: Path) -> None:
                 if type(config) in AutoModelForCausalLM._model_mapping
                 else AutoModel
             )
-            model = auto.from_pretrained(
-                **source,
-                config=config,
-                local_files_only=True,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-            )
+            with without_adapter(file.parent) as folder:
+                model = auto.from_pretrained(
+                    **{**source, "pretrained_model_name_or_path": str(folder)},
+                    config=config,
+                    local_files_only=True,
+                    dtype=torch.float32,
+                    quantization_config=GgufConfig(dequantize=True),
+                )
         except _READ_ERRORS as error:
             raise BaseModelError(
                 f"{file} cannot be dequantized",

@@ -5,7 +5,6 @@ The reference that verification compares with.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,23 +14,13 @@ from torch import Tensor
 from transformers.utils import logging as _logging
 
 from bone_fx.base.architectures import reference_attention, with_overrides
+from bone_fx.base.left_over import without_adapter
 from bone_fx.base.loading import BaseCheckpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logging: Any = _logging  # without annotations in transformers
-
-_BESIDE_THE_MODEL = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "preprocessor_config.json",
-)
 
 
 def load_model(
@@ -54,38 +43,20 @@ def load_model(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model: Any = architecture.from_pretrained(
-            base.folder,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation=reference_attention(config),
-            local_files_only=True,
-            ignore_mismatched_sizes=bool(heads),
-        )
+        with without_adapter(base.folder) as folder:
+            model: Any = architecture.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation=reference_attention(config),
+                local_files_only=True,
+                ignore_mismatched_sizes=bool(heads),
+            )
     finally:
         logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
     return cast("PreTrainedModel", model.eval())
-
-
-def copy_config_and_tokenizer(
-    base: BaseCheckpoint, overrides: Mapping[str, Any], folder: Path
-) -> list[str]:
-    """Copy what stands beside a model that is no decoder; returns notes.
-
-    The configuration carries the head's `num_labels`; the tokenizer is the base's.
-    """
-    for name in _BESIDE_THE_MODEL[1:]:
-        if (base.folder / name).is_file():
-            shutil.copyfile(base.folder / name, folder / name)
-    config = with_overrides(base.config, overrides)
-    config.to_json_file(folder / _BESIDE_THE_MODEL[0])
-    has_tokenizer = any(
-        (folder / name).exists()
-        for name in ("tokenizer.json", "vocab.txt", "preprocessor_config.json")
-    )
-    return [] if has_tokenizer else ["the base folder has no tokenizer; the output has none either"]
 
 
 def write_config(
@@ -97,4 +68,4 @@ def write_config(
     """Write config.json for a checkpoint that got another class or a head of another size."""
     config = with_overrides(base.config, overrides)
     config.architectures = [architecture.__name__]
-    config.to_json_file(folder / _BESIDE_THE_MODEL[0])
+    config.to_json_file(folder / "config.json")

@@ -8,7 +8,7 @@ and written one at a time; no model is built with weights.
 3. The adapters are folded into the recipes of a model without weights (`CheckpointInputs.fold`);
    what they change gets its name and dtype on disk (`_folded_weights`, `_head_weights`).
 4. Every weight file is written again (`_write`), and what stands beside it copied
-   (`_copy_the_rest`).
+   (`deploy.companions.checkpoint_folder.copy_the_rest`).
 5. Every folded weight is read back and compared with torch's own fold (`_verify`).
 6. The manifest is written and the folder moved to the output (`deploy.manifest.manifest_of`,
    `Staging.publish`).
@@ -30,12 +30,13 @@ from torch import Tensor
 from bone_fx.adapter_folder import read_adapters
 from bone_fx.deploy.checkpoint_inputs import (
     Adapters,
-    CheckpointInputs,
     FoldedCheckpoint,
     open_checkpoint,
 )
+from bone_fx.deploy.companions.checkpoint_folder import INDEX_SUFFIX, copy_the_rest
+from bone_fx.deploy.companions.choice import hashes_beside_weights
 from bone_fx.deploy.manifest import manifest_of
-from bone_fx.deploy.staging import MANIFEST, refuse_inputs_as_output, staged
+from bone_fx.deploy.staging import refuse_inputs_as_output, staged
 from bone_fx.errors import FoldError, UsageError, VerificationError
 from bone_fx.passes.fold import fold_weight
 from bone_fx.progress import Progress, Silent
@@ -49,8 +50,6 @@ from bone_fx.weights.writing.stream import workers
 if TYPE_CHECKING:
     from bone_fx.base.loading import BaseCheckpoint
 
-INDEX_SUFFIX = ".safetensors.index.json"
-_BESIDE_WEIGHTS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 _VERIFIED_BYTES = 4 << 20
 """A weight is verified in parts that take as much in float32: they stay in a core's caches."""
@@ -129,7 +128,7 @@ def fold_checkpoint(
         recipes = {**_folded_weights(folded), **_head_weights(folded)}
         progress.stage("fold the weights")
         files = _write(inputs.checkpoint, recipes, staging.folder, progress)
-        _copy_the_rest(inputs, staging.folder)
+        notes = copy_the_rest(inputs, folded.skeleton.model, staging.folder)
         progress.stage("verify")
         _verify(files, recipes, inputs.adapters)
         progress.stage("publish")
@@ -137,17 +136,18 @@ def fold_checkpoint(
             "checkpoint",
             architecture=inputs.architecture.__name__,
             base_name=Path(inputs.checkpoint.origin).name,
-            base_files=inputs.checkpoint.sha256(),
+            base_files=inputs.checkpoint.sha256() | hashes_beside_weights(inputs.checkpoint.folder),
             adapters=inputs.adapters,
             entries={
                 "rounding": None if rounding is None else rounding.report(),
                 "files": {path.name: sha256 for path, sha256 in files.items()},
+                "notes": notes,
             },
         )
         staging.publish(manifest)
     names = tuple(key for key, recipe in recipes.items() if isinstance(recipe, Fold))
-    warnings = () if rounding is None else tuple(rounding.warnings())
-    return FoldResult(staging.output, names, manifest, warnings)
+    warnings = [*notes, *([] if rounding is None else rounding.warnings())]
+    return FoldResult(staging.output, names, manifest, tuple(warnings))
 
 
 def _usual_dtype(checkpoint: BaseCheckpoint) -> torch.dtype:
@@ -222,20 +222,6 @@ def _write(
         text = json.dumps(content_of_index, indent=2) + "\n"
         (folder / index.name).write_text(text, encoding="utf-8")
     return sha256
-
-
-def _copy_the_rest(inputs: CheckpointInputs, folder: Path) -> None:
-    """Copy configuration, tokenizer and what else stands beside the weights."""
-    from bone_fx.base.real_model import write_config
-
-    checkpoint = inputs.checkpoint
-    kinds = (*_BESIDE_WEIGHTS, *((".py",) if checkpoint.trust_remote_code else ()))
-    for path in sorted(checkpoint.folder.iterdir()):
-        is_written = path.name.endswith(INDEX_SUFFIX) or path.name == MANIFEST
-        if path.is_file() and path.suffix in kinds and not is_written:
-            shutil.copyfile(path, folder / path.name)
-    if inputs.overrides or inputs.architecture is not checkpoint.architecture:
-        write_config(checkpoint, inputs.architecture, inputs.overrides, folder)
 
 
 def _verify(files: Iterable[Path], recipes: Mapping[str, Recipe], adapters: Adapters) -> None:
