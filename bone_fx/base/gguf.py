@@ -21,7 +21,7 @@ from bone_fx.base.left_over import without_adapter
 from bone_fx.errors import BaseModelError
 from bone_fx.weights.storage.safetensors_file import file_sha256
 
-_LAYOUT = "gguf1"
+LAYOUT = "gguf1"
 """Part of the key: changed when the folder's content would be another for the same file."""
 _log = logging.getLogger(__name__)
 _READ_ERRORS = (
@@ -42,7 +42,7 @@ def dequantized_folder(file: Path, cache: Path) -> Path:
             the `gguf` package is missing.
     """
     _check_magic(file)
-    folder = cache / f"{_LAYOUT}-{file_sha256(file)}"
+    folder = cache / f"{LAYOUT}-{file_sha256(file)}"
     if folder.is_dir():
         return folder
     try:

@@ -12,6 +12,13 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.gguf"]
 _UNWANTED = ["*/*.safetensors", "*/*.gguf", "onnx/*", "openvino/*"]
 
 
+def cache_folder() -> Path:
+    """Where models of the hub lie on this machine."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
+
+
 def download(hub_id: str, revision: str | None, *, trust_remote_code: bool) -> Path:
     """A local folder with a hub model's configuration, weights and tokenizer.
 

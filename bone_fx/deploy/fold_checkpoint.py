@@ -35,8 +35,9 @@ from bone_fx.deploy.checkpoint_inputs import (
 )
 from bone_fx.deploy.companions.checkpoint_folder import INDEX_SUFFIX, copy_the_rest
 from bone_fx.deploy.companions.choice import hashes_beside_weights
+from bone_fx.deploy.input_files import refuse_overlap
 from bone_fx.deploy.manifest import manifest_of
-from bone_fx.deploy.staging import refuse_inputs_as_output, staged
+from bone_fx.deploy.staging import staged
 from bone_fx.errors import FoldError, UsageError, VerificationError
 from bone_fx.passes.fold import fold_weight
 from bone_fx.progress import Progress, Silent
@@ -113,7 +114,7 @@ def fold_checkpoint(
     if not adapters:
         raise UsageError("there is nothing to fold", expected="one adapter or more")
     progress = progress or Silent()
-    refuse_inputs_as_output(output, [*adapters, str(base)])
+    refuse_overlap(output, base=base, adapters=adapters)
     with staged(output, overwrite=overwrite) as staging:
         progress.stage("read the inputs")
         inputs = open_checkpoint(
