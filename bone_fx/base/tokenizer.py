@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+_SENTENCEPIECE = ("sentencepiece", "google.protobuf")
 
 
 class TokenizerError(Exception):
@@ -14,12 +17,12 @@ class TokenizerError(Exception):
 
 
 def write_tokenizer_json(
-    folder: Path, config: PreTrainedConfig, target: Path, *, trust_remote_code: bool
+    vocabulary: Path, config: PreTrainedConfig, target: Path, *, trust_remote_code: bool
 ) -> None:
     """Convert a tokenizer to `tokenizer.json`, by transformers.
 
     Args:
-        folder: The folder with the tokenizer's files.
+        vocabulary: The file with the tokenizer's vocabulary; others stand beside it.
         config: The model's configuration, which says whose tokenizer it is if the files do not.
         target: Folder for `tokenizer.json`, and for `tokenizer_config.json` if it has none.
         trust_remote_code: Whether Python files that come with the tokenizer may be run.
@@ -27,11 +30,17 @@ def write_tokenizer_json(
     Raises:
         TokenizerError: The tokenizer cannot be read, or has no such form.
     """
+    missing = [name.rpartition(".")[2] for name in _SENTENCEPIECE if find_spec(name) is None]
+    if vocabulary.suffix in (".model", ".spm") and missing:
+        raise TokenizerError(f"pip install {' '.join(missing)}, and export again")
     from transformers import AutoTokenizer
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
-            folder, config=config, local_files_only=True, trust_remote_code=trust_remote_code
+            vocabulary.parent,
+            config=config,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
         )
         tokenizer.backend_tokenizer.save(str(target / "tokenizer.json"))
         if not (target / "tokenizer_config.json").is_file():

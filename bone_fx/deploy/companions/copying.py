@@ -29,7 +29,9 @@ def copy_companions(companions: Companions, folder: Path) -> None:
     for name in template_files(source) if source is not None else ():
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, folder / name)
-    if read_templates(folder) != companions.templates:
+    config = companions.tokenizer.get("tokenizer_config.json")
+    mixed = source is not None and config is not None and config.parent != source
+    if mixed or read_templates(folder) != companions.templates:
         write_templates(companions.templates, folder)
 
 
@@ -57,7 +59,7 @@ def _is_plain(folder: Path) -> bool:
     """Whether the default template stands where onnxruntime-genai looks for it."""
     field = read_object(folder / "tokenizer_config.json").get("chat_template")
     if (folder / TEMPLATE_FILE).is_file():
-        return field is None or isinstance(field, str)
+        return field in (None, read_templates(folder)[DEFAULT])
     return isinstance(field, str) or not read_templates(folder)
 
 
@@ -74,21 +76,15 @@ def _make_tokenizer_json(
         ]
     from bone_fx.base.tokenizer import TokenizerError, write_tokenizer_json
 
-    source = companions.tokenizer[vocabulary].parent
+    path = companions.tokenizer[vocabulary]
+    trusted = checkpoint.trust_remote_code
     try:
-        write_tokenizer_json(
-            source,
-            checkpoint.config,
-            folder,
-            trust_remote_code=checkpoint.trust_remote_code,
-        )
+        write_tokenizer_json(path, checkpoint.config, folder, trust_remote_code=trusted)
     except TokenizerError as error:
         return [
             (
-                f"{source.name} has {vocabulary} and no tokenizer.json, and transformers cannot "
-                f"convert it ({error}): onnxruntime-genai gets token ids only; pip install "
-                "sentencepiece protobuf tiktoken, then "
-                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+                f"{path.parent.name} has {vocabulary} and no tokenizer.json, which "
+                f"onnxruntime-genai needs to read texts, and it was not converted: {error}"
             )
         ]
     return [f"tokenizer.json: converted from {vocabulary}, which onnxruntime-genai does not read"]
