@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
     GPT2LMHeadModel,
@@ -24,14 +24,16 @@ from bone_fx.deploy.companions.left_out import files_left_out, sentence_notes
 from bone_fx.errors import AdapterError, InputRefusedError
 from tests.capture.decoder.decoders import DECODERS
 
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", "red", "green", "blue"]
+VOCABULARY = ["<pad>", "<s>", "</s>", "e", "d", "ed", "r"]
 PLAIN = "{{ messages[0]['content'] }}"
 
 
 def tokenizer(folder: Path, *more: str, template: str | None = None, **special: str) -> Any:
-    """A tokenizer of whole words, saved as transformers saves it."""
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    """A tokenizer of a few letters, saved as transformers saves it."""
+    ids = {token: number for number, token in enumerate(VOCABULARY)}
+    raw = Tokenizer(models.BPE(ids, [("e", "d")]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
     made = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="<pad>")
     made.add_tokens(list(more), special_tokens=True)
     for name, token in special.items():
@@ -62,8 +64,7 @@ def test_the_last_adapter_that_brings_a_tokenizer_wins(tmp_path: Path) -> None:
     assert "chat template: from adapter last" in chosen.notes
     got = copied(chosen, tmp_path / "out")
     assert got.chat_template == "last"
-    text = "red <c> blue"
-    assert got(text)["input_ids"] == last(text)["input_ids"] == [4, 8, 6]
+    assert got("red<c>e")["input_ids"] == last("red<c>e")["input_ids"] == [6, 5, 8, 3]
 
 
 def test_files_that_only_the_base_has_do_not_mix_with_an_adapters_tokenizer(tmp_path: Path) -> None:
