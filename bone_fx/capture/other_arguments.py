@@ -83,7 +83,7 @@ def other_arguments(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]
             except _UsedError as argument:
                 used.append(argument.name)
             except _ERRORS:
-                break  # what the model does with the rest is not known
+                used += left  # what the model does with them is not known
     if _STATES in names and _STATES not in used and _MASK_OF_STATES in used:
         used.remove(_MASK_OF_STATES)  # it is prepared, and then masks nothing
     return [name for name in names if name in used]

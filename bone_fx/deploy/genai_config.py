@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "genai_config.json"
 DEFAULT_CONTEXT = 2048
+_LARGEST = 1 << 31
 SEARCH_DEFAULTS: dict[str, float | int | bool] = {
     "diversity_penalty": 0.0,
     "do_sample": False,
@@ -139,4 +140,5 @@ def _plain(value: object, default: float) -> float | int | bool:
     """A search option of the default's type, or the default where the file says something else."""
     if isinstance(value, bool) or isinstance(default, bool):
         return value if isinstance(value, bool) and isinstance(default, bool) else default
-    return type(default)(value) if isinstance(value, int | float) else default
+    is_number = isinstance(value, int | float) and abs(value) < _LARGEST
+    return type(default)(value) if is_number else default

@@ -36,11 +36,12 @@ def refuse_overlap(
     given = [*adapters, *(text for text in texts if text is not None)]
     if isinstance(base, str | Path):
         given += [base, *_caches(Path(base).expanduser())]
-    paths = [path for each in given for path in _read(Path(each).expanduser())]
+    named = [path for each in given for path in _read(Path(each).expanduser())]
+    paths = [path for path in named if os.path.lexists(path)]
     target = Path(output).expanduser()
     for place in (target, target.with_name(f"{target.name}.rejected")):
         refuse_inputs_as_output(place, paths)
-        resolved = place.resolve()
+        resolved = Path(os.path.realpath(place))
         for path in paths:
             link = next((step for step in _steps(path) if resolved in step.parents), None)
             if link is not None:
@@ -53,19 +54,16 @@ def refuse_overlap(
 
 def _read(path: Path) -> list[Path]:
     """A file, or a folder with what stands in it and in its subfolders."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [path]
-    try:
-        return [path, *path.glob("*"), *path.glob("*/*")]
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read", found=error.strerror or str(error)) from error
+    return [path, *path.glob("*"), *path.glob("*/*")]
 
 
 def _steps(path: Path) -> Iterator[Path]:
     """Where a name and each link that it leads to stand."""
     for _ in range(_LINKS):
-        yield path.parent.resolve() / path.name
-        if not path.is_symlink():
+        yield Path(os.path.realpath(path.parent)) / path.name
+        if not os.path.islink(path):
             return
         path = path.parent / os.readlink(path)
 
@@ -76,6 +74,6 @@ def _caches(base: Path) -> list[Path]:
     from bone_fx.base.hub import cache_folder
     from bone_fx.base.loading import cache_root
 
-    if not base.exists():
+    if not os.path.lexists(base):
         return [cache_folder()]
     return sorted(cache_root().glob(f"{LAYOUT}-*"))

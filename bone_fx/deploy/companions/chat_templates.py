@@ -20,8 +20,9 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 def template_files(folder: Path) -> list[str]:
     """Names of the files in a folder that hold nothing but chat templates."""
-    more = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
-    names = [TEMPLATE_FILE, PROCESSOR_TEMPLATE, *(f"{MORE_TEMPLATES}/{p.name}" for p in more)]
+    more = sorted(path.name for path in (folder / MORE_TEMPLATES).glob("*.jinja"))
+    named = [f"{MORE_TEMPLATES}/{name}" for name in more if _NAME.fullmatch(name)]
+    names = [TEMPLATE_FILE, PROCESSOR_TEMPLATE, *named]
     return [name for name in names if (folder / name).is_file()]
 
 

@@ -54,8 +54,10 @@ def copy_the_rest(inputs: CheckpointInputs, model: Any, folder: Path) -> list[st
         shutil.copyfile(companions.generation, folder / companions.generation.name)
     settings, changed = companions.generation_settings(checkpoint.config)
     write_generation_settings(settings, changed, folder)
+    none = not companions.tokenizer and not companions.processors
     return [
         *companions.notes,
+        *(["the base folder has no tokenizer; the output has none either"] if none else []),
         *companions.token_notes(changed),
         *files_left_out(checkpoint, inputs.adapters),
     ]

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bone_fx.deploy.companions.chat_templates import read_templates, template_files
-from bone_fx.deploy.companions.reading import read_object
+from bone_fx.deploy.companions.reading import printable, read_object
 from bone_fx.deploy.companions.tokens import special_token, token_ids
-from bone_fx.errors import AdapterError
+from bone_fx.errors import AdapterError, InputRefusedError
 from bone_fx.weights.storage.safetensors_file import file_sha256
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ PROCESSOR_FILES = (
     *("image_processor_config.json", "feature_extractor_config.json"),
 )
 GENERATION_FILE = "generation_config.json"
+_MOST_TOKENS = 1 << 31
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 
 
@@ -167,9 +168,11 @@ def choose_companions(base: Path, adapters: Sequence[tuple[str, AdapterFolder]] 
 
 def _with_adapter(chosen: Companions, folder: Path, origins: dict[str, str]) -> Companions:
     """The choice with what an adapter's folder brings; `origins` gets the adapter's name for it."""
-    name = folder.resolve().name
+    name = printable(folder.resolve().name)
     tokenizer = _named_files(folder, TOKENIZER_FILES)
     if any(file in tokenizer for file in VOCABULARIES):
+        if _is_older_form(tokenizer, chosen.tokenizer):
+            tokenizer["tokenizer.json"] = chosen.tokenizer["tokenizer.json"]
         chosen = replace(chosen, tokenizer=tokenizer, adapter=name)
         origins["tokenizer"] = name
     elif tokenizer and chosen.tokenizer:
@@ -189,18 +192,37 @@ def _with_adapter(chosen: Companions, folder: Path, origins: dict[str, str]) -> 
     return chosen
 
 
+def _is_older_form(tokenizer: Mapping[str, Path], earlier: Mapping[str, Path]) -> bool:
+    """Whether a tokenizer without `tokenizer.json` is an earlier one that has it, as before."""
+    if "tokenizer.json" in tokenizer or "tokenizer.json" not in earlier:
+        return False
+    vocabularies = [name for name in VOCABULARIES if name in tokenizer]
+    if any(name not in earlier for name in vocabularies):
+        return False
+    same = all(file_sha256(tokenizer[n]) == file_sha256(earlier[n]) for n in vocabularies)
+    return same and token_ids(tokenizer).items() <= token_ids(earlier).items()
+
+
 def configured_token(settings: Mapping[str, Any], config: Any, key: str) -> int | list[int] | None:
-    """A special token's id, or several: the generation settings', else the configuration's."""
+    """A special token's id, or several: the generation settings', else the configuration's.
+
+    Raises:
+        InputRefusedError: It is no id.
+    """
     token = settings.get(key)
     if token is None:
         token = getattr(config.get_text_config(), key, None)
-    if isinstance(token, list):
-        numbers = [int(t) for t in token]
-        return numbers[0] if len(numbers) == 1 else numbers or None
-    return None if token is None else int(token)
+    numbers = _as_list(token)
+    if any(type(number) is not int or abs(number) >= _MOST_TOKENS for number in numbers):
+        raise InputRefusedError(
+            f"{key} of the base or of an adapter is no token",
+            expected="a whole number or a list of them, in generation_config.json or config.json",
+            found=repr(token)[:80],
+        )
+    return numbers[0] if len(numbers) == 1 else numbers or None
 
 
-def _as_list(token: int | list[int] | None) -> list[int]:
+def _as_list(token: Any) -> list[Any]:
     if token is None:
         return []
     return token if isinstance(token, list) else [token]

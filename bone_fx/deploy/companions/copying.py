@@ -15,7 +15,7 @@ from bone_fx.deploy.companions.chat_templates import (
     write_templates,
 )
 from bone_fx.deploy.companions.choice import GENERATION_FILE, VOCABULARIES, Companions
-from bone_fx.deploy.companions.reading import read_object, write_object
+from bone_fx.deploy.companions.reading import printable, read_object, write_object
 
 if TYPE_CHECKING:
     from bone_fx.base.loading import BaseCheckpoint
@@ -48,8 +48,9 @@ def copy_for_genai(companions: Companions, checkpoint: BaseCheckpoint, folder: P
         return notes
     if DEFAULT not in companions.templates:
         others = ", ".join(companions.templates)
+        source = companions.adapter or printable(companions.base.name)
         notes.append(
-            f"{companions.base.name} has no chat template"
+            f"{source} has no chat template"
             f"{f' called default, only {others}' if others else ''}: prompts are passed as they are"
         )
     return notes
@@ -102,8 +103,11 @@ def write_generation_settings(
     """
     if not changed:
         return
-    write_object(folder / GENERATION_FILE, dict(settings))
+    if (folder / GENERATION_FILE).is_file():
+        write_object(folder / GENERATION_FILE, dict(settings))
     config = read_object(folder / "config.json")
-    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
-        part.update({key: token for key, token in changed.items() if key in part})
+    config.update(changed)
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        text.update({key: token for key, token in changed.items() if key in text})
     write_object(folder / "config.json", config)

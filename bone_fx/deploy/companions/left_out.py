@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bone_fx.base.left_over import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from bone_fx.deploy.companions.reading import read_object
+from bone_fx.deploy.companions.reading import printable, read_object
 from bone_fx.deploy.companions.sentence_model import sentence_note
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def files_left_out(
     ]
     for _, adapter in adapters:
         notes += [*_code(adapter.path, trusted=False), *_other_config(base, adapter.path)]
-    return notes
+    return [printable(note) for note in notes]
 
 
 def sentence_notes(base: Path, adapters: Sequence[tuple[str, AdapterFolder]]) -> list[str]:

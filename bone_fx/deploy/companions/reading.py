@@ -8,14 +8,27 @@ from typing import Any
 
 from bone_fx.errors import InputRefusedError
 
+MOST_BYTES = 1 << 28
+"""Largest file that is read whole; the largest tokenizers have a tenth of it."""
+
+
+def printable(text: str) -> str:
+    """A text with what is not printable in it, as a name on disk may be, written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 def read_text(path: Path) -> str:
     """The content of a text file.
 
     Raises:
-        InputRefusedError: It cannot be read, or is not UTF-8.
+        InputRefusedError: It cannot be read, is not UTF-8, or is too large for what it is.
     """
     try:
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise InputRefusedError(
+                f"{path} is too large", expected=f"at most {MOST_BYTES:,} bytes", found=f"{size:,}"
+            )
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputRefusedError(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from bone_fx.deploy.companions.reading import read_object, read_value
+from bone_fx.deploy.companions.reading import printable, read_object, read_value
 
 MODULES = "modules.json"
 SETTINGS = ("sentence_bert_config.json", "config_sentence_transformers.json")
@@ -41,10 +41,11 @@ def sentence_modules(folder: Path) -> list[SentenceModule]:
         InputRefusedError: `modules.json` cannot be read.
     """
     content = read_value(folder / MODULES)
-    entries = [entry for entry in content if isinstance(entry, dict)] if _is_list(content) else []
+    entries = content if isinstance(content, list) else []
     return [
         SentenceModule(kind, _inside(folder, entry.get("path")))
         for entry in entries
+        if isinstance(entry, dict)
         if (kind := str(entry.get("type", "")).rpartition(".")[2]) not in ("Transformer", "")
     ]
 
@@ -57,10 +58,6 @@ def _inside(folder: Path, name: object) -> Path | None:
     return path if ".." not in path.parts and path.is_dir() and not path.is_symlink() else None
 
 
-def _is_list(content: Any) -> bool:
-    return isinstance(content, list)
-
-
 def sentence_files(folder: Path) -> list[Path]:
     """The files of a sentence-transformers folder that are not the model's, as paths in it."""
     folders = [module.folder for module in sentence_modules(folder) if module.folder is not None]
@@ -71,13 +68,24 @@ def sentence_files(folder: Path) -> list[Path]:
 
 def sentence_note(folder: Path) -> str | None:
     """What an export leaves to the caller; None if nothing stands after the model."""
-    modules = sentence_modules(folder)
-    if not modules:
+    steps = [module.describe() for module in sentence_modules(folder)]
+    settings = read_object(folder / SETTINGS[0])
+    if isinstance(settings.get("max_seq_length"), int):
+        steps.append(f"texts cut to {settings['max_seq_length']} tokens")
+    if settings.get("do_lower_case"):
+        steps.append("texts in lower case")
+    if read_object(folder / SETTINGS[1]).get("prompts"):
+        steps.append(f"the prompts of {SETTINGS[1]}")
+    config = read_object(folder / "config.json")
+    activation = config.get("sbert_ce_default_activation_function")
+    if isinstance(config.get("sentence_transformers"), dict):
+        activation = config["sentence_transformers"].get("activation_fn", activation)
+    if isinstance(activation, str):
+        steps.append(f"{activation.rpartition('.')[2]} of the scores")
+    if not steps:
         return None
-    length = read_object(folder / SETTINGS[0]).get("max_seq_length")
-    shortened = f" Texts are cut to {length} tokens there." if isinstance(length, int) else ""
-    return (
-        f"the graph gives the model's own outputs, such as last_hidden_state; what {MODULES} of "
-        f"{folder.name} puts after them is left to the caller: "
-        f"{', '.join(module.describe() for module in modules)}.{shortened}"
+    return printable(
+        "the graph gives the model's own outputs, such as last_hidden_state; what "
+        f"sentence-transformers does besides, as {folder.name} says, is left to the caller: "
+        + ", ".join(steps)
     )

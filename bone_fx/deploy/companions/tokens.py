@@ -56,7 +56,7 @@ def _listed(files: Mapping[str, Path]) -> Iterator[tuple[str, int]]:
             entries = [
                 {**token, "id": int(number)}
                 for number, token in added.items()
-                if isinstance(token, dict) and number.isdecimal()
+                if isinstance(token, dict) and number.isdecimal() and len(number) < 10
             ]
             yield from _added(entries)
 
