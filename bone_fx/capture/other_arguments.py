@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from bone_fx.capture.trace.hf_model import LABEL_NAMES, traceable
 
@@ -32,35 +31,30 @@ _ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, Ass
 class _UsedError(Exception):
     """Something was done with an argument."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
-
 
 class _Argument:
     """Stands for a tensor; raises as soon as it is more than handed on or compared with None."""
 
-    def __init__(self, name: str, like: Tensor) -> None:
-        self.__dict__.update(_name=name, _like=like)
+    def __init__(self, like: Tensor) -> None:
+        self.__dict__["like"] = like
 
     def __getattr__(self, attribute: str) -> Any:
-        raise _UsedError(self.__dict__["_name"])
+        raise _UsedError
 
     def __getitem__(self, key: Any) -> Any:
-        raise _UsedError(self.__dict__["_name"])
+        raise _UsedError
 
     def __bool__(self) -> bool:
-        raise _UsedError(self.__dict__["_name"])
+        raise _UsedError
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        argument = next(a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, cls))
         rows = args[1] if function is nn.functional.embedding and len(args) > 1 else None
         if isinstance(rows, Tensor) and rows.shape[0] == 1:  # every value that is allowed is zero
-            return rows[0].expand(*argument.__dict__["_like"].shape[:2], -1)
-        raise _UsedError(argument.__dict__["_name"])
+            return rows[0].expand(*args[0].like.shape[:2], -1)
+        raise _UsedError
 
 
 def other_arguments(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]:
@@ -73,20 +67,26 @@ def other_arguments(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]
     names = _tensor_arguments(model, inputs)
     like = next(iter(inputs.values()))
     mode = torch._guards.detect_fake_mode(list(model.parameters()))
-    used: list[str] = []
     with traceable(model), torch.no_grad(), mode or nullcontext():
         given = {name: torch.zeros(v.shape, dtype=v.dtype) for name, v in inputs.items()}
-        while left := [name for name in names if name not in used]:
-            try:
-                model(**given, **{name: _Argument(name, like) for name in left})
-                break
-            except _UsedError as argument:
-                used.append(argument.name)
-            except _ERRORS:
-                used += left  # what the model does with them is not known
+        uses = {name: _uses(model, given, {name: _Argument(like)}) for name in names}
+        if None in uses.values() and _uses(model, given, {}) is None:
+            return names  # the model does not run here, so nothing is known of them
+    used = [name for name in names if uses[name]]
     if _STATES in names and _STATES not in used and _MASK_OF_STATES in used:
         used.remove(_MASK_OF_STATES)  # it is prepared, and then masks nothing
-    return [name for name in names if name in used]
+    return used
+
+
+def _uses(model: nn.Module, given: Mapping[str, Tensor], more: Mapping[str, Any]) -> bool | None:
+    """Whether a model does anything with an argument; None if it does not run with it."""
+    try:
+        model(**given, **more)
+    except _UsedError:
+        return True
+    except _ERRORS:
+        return None
+    return False
 
 
 def modules_without_use(model: nn.Module, used: Collection[str]) -> list[str]:

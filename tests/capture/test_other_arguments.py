@@ -17,6 +17,8 @@ from transformers import (
     RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
 )
@@ -55,6 +57,7 @@ ROWS: list[tuple[Any, list[str]]] = [
     ),
     (lambda: Wav2Vec2ForCTC(Wav2Vec2Config(**SIZES, **SPEECH)), ["attention_mask"]),
     (lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), []),
+    (lambda: ViTModel(ViTConfig(**{**SIZES, **VISION})), ["attention_mask"]),
 ]
 
 

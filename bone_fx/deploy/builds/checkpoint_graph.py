@@ -139,7 +139,8 @@ def _left_out(
     from bone_fx.capture.other_arguments import modules_without_use, other_arguments
 
     names = other_arguments(model, inputs)
-    masks = [name for name in names if name.endswith("mask")]
+    has_lengths = next(iter(inputs.values())).dim() < 4  # else these are images
+    pads = has_lengths and "attention_mask" in names
     used = [s.target for s in program.graph_signature.input_specs if s.target is not None]
     modules = modules_without_use(model, used)
     notes = []
@@ -148,7 +149,7 @@ def _left_out(
         notes.append(
             f"{', '.join(names)} {'are' if several else 'is'} not among the graph's inputs: it "
             f"computes what the model computes without {'them' if several else 'it'}"
-            f"{', so rows of a batch must not be padded' if 'attention_mask' in masks else ''}"
+            f"{', so rows of a batch must not be padded' if pads else ''}"
         )
     if modules:
         notes.append(f"not part of the graph: {', '.join(modules)}")
