@@ -157,7 +157,8 @@ def build_checkpoint(
         notes.append(_TWIN)
     quantization = None
     if options.quantizes:
-        quantized = _quantize(graph, folded, options, progress)
+        tokenizer = companions.tokenizer_folder
+        quantized = _quantize(graph, folded, options, tokenizer, progress)
         quantization = quantized.entries
         notes += quantized.notes
     placement = None
@@ -188,6 +189,7 @@ def _quantize(
     graph: DecoderGraph | ForwardGraph,
     folded: FoldedCheckpoint,
     options: ExportOptions,
+    tokenizer: Path,
     progress: Progress,
 ) -> QuantizationReport:
     """Quantize a graph's products in place; a decoder's 4 bits are chosen on a text."""
@@ -196,7 +198,7 @@ def _quantize(
     on_text = isinstance(graph, DecoderGraph) and options.calibration != NO_CALIBRATION
     if on_text and plan.calibrates:
         progress.stage("calibrate")
-        calibration = calibrate(folded, options.calibration)
+        calibration = calibrate(folded, options.calibration, tokenizer)
     progress.stage("quantize into recipes")
     return quantize(graph.model, plan, calibration)
 

@@ -64,6 +64,12 @@ class Companions:
     adapter: str | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder that the tokenizer is read from."""
+        paths = [path for name, path in self.tokenizer.items() if name in VOCABULARIES]
+        return paths[-1].parent if paths else self.base
+
     def check_vocabulary(self, model: Any) -> None:
         """Refuse an adapter's tokenizer with more tokens than a model's embedding has rows for.
 
