@@ -140,5 +140,6 @@ def _plain(value: object, default: float) -> float | int | bool:
     """A search option of the default's type, or the default where the file says something else."""
     if isinstance(value, bool) or isinstance(default, bool):
         return value if isinstance(value, bool) and isinstance(default, bool) else default
-    is_number = isinstance(value, int | float) and abs(value) < _LARGEST
-    return type(default)(value) if is_number else default
+    if not isinstance(value, int | float) or not abs(value) < _LARGEST:
+        return default
+    return type(default)(value)

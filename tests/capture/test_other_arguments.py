@@ -9,6 +9,7 @@ import torch
 from transformers import (
     BertConfig,
     BertModel,
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -69,8 +70,6 @@ def test_arguments_that_matter_are_found(build: Any, expected: list[str]) -> Non
 
 def test_images_of_a_text_graph_are_named() -> None:
     text = LlamaConfig(**SIZES)
-    from transformers import CLIPVisionConfig
-
     vision = CLIPVisionConfig(**{**SIZES, **VISION})
     model = LlavaForConditionalGeneration(
         LlavaConfig(text_config=text, vision_config=vision, image_token_index=59)

@@ -67,7 +67,9 @@ def _copy_sentence_modules(inputs: CheckpointInputs, folder: Path) -> None:
     """Copy what sentence-transformers runs after the model, of the last folder that has it."""
     folders = [inputs.checkpoint.folder, *(adapter.path for _, adapter in inputs.adapters)]
     source = next((each for each in reversed(folders) if (each / MODULES).is_file()), None)
-    for path in sentence_files(source) if source is not None else ():
+    if source is None:
+        return
+    for path in sentence_files(source):
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True, parents=True)
         shutil.copyfile(path, target)

@@ -26,9 +26,10 @@ def copy_companions(companions: Companions, folder: Path) -> None:
     for name, path in {**companions.tokenizer, **companions.processors}.items():
         shutil.copyfile(path, folder / name)
     source = companions.templates_of
-    for name in template_files(source) if source is not None else ():
-        (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, folder / name)
+    if source is not None:
+        for name in template_files(source):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
     config = companions.tokenizer.get("tokenizer_config.json")
     mixed = source is not None and config is not None and config.parent != source
     if mixed or read_templates(folder) != companions.templates:
