@@ -85,21 +85,23 @@ def measure_inputs(
     overrides: Mapping[str, Any],
     recipes: Mapping[str, Recipe],
     text: Text,
+    tokenizer: Path,
 ) -> Moments:
     """Run a decoder on the first windows of a text.
 
     Args:
-        base: The base model; its tokenizer reads the text.
+        base: The base model.
         architecture: The model's class.
         overrides: Fields of the configuration to set.
         recipes: The folded weights by parameter name.
         text: The text.
+        tokenizer: The folder with the tokenizer that reads it.
 
     Raises:
-        CalibrationError: The base has no tokenizer, or the model does not run piece by piece.
+        CalibrationError: There is no tokenizer, or the model does not run piece by piece.
         FoldError: A folded weight is not finite.
     """
-    ids = _windows(base, text)
+    ids = _windows(base, text, tokenizer)
     model, _ = skeleton(
         base,
         torch.float32,
@@ -209,13 +211,16 @@ def _rows(recipe: Recipe, ids: Tensor) -> Tensor:
     return table
 
 
-def _windows(base: BaseCheckpoint, text: Text) -> Tensor:
+def _windows(base: BaseCheckpoint, text: Text, folder: Path) -> Tensor:
     """Token ids `[B, T]`: as many whole windows as there are, or the one that is not whole."""
-    if not any((base.folder / name).is_file() for name in _TOKENIZERS):
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise CalibrationError("the base has no tokenizer")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
-            base.folder, local_files_only=True, trust_remote_code=base.trust_remote_code
+            folder,
+            config=base.config,
+            local_files_only=True,
+            trust_remote_code=base.trust_remote_code,
         )
         ids = torch.tensor(tokenizer(text.content, verbose=False)["input_ids"])
     except _TOKENIZER_ERRORS as error:

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from bone_fx.base.left_over import without_adapter
 from bone_fx.errors import BaseModelError
 from bone_fx.weights.storage.safetensors_file import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LAYOUT = "gguf2"
+LAYOUT = "gguf2"
 """Part of the key: changed when the folder's content would be another for the same file."""
 _UNREAD = "unread_tensors.json"
 """In the folder: names in the GGUF file of the tensors that transformers does not read."""
@@ -53,7 +54,7 @@ def dequantized_folder(file: Path, cache: Path) -> Path:
             the `gguf` package is missing.
     """
     _check_magic(file)
-    folder = cache / f"{_LAYOUT}-{file_sha256(file)}"
+    folder = cache / f"{LAYOUT}-{file_sha256(file)}"
     if folder.is_dir():
         return folder
     try:
@@ -105,14 +106,15 @@ def _dequantize(file: Path, target: Path) -> None:
                 if type(config) in AutoModelForCausalLM._model_mapping
                 else AutoModel
             )
-            model, report = auto.from_pretrained(
-                **source,
-                output_loading_info=True,
-                config=config,
-                local_files_only=True,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-            )
+            with without_adapter(file.parent) as folder:
+                model, report = auto.from_pretrained(
+                    **{**source, "pretrained_model_name_or_path": str(folder)},
+                    output_loading_info=True,
+                    config=config,
+                    local_files_only=True,
+                    dtype=torch.float32,
+                    quantization_config=GgufConfig(dequantize=True),
+                )
         except _READ_ERRORS as error:
             raise BaseModelError(
                 f"{file} cannot be dequantized",

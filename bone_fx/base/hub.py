@@ -8,8 +8,17 @@ from pathlib import Path
 from bone_fx.errors import BaseModelError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.gguf"]
-_UNWANTED = ["*/*.safetensors", "*/*.gguf", "onnx/*", "openvino/*"]
+_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.tiktoken"]
+_WANTED = ["*.safetensors", *_TEXTS, "*.gguf"]
+# Folders whose names begin with a digit are modules of sentence-transformers, such as 2_Dense.
+_UNWANTED = ["[!0-9]*/*.safetensors", "*/*.gguf", "onnx/*", "openvino/*"]
+
+
+def cache_folder() -> Path:
+    """Where models of the hub lie on this machine."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
 
 
 def download(hub_id: str, revision: str | None, *, trust_remote_code: bool) -> Path:

@@ -5,7 +5,6 @@ The reference that verification compares with.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as _logging
 
 from bone_fx.base.architectures import reference_attention, with_overrides
+from bone_fx.base.left_over import without_adapter
 from bone_fx.base.loading import BaseCheckpoint
 from bone_fx.errors import BaseModelError
 
@@ -23,17 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 logging: Any = _logging  # without annotations in transformers
-
-_BESIDE_THE_MODEL = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "preprocessor_config.json",
-)
 
 
 def load_model(
@@ -56,9 +45,9 @@ def load_model(
         BaseModelError: A parameter has no bytes, in the base or in `heads`.
     """
     config = with_overrides(base.config, overrides)
-    with quiet_loading():
+    with quiet_loading(), without_adapter(base.folder) as folder:
         model, report = cast(Any, architecture).from_pretrained(
-            base.folder,
+            folder,
             config=config,
             dtype=torch.float32,
             attn_implementation=reference_attention(config),
@@ -111,27 +100,9 @@ def _take_heads(model: Any, heads: Mapping[str, Tensor], untied: Collection[str]
             model.get_parameter_or_buffer(name).copy_(tensor)
 
 
-def copy_config_and_tokenizer(
-    base: BaseCheckpoint, config: PreTrainedConfig, folder: Path
-) -> list[str]:
-    """Copy what stands beside a model that is no decoder; returns notes.
-
-    The configuration carries the head's `num_labels`; the tokenizer is the base's.
-    """
-    for name in _BESIDE_THE_MODEL[1:]:
-        if (base.folder / name).is_file():
-            shutil.copyfile(base.folder / name, folder / name)
-    config.to_json_file(folder / _BESIDE_THE_MODEL[0])
-    has_tokenizer = any(
-        (folder / name).exists()
-        for name in ("tokenizer.json", "vocab.txt", "preprocessor_config.json")
-    )
-    return [] if has_tokenizer else ["the base folder has no tokenizer; the output has none either"]
-
-
 def write_config(
     config: PreTrainedConfig, architecture: type[PreTrainedModel], folder: Path
 ) -> None:
     """Write config.json for a checkpoint that got another class or heads of its own."""
     config = with_overrides(config, {"architectures": [architecture.__name__]})
-    config.to_json_file(folder / _BESIDE_THE_MODEL[0])
+    config.to_json_file(folder / "config.json")

@@ -65,7 +65,8 @@ def find_weights(folder: Path, named: object = None) -> tuple[Path, ...]:
         raise BaseModelError(
             f"{folder} is an adapter, not a base model",
             expected=f"a folder with {SINGLE}",
-            next_step="give the base model's folder, and this one as the adapter",
+            next_step=f"bone-export BASE --adapter {folder} -o OUT, with the model that it was "
+            "trained on as BASE",
         )
     if loose:
         raise BaseModelError(

@@ -33,8 +33,9 @@ from torch import fx, nn
 
 from bone_fx.adapter_folder import read_adapters
 from bone_fx.deploy.checkpoint_inputs import Adapters
-from bone_fx.deploy.options import Dtype, ExportOptions, Part, Provider, Verify
-from bone_fx.deploy.staging import refuse_inputs_as_output, staged
+from bone_fx.deploy.input_files import refuse_overlap
+from bone_fx.deploy.options import NO_CALIBRATION, Dtype, ExportOptions, Part, Provider, Verify
+from bone_fx.deploy.staging import staged
 from bone_fx.errors import UsageError
 from bone_fx.progress import Progress, Silent
 from bone_fx.verify.parity import Parity
@@ -169,10 +170,10 @@ def export_with(
     progress: Progress,
 ) -> ExportResult:
     """Export to ONNX as the options say; `export` tells what the arguments are."""
-    is_checkpoint = isinstance(base, str | Path)
-    if not is_checkpoint:
+    if not isinstance(base, str | Path):
         _check_module_choices(base, adapters, options)
-    refuse_inputs_as_output(output, [*adapters, *([str(base)] if is_checkpoint else [])])
+    text = None if options.calibration == NO_CALIBRATION else options.calibration
+    refuse_overlap(output, base=base, adapters=adapters, texts=[text])
     with staged(output, overwrite=options.overwrite) as staging:
         from bone_fx.deploy.manifest import export_manifest
 

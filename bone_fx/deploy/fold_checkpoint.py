@@ -8,7 +8,7 @@ and written one at a time; no model is built with weights.
 3. The adapters are folded into the recipes of a model without weights (`CheckpointInputs.fold`);
    what they change gets its name and dtype on disk (`deploy.changed_tensors`).
 4. Every weight file is written again (`_write`), and what stands beside it copied
-   (`_copy_the_rest`).
+   (`deploy.companions.checkpoint_folder.copy_the_rest`).
 5. Every folded weight is read back and compared with torch's own fold (`_verify`), every head with
    the adapter's, and transformers says which tensor each of them gets when the folder is loaded
    (`deploy.changed_tensors.check_names`).
@@ -31,9 +31,12 @@ from torch import Tensor
 
 from bone_fx.adapter_folder import read_adapters
 from bone_fx.deploy.changed_tensors import changed_tensors, check_names
-from bone_fx.deploy.checkpoint_inputs import Adapters, CheckpointInputs, open_checkpoint
+from bone_fx.deploy.checkpoint_inputs import Adapters, open_checkpoint
+from bone_fx.deploy.companions.checkpoint_folder import INDEX_SUFFIX, copy_the_rest
+from bone_fx.deploy.companions.choice import hashes_beside_weights
+from bone_fx.deploy.input_files import refuse_overlap
 from bone_fx.deploy.manifest import manifest_of
-from bone_fx.deploy.staging import MANIFEST, refuse_inputs_as_output, staged
+from bone_fx.deploy.staging import staged
 from bone_fx.errors import FoldError, UsageError, VerificationError
 from bone_fx.passes.fold import fold_weight
 from bone_fx.progress import Progress, Silent
@@ -47,8 +50,6 @@ from bone_fx.weights.writing.stream import workers
 if TYPE_CHECKING:
     from bone_fx.base.loading import BaseCheckpoint
 
-INDEX_SUFFIX = ".safetensors.index.json"
-_BESIDE_WEIGHTS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 _VERIFIED_BYTES = 4 << 20
 """A weight is verified in parts that take as much in float32: they stay in a core's caches."""
@@ -116,7 +117,7 @@ def fold_checkpoint(
     if not adapters:
         raise UsageError("there is nothing to fold", expected="one adapter or more")
     progress = progress or Silent()
-    refuse_inputs_as_output(output, [*adapters, str(base)])
+    refuse_overlap(output, base=base, adapters=adapters)
     with staged(output, overwrite=overwrite) as staging:
         progress.stage("read the inputs")
         inputs = open_checkpoint(
@@ -133,7 +134,7 @@ def fold_checkpoint(
         recipes = changes.recipes
         progress.stage("fold the weights")
         files = _write(inputs.checkpoint, recipes, staging.folder, progress)
-        _copy_the_rest(inputs, staging.folder)
+        notes = copy_the_rest(inputs, folded.skeleton.model, staging.folder)
         progress.stage("verify")
         _verify(files, recipes, inputs.adapters)
         check_names(staging.folder, folded, changes)
@@ -142,7 +143,7 @@ def fold_checkpoint(
             "checkpoint",
             architecture=inputs.architecture.__name__,
             base_name=Path(inputs.checkpoint.origin).name,
-            base_files=inputs.checkpoint.sha256(),
+            base_files=inputs.checkpoint.sha256() | hashes_beside_weights(inputs.checkpoint.folder),
             adapters=inputs.adapters,
             entries={
                 "rounding": None if rounding is None else rounding.report(),
@@ -150,13 +151,13 @@ def fold_checkpoint(
                     path.relative_to(staging.folder).as_posix(): sha256
                     for path, sha256 in files.items()
                 },
-                "notes": list(folded.notes),
+                "notes": [*folded.notes, *notes],
             },
         )
         staging.publish(manifest)
     names = tuple(key for key, recipe in recipes.items() if isinstance(recipe, Fold))
-    lossy = [] if rounding is None else rounding.warnings()
-    return FoldResult(staging.output, names, manifest, (*folded.notes, *lossy))
+    warnings = [*folded.notes, *notes, *([] if rounding is None else rounding.warnings())]
+    return FoldResult(staging.output, names, manifest, tuple(warnings))
 
 
 def _usual_dtype(checkpoint: BaseCheckpoint) -> torch.dtype:
@@ -207,21 +208,6 @@ def _write(
         text = json.dumps(content_of_index, indent=2) + "\n"
         (folder / index.name).write_text(text, encoding="utf-8")
     return sha256
-
-
-def _copy_the_rest(inputs: CheckpointInputs, folder: Path) -> None:
-    """Copy configuration, tokenizer and what else stands beside the weights."""
-    from bone_fx.base.real_model import write_config
-
-    checkpoint = inputs.checkpoint
-    kinds = (*_BESIDE_WEIGHTS, *((".py",) if checkpoint.trust_remote_code else ()))
-    for path in sorted(checkpoint.folder.iterdir()):
-        is_written = path.name.endswith(INDEX_SUFFIX) or path.name == MANIFEST
-        if path.is_file() and path.suffix in kinds and not is_written:
-            shutil.copyfile(path, folder / path.name)
-    is_another = inputs.architecture is not checkpoint.architecture
-    if inputs.overrides or inputs.untied or is_another:
-        write_config(inputs.config, inputs.architecture, folder)
 
 
 def _verify(files: Iterable[Path], recipes: Mapping[str, Recipe], adapters: Adapters) -> None:

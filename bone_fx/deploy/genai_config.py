@@ -7,30 +7,19 @@ know.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bone_fx.errors import BaseModelError
+from bone_fx.deploy.companions.choice import Companions, configured_token
+from bone_fx.deploy.companions.copying import copy_for_genai
 
 if TYPE_CHECKING:
+    from bone_fx.base.loading import BaseCheckpoint
     from bone_fx.capture.decoder.capture_decoder import DecoderCapture
 
 CONFIG_FILE = "genai_config.json"
 DEFAULT_CONTEXT = 2048
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-)
+_LARGEST = 1 << 31
 SEARCH_DEFAULTS: dict[str, float | int | bool] = {
     "diversity_penalty": 0.0,
     "do_sample": False,
@@ -48,9 +37,9 @@ SEARCH_DEFAULTS: dict[str, float | int | bool] = {
 
 def write_genai_folder(
     folder: Path,
-    config: Any,
+    checkpoint: BaseCheckpoint,
     capture: DecoderCapture,
-    tokenizer_source: Path,
+    companions: Companions,
     *,
     provider: str = "cpu",
 ) -> list[str]:
@@ -58,38 +47,25 @@ def write_genai_folder(
 
     Args:
         folder: The folder to complete.
-        config: The model's configuration.
+        checkpoint: The base model.
         capture: The decoder that the model was made from.
-        tokenizer_source: The base's folder, with tokenizer, chat template and
-            generation_config.json.
+        companions: Tokenizer, chat template and generation settings.
         provider: `cpu` or `cuda`.
 
     Returns:
-        What a person should know: a tokenizer or a chat template that is not there.
+        What a person should know: a tokenizer or a chat template that is not there, token ids that
+        an adapter changes.
 
     Raises:
-        BaseModelError: generation_config.json cannot be read.
+        InputRefusedError: generation_config.json or a tokenizer's file cannot be read.
     """
-    generation = _read_json(tokenizer_source / "generation_config.json")
-    content = genai_config(config, capture, generation, provider=provider)
+    settings, changed = companions.generation_settings(checkpoint.config)
+    content = genai_config(checkpoint.config, capture, settings, provider=provider)
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
-    return copy_tokenizer(tokenizer_source, folder)
-
-
-def copy_tokenizer(source: Path, folder: Path) -> list[str]:
-    """Copies tokenizer and chat template; returns warnings about what is missing."""
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for name in names:
-        shutil.copyfile(source / name, folder / name)
-    if "tokenizer.json" not in names:
-        return [f"{source.name} has no tokenizer.json: onnxruntime-genai gets token ids only"]
-    templates = source / "chat_template.jinja", source / "tokenizer_config.json"
-    if not any(
-        path.is_file() and "chat_template" in (path.name + path.read_text("utf-8"))
-        for path in templates
-    ):
-        return [f"{source.name} has no chat template: prompts are passed as they are"]
-    return []
+    return [
+        *companions.token_notes(changed),
+        *copy_for_genai(companions, checkpoint, folder),
+    ]
 
 
 def genai_config(
@@ -107,11 +83,11 @@ def genai_config(
     text = config.get_text_config()
     first = capture.layers[0]
     context = capture.context_length or DEFAULT_CONTEXT
-    eos = _token(generation, config, "eos_token_id")
-    pad = _token(generation, config, "pad_token_id")
+    eos = configured_token(generation, config, "eos_token_id")
+    pad = configured_token(generation, config, "pad_token_id")
     first_eos = eos[0] if isinstance(eos, list) else eos
     tokens = {
-        "bos_token_id": _token(generation, config, "bos_token_id"),
+        "bos_token_id": configured_token(generation, config, "bos_token_id"),
         "eos_token_id": eos,
         "pad_token_id": first_eos if pad is None else pad,
     }
@@ -160,32 +136,10 @@ def genai_config(
     }
 
 
-def _token(generation: dict[str, Any], config: Any, name: str) -> int | list[int] | None:
-    token = generation.get(name)
-    if token is None:
-        token = getattr(config.get_text_config(), name, None)
-    if isinstance(token, list):
-        numbers = [int(t) for t in token]
-        return numbers[0] if len(numbers) == 1 else numbers or None
-    return None if token is None else int(token)
-
-
 def _plain(value: object, default: float) -> float | int | bool:
     """A search option of the default's type, or the default where the file says something else."""
     if isinstance(value, bool) or isinstance(default, bool):
         return value if isinstance(value, bool) and isinstance(default, bool) else default
-    return type(default)(value) if isinstance(value, int | float) else default
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{path} cannot be read", found=str(error)) from error
-    if not isinstance(content, dict):
-        raise BaseModelError(
-            f"{path} cannot be read", expected="a JSON object", found=type(content).__name__
-        )
-    return content
+    if not isinstance(value, int | float) or not abs(value) < _LARGEST:
+        return default
+    return type(default)(value)

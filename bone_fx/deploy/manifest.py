@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bone_fx.adapter_folder import WEIGHTS_NAME, AdapterFolder
 from bone_fx.config import CONFIG_NAME
 from bone_fx.deploy.checkpoint_inputs import Adapters
+from bone_fx.deploy.companions.choice import hashes_beside_weights
 from bone_fx.deploy.options import ExportOptions
 from bone_fx.verify.parity import Parity
 
@@ -133,7 +134,10 @@ def _adapter_entry(name: str, adapter: AdapterFolder) -> dict[str, Any]:
         "r": adapter.config.r,
         "sites": list(adapter.blocks),
         "modules_to_save": list(adapter.modules_to_save),
-        "files": {file: sha256(adapter.path / file) for file in (CONFIG_NAME, WEIGHTS_NAME)},
+        "files": {
+            **{file: sha256(adapter.path / file) for file in (CONFIG_NAME, WEIGHTS_NAME)},
+            **hashes_beside_weights(adapter.path),
+        },
     }
 
 

@@ -10,8 +10,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from bone_fx.deploy.genai_config import copy_tokenizer, genai_config, write_genai_folder
-from bone_fx.errors import BaseModelError
+from bone_fx.base.loading import open_base
+from bone_fx.deploy.companions.choice import choose_companions
+from bone_fx.deploy.genai_config import genai_config, write_genai_folder
+from bone_fx.errors import InputRefusedError
 from tests.capture.decoder.decoders import DECODERS
 from tests.capture.decoder.decoding import captured, onnx_of
 
@@ -29,7 +31,10 @@ def test_greedy_text_equals_transformers(name: str, tmp_path: Path) -> None:
     capture = captured(name).capture
     ir.save(onnx_of(capture, model), tmp_path / "model.onnx")
     model.config.eos_token_id = 98
-    warnings = write_genai_folder(tmp_path, model.config, capture, tmp_path / "nowhere")
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").unlink()
+    companions = choose_companions(tmp_path / "base")
+    warnings = write_genai_folder(tmp_path, open_base(tmp_path / "base"), capture, companions)
     assert "no tokenizer.json" in warnings[0]
 
     prompt = torch.randint(3, 90, (1, 7), generator=torch.Generator().manual_seed(3))
@@ -76,20 +81,29 @@ def test_the_buffer_is_shared_unless_the_graph_concatenates() -> None:
         assert search["past_present_share_buffer"] is shared
 
 
-def test_tokenizer_files_are_copied_and_missing_ones_named(tmp_path: Path) -> None:
-    source, target = tmp_path / "base", tmp_path / "out"
-    source.mkdir()
-    target.mkdir()
-    (source / "tokenizer.json").write_text("{}")
-    (source / "weights.bin").write_text("not a tokenizer")
-    assert "no chat template" in copy_tokenizer(source, target)[0]
-    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
-    assert copy_tokenizer(source, target) == []
-    assert sorted(p.name for p in target.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+def test_missing_tokenizers_and_templates_are_named(tmp_path: Path) -> None:
+    model, capture = captured("llama")
+    base, out = tmp_path / "base", tmp_path / "out"
+    model.save_pretrained(base)
+    out.mkdir()
+    checkpoint = open_base(base)
+
+    def notes() -> list[str]:
+        return write_genai_folder(out, checkpoint, capture, choose_companions(base))
+
+    assert "no tokenizer.json" in notes()[0]
+    (base / "tokenizer.json").write_text("{}")
+    assert "no chat template" in notes()[0]
+    (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert notes() == []
+    names = ["genai_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(p.name for p in out.iterdir()) == names
 
 
 def test_a_broken_generation_config_is_named(tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text("{")
     model, capture = captured("llama")
-    with pytest.raises(BaseModelError, match=r"generation_config\.json"):
-        write_genai_folder(tmp_path, model.config, capture, tmp_path)
+    model.save_pretrained(tmp_path)
+    checkpoint = open_base(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(InputRefusedError, match=r"generation_config\.json"):
+        write_genai_folder(tmp_path, checkpoint, capture, choose_companions(tmp_path))

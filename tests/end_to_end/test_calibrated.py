@@ -22,11 +22,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A base with a tokenizer of 127 words, and an adapter."""
     top = tmp_path_factory.mktemp("calibrated")
     base = tiny_base(top / "base")
+    number_tokenizer(base)
+    return base, tiny_adapter(top / "adapter")
+
+
+def number_tokenizer(folder: Path) -> None:
     words = {"?": 0, **{str(number): number for number in range(1, 127)}}
     tokenizer = Tokenizer(WordLevel(words, unk_token="?"))
     tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(base)
-    return base, tiny_adapter(top / "adapter")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
 
 
 def export(folders: tuple[Path, Path], output: Path, **choices: Any) -> bone_fx.ExportResult:
@@ -64,6 +68,13 @@ def test_base_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     result = bone_fx.export(base, output=tmp_path / "out", dtype="int4", verify="off")
     assert any("no tokenizer" in note and "int4" in note for note in result.warnings)
     assert result.manifest["quantization"]["calibration"] is None
+
+
+def test_an_adapters_tokenizer_reads_the_text(tmp_path: Path) -> None:
+    folders = tiny_base(tmp_path / "base"), tiny_adapter(tmp_path / "adapter")
+    number_tokenizer(folders[1])
+    result = export(folders, tmp_path / "out")
+    assert result.manifest["quantization"]["calibration"]["tokens"] == 4 * 64
 
 
 def test_int8_needs_no_calibration(folders: tuple[Path, Path], tmp_path: Path) -> None:

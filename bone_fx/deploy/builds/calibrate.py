@@ -31,12 +31,13 @@ class Calibration:
     notes: tuple[str, ...] = ()
 
 
-def calibrate(folded: FoldedCheckpoint, choice: str | Path | None) -> Calibration:
+def calibrate(folded: FoldedCheckpoint, choice: str | Path | None, tokenizer: Path) -> Calibration:
     """Run a decoder on a text, its folded weights one at a time.
 
     Args:
         folded: The decoder and its folded weights.
         choice: A text file; None for the built-in text.
+        tokenizer: The folder with the tokenizer that reads it.
 
     Raises:
         UsageError: The file holds no text.
@@ -47,7 +48,7 @@ def calibrate(folded: FoldedCheckpoint, choice: str | Path | None) -> Calibratio
     inputs, recipes = folded.inputs, folded.recipes
     try:
         measured = measure_inputs(
-            inputs.checkpoint, inputs.architecture, inputs.overrides, recipes, text
+            inputs.checkpoint, inputs.architecture, inputs.overrides, recipes, text, tokenizer
         )
     except CalibrationError as error:
         return Calibration(

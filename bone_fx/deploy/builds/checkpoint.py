@@ -21,6 +21,9 @@ from bone_fx.deploy.checkpoint_inputs import (
     FoldedCheckpoint,
     open_checkpoint,
 )
+from bone_fx.deploy.companions.choice import Companions, choose_companions, hashes_beside_weights
+from bone_fx.deploy.companions.copying import copy_companions
+from bone_fx.deploy.companions.left_out import files_left_out, sentence_notes
 from bone_fx.deploy.options import NO_CALIBRATION, ExportOptions
 from bone_fx.onnx.writer import MODEL_FILE, write_model
 from bone_fx.progress import Progress
@@ -40,6 +43,7 @@ class CheckpointBuild(Build):
         inputs: The base and the adapters.
         sites: The adapted sites by name.
         graph: What was captured.
+        companions: What goes beside the model.
         provider: What the graph is written for.
         rounding: Measures, while weights are written, what the cast to a half dtype costs the
             adapters; None for other exports.
@@ -50,13 +54,16 @@ class CheckpointBuild(Build):
     inputs: CheckpointInputs
     sites: Mapping[str, LinearSite]
     graph: DecoderGraph | ForwardGraph
+    companions: Companions
     provider: str
     rounding: Rounding | None
     twin: ir.Model | None
 
     def base_files(self) -> dict[str, str]:
-        """SHA-256 of the base's weight files by name."""
-        return self.inputs.checkpoint.sha256()
+        """SHA-256 of the base's files that were used, by name."""
+        return self.inputs.checkpoint.sha256() | hashes_beside_weights(
+            self.inputs.checkpoint.folder
+        )
 
     def write(self, folder: Path, progress: Progress) -> Written:
         """Write the model; for a decoder also what onnxruntime-genai needs to run the folder."""
@@ -67,12 +74,15 @@ class CheckpointBuild(Build):
             from bone_fx.deploy.genai_config import write_genai_folder
 
             notes += write_genai_folder(
-                folder, self.inputs.config, self.graph.capture, base.folder, provider=self.provider
+                folder, base, self.graph.capture, self.companions, provider=self.provider
             )
         else:
-            from bone_fx.base.real_model import copy_config_and_tokenizer
+            from bone_fx.base.real_model import write_config
 
-            notes += copy_config_and_tokenizer(base, self.inputs.config, folder)
+            write_config(self.inputs.config, self.inputs.architecture, folder)
+            copy_companions(self.companions, folder)
+            if not self.companions.tokenizer and not self.companions.processors:
+                notes.append("the base folder has no tokenizer; the output has none either")
         report = self.rounding.report() if self.rounding is not None else None
         return Written(sha256, report, tuple(notes))
 
@@ -130,12 +140,19 @@ def build_checkpoint(
         revision=options.revision,
         allow_unused=options.allow_unused or (),
     )
+    companions = choose_companions(inputs.checkpoint.folder, adapters)
+    notes = [
+        *companions.notes,
+        *files_left_out(inputs.checkpoint, adapters),
+        *sentence_notes(inputs.checkpoint.folder, adapters),
+    ]
     progress.stage("capture without weights")
     dtype = TORCH_DTYPES[options.activation_dtype]
     in_halves = dtype.itemsize == 2 and not options.quantizes
     folded = inputs.fold(dtype, Rounding(dtype) if in_halves and adapters else None)
+    companions.check_vocabulary(folded.skeleton.model)
     graph = capture_graph(folded, options, progress)
-    notes = [*folded.notes, *graph.notes]
+    notes += [*folded.notes, *graph.notes]
     twin = None
     if options.activation_dtype == "bf16":
         progress.stage("capture the fp32 twin")
@@ -144,7 +161,8 @@ def build_checkpoint(
         notes.append(_TWIN)
     quantization = None
     if options.quantizes:
-        quantized = _quantize(graph, folded, options, progress)
+        tokenizer = companions.tokenizer_folder
+        quantized = _quantize(graph, folded, options, tokenizer, progress)
         quantization = quantized.entries
         notes += quantized.notes
     placement = None
@@ -164,6 +182,7 @@ def build_checkpoint(
         inputs=inputs,
         sites=folded.sites,
         graph=graph,
+        companions=companions,
         provider=options.provider,
         rounding=folded.rounding,
         twin=twin,
@@ -174,6 +193,7 @@ def _quantize(
     graph: DecoderGraph | ForwardGraph,
     folded: FoldedCheckpoint,
     options: ExportOptions,
+    tokenizer: Path,
     progress: Progress,
 ) -> QuantizationReport:
     """Quantize a graph's products in place; a decoder's 4 bits are chosen on a text."""
@@ -182,6 +202,6 @@ def _quantize(
     on_text = isinstance(graph, DecoderGraph) and options.calibration != NO_CALIBRATION
     if on_text and plan.calibrates:
         progress.stage("calibrate")
-        calibration = calibrate(folded, options.calibration)
+        calibration = calibrate(folded, options.calibration, tokenizer)
     progress.stage("quantize into recipes")
     return quantize(graph.model, plan, calibration)

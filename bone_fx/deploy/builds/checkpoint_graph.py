@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,10 +18,15 @@ from bone_fx.progress import Progress
 from bone_fx.weights.recipes.recipe import Converted, Recipe, Value
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
     from transformers import PreTrainedModel
 
     from bone_fx.capture.decoder.capture_decoder import DecoderCapture
 
+RIGHT_PADDING = (
+    "batches are padded on the right: with padding on the left the outputs are wrong, so set "
+    'tokenizer.padding_side = "right"'
+)
 NO_FP32_KERNEL = "GroupQueryAttention has no fp32 kernel on CUDA: attention is written out"
 
 
@@ -97,7 +103,12 @@ def _capture_decoder(
         output_names=capture.output_names,
         dim_names=capture.axis_names,
     )
-    return DecoderGraph(model, capture, tuple(capture.notes))
+    tokens = torch.zeros(2, 7, dtype=torch.long)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    left_out = _left_out(folded.skeleton.model, capture.program, inputs)
+    written_out = bool(capture.layers) and all(layer.plain for layer in capture.layers)
+    padding = () if written_out else (RIGHT_PADDING,)
+    return DecoderGraph(model, capture, (*capture.notes, *padding, *left_out))
 
 
 def _derived(source: Recipe, function: str) -> Recipe:
@@ -117,7 +128,32 @@ def _capture_forward(
     capture = capture_forward(model, default_inputs(model))
     progress.stage("translate to ONNX")
     translated = forward_model(capture, folded.recipes, skip_norms=options.provider == "cuda")
-    return ForwardGraph(translated, _random_inputs(model), tuple(capture.notes))
+    left_out = _left_out(model, capture.program, default_inputs(model))
+    return ForwardGraph(translated, _random_inputs(model), (*capture.notes, *left_out))
+
+
+def _left_out(
+    model: PreTrainedModel, program: ExportedProgram, inputs: Mapping[str, Tensor]
+) -> list[str]:
+    """Notes on the model's arguments that a graph has not, and on modules that it leaves out."""
+    from bone_fx.capture.other_arguments import modules_without_use, other_arguments
+
+    names = other_arguments(model, inputs)
+    has_lengths = next(iter(inputs.values())).dim() < 4  # else these are images
+    pads = has_lengths and "attention_mask" in names
+    used = [s.target for s in program.graph_signature.input_specs if s.target is not None]
+    modules = modules_without_use(model, used)
+    notes = []
+    if names:
+        several = len(names) > 1
+        notes.append(
+            f"{', '.join(names)} {'are' if several else 'is'} not among the graph's inputs: it "
+            f"computes what the model computes without {'them' if several else 'it'}"
+            f"{', so rows of a batch must not be padded' if pads else ''}"
+        )
+    if modules:
+        notes.append(f"not part of the graph: {', '.join(modules)}")
+    return notes
 
 
 def _random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:

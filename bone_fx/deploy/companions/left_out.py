@@ -1,0 +1,103 @@
+"""What stands in the input folders, changes what a model does elsewhere, and is not used here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bone_fx.base.left_over import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from bone_fx.deploy.companions.reading import printable, read_object
+from bone_fx.deploy.companions.sentence_model import sentence_note
+
+if TYPE_CHECKING:
+    from bone_fx.adapter_folder import AdapterFolder
+    from bone_fx.base.loading import BaseCheckpoint
+
+_QUANTIZATION = ("quantize_config.json", "quant_config.json")
+_IGNORED_FIELDS = {
+    *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"),
+    *("use_cache", "eos_token_id", "bos_token_id", "pad_token_id", "vocab_size"),
+}
+"""Fields of a configuration that change nothing in a graph, or that other files decide."""
+
+
+def files_left_out(
+    checkpoint: BaseCheckpoint, adapters: Sequence[tuple[str, AdapterFolder]]
+) -> list[str]:
+    """Notes on files of the base and of the adapters that are not used.
+
+    Raises:
+        InputRefusedError: A file cannot be read.
+    """
+    base = checkpoint.folder
+    notes = [
+        *_left_over_adapter(base),
+        *_code(base, trusted=checkpoint.trust_remote_code),
+        *_quantization(base),
+    ]
+    for _, adapter in adapters:
+        notes += [*_code(adapter.path, trusted=False), *_other_config(base, adapter.path)]
+    return [printable(note) for note in notes]
+
+
+def sentence_notes(base: Path, adapters: Sequence[tuple[str, AdapterFolder]]) -> list[str]:
+    """A note on pooling, dense layers and norm, of the last folder that has any."""
+    folders = [base, *(adapter.path for _, adapter in adapters)]
+    notes = [note for folder in folders if (note := sentence_note(folder)) is not None]
+    return notes[-1:]
+
+
+def _left_over_adapter(folder: Path) -> list[str]:
+    names = [name for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS) if (folder / name).is_file()]
+    if not names:
+        return []
+    return [
+        (
+            f"{folder.name} holds an adapter beside its weights ({', '.join(names)}), which is not "
+            f"applied: if its weights are not merged, pass --adapter {folder.name}"
+        )
+    ]
+
+
+def _code(folder: Path, *, trusted: bool) -> list[str]:
+    names = sorted(path.name for path in folder.glob("*.py"))
+    names += sorted(
+        f"{path.parent.name}/{path.name}" for path in folder.glob("custom_generate/*.py")
+    )
+    if trusted or not names:
+        return []
+    return [
+        (
+            f"{folder.name} brings code that was neither run nor copied: {', '.join(names[:5])}"
+            f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; read it, and pass "
+            "--trust-remote-code if the model needs it"
+        )
+    ]
+
+
+def _quantization(folder: Path) -> list[str]:
+    return [
+        f"{folder.name} holds {name}, which is not read: the weights are taken as they are stored"
+        for name in _QUANTIZATION
+        if (folder / name).is_file()
+    ]
+
+
+def _other_config(base: Path, adapter: Path) -> list[str]:
+    """An adapter's own config.json that describes another model than the base's does."""
+    brought = read_object(adapter / "config.json")
+    stored = read_object(base / "config.json")
+    fields = [
+        key
+        for key in brought
+        if key not in _IGNORED_FIELDS and key in stored and brought[key] != stored[key]
+    ]
+    if not fields:
+        return []
+    return [
+        (
+            f"config.json of adapter {adapter.resolve().name} is not used, and differs from the "
+            f"base's in {', '.join(fields[:5])}: PEFT does not read it either"
+        )
+    ]
