@@ -33,8 +33,8 @@ from torch import fx, nn
 
 from bone_fx.adapter_folder import read_adapters
 from bone_fx.deploy.checkpoint_inputs import Adapters
-from bone_fx.deploy.options import Dtype, ExportOptions, Part, Provider, Verify
-from bone_fx.deploy.staging import refuse_inputs_as_output, staged
+from bone_fx.deploy.options import NO_CALIBRATION, Dtype, ExportOptions, Part, Provider, Verify
+from bone_fx.deploy.staging import staged
 from bone_fx.errors import UsageError
 from bone_fx.progress import Progress, Silent
 from bone_fx.verify.parity import Parity
@@ -168,8 +168,10 @@ def export_with(
     is_checkpoint = isinstance(base, str | Path)
     if not is_checkpoint:
         _check_module_choices(base, adapters, options)
-    refuse_inputs_as_output(output, [*adapters, *([str(base)] if is_checkpoint else [])])
-    with staged(output, overwrite=options.overwrite) as staging:
+    inputs = [*adapters, *([str(base)] if is_checkpoint else [])]
+    if options.calibration not in (None, NO_CALIBRATION):
+        inputs.append(str(options.calibration))
+    with staged(output, overwrite=options.overwrite, inputs=inputs) as staging:
         from bone_fx.deploy.manifest import export_manifest
 
         progress.stage("read the inputs")

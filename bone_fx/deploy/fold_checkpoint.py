@@ -34,9 +34,10 @@ from bone_fx.deploy.checkpoint_inputs import (
     FoldedCheckpoint,
     open_checkpoint,
 )
-from bone_fx.deploy.manifest import manifest_of
-from bone_fx.deploy.staging import MANIFEST, refuse_inputs_as_output, staged
-from bone_fx.errors import FoldError, UsageError, VerificationError
+from bone_fx.deploy.earlier_output import MANIFEST
+from bone_fx.deploy.manifest import files_of, manifest_of
+from bone_fx.deploy.staging import staged
+from bone_fx.errors import ExportError, FoldError, UsageError, VerificationError
 from bone_fx.passes.fold import fold_weight
 from bone_fx.progress import Progress, Silent
 from bone_fx.weights.recipes.fold_recipe import Fold, FoldPart
@@ -114,8 +115,7 @@ def fold_checkpoint(
     if not adapters:
         raise UsageError("there is nothing to fold", expected="one adapter or more")
     progress = progress or Silent()
-    refuse_inputs_as_output(output, [*adapters, str(base)])
-    with staged(output, overwrite=overwrite) as staging:
+    with staged(output, overwrite=overwrite, inputs=[*adapters, base]) as staging:
         progress.stage("read the inputs")
         inputs = open_checkpoint(
             base,
@@ -141,7 +141,9 @@ def fold_checkpoint(
             adapters=inputs.adapters,
             entries={
                 "rounding": None if rounding is None else rounding.report(),
-                "files": {path.name: sha256 for path, sha256 in files.items()},
+                "files": files_of(
+                    staging.folder, {path.name: sha256 for path, sha256 in files.items()}
+                ),
             },
         )
         staging.publish(manifest)
@@ -193,7 +195,7 @@ def _write(
     new = {key: recipe for key, recipe in recipes.items() if key not in stored}
     total = sum(file.stat().st_size for file in checkpoint.files)
     if shutil.disk_usage(folder).free < total:
-        raise FoldError(
+        raise ExportError(
             f"not enough disk space in {folder.parent}",
             expected=f"{total:,} bytes",
             found=f"{shutil.disk_usage(folder).free:,} bytes available",
