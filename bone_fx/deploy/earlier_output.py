@@ -71,7 +71,7 @@ def not_made_by_a_run(folder: Path) -> list[str]:
 
 
 def delete_output(folder: Path) -> bool:
-    """Delete what a run made of a folder, file by file, and the folder; False if something stays."""
+    """Delete what a run made, file by file, then the folder; False if something stays."""
     manifest = read_manifest(folder)
     if manifest is not None:
         made = [*manifest["files"], *manifest.get(BESIDE, ())]

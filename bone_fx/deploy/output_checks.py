@@ -147,7 +147,8 @@ def _refuse_what_stands_there(output: str | Path, target: Path, *, overwrite: bo
 def _refuse_foreign(output: str | Path, target: Path) -> None:
     if read_manifest(target) is None:
         raise UsageError(
-            f"the output {output} is no earlier export: it holds no {MANIFEST} that lists its files",
+            f"the output {output} is no earlier export: "
+            f"it holds no {MANIFEST} that lists its files",
             expected="an empty folder or an earlier export",
             next_step=f"{_ANOTHER}; nothing was deleted",
         )

@@ -21,12 +21,29 @@ from bone_fx.errors import BoneFxError, ExportError, UsageError, VerificationErr
 from bone_fx.files import renames
 
 
-def export(out: Path, content: str = "new", **options: Any) -> None:
-    """What an export does with its output."""
+Meanwhile = Callable[[staging.Staging], object]
+
+
+def nothing(_: staging.Staging) -> None:
+    """Nothing happens while the run works."""
+
+
+def export(out: Path, content: str = "new", meanwhile: Meanwhile = nothing, **options: Any) -> None:
+    """What an export does with its output, and what happens while it works."""
     options = {"overwrite": False, **options}
     with staged(out, **options) as stage:
         build(stage, content)
+        meanwhile(stage)
         stage.publish({"format": 1, "kind": "module", "files": files_of(stage.folder, {})})
+
+
+def raising(error: BaseException) -> Meanwhile:
+    """A run that ends with an error."""
+
+    def end(_: staging.Staging) -> None:
+        raise error
+
+    return end
 
 
 def build(stage: staging.Staging, content: str) -> None:
@@ -40,9 +57,13 @@ def tree(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): os.readlink(path)
         if path.is_symlink()
-        else ("/" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest())
+        else ("/" if path.is_dir() else sha(path.read_bytes()))
         for path in sorted(folder.rglob("*"))
     }
+
+
+def sha(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 def names(folder: Path) -> list[str]:
@@ -139,13 +160,13 @@ def test_what_appears_while_the_run_works_stays(
 ) -> None:
     out = tmp_path / "out"
     export(out)
-    with pytest.raises(ExportError, match="appeared"), staged(out, overwrite=True) as stage:
-        build(stage, "new")
-        change(out)
-        before = tree(out)
-        stage.publish({"files": files_of(stage.folder, {})})
-    assert tree(out) == before
-    assert names(tmp_path) == ["out"]
+    with pytest.raises(ExportError, match="appeared"):
+        export(out, overwrite=True, meanwhile=lambda _: change(out))
+    changed = tree(out)
+    export(tmp_path / "other")
+    change(tmp_path / "other")
+    assert changed == tree(tmp_path / "other")
+    assert names(tmp_path) == ["other", "out"]
 
 
 @pytest.mark.usefixtures("ways")
@@ -155,7 +176,8 @@ def test_an_output_that_somebody_makes_meanwhile(
     kind: str, overwrite: bool, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ExportError, match="appeared"), staged(out, overwrite=overwrite) as stage:
+
+    def make(_: object) -> None:
         if kind == "file":
             out.write_text("mine")
         elif kind == "link":
@@ -164,10 +186,12 @@ def test_an_output_that_somebody_makes_meanwhile(
             out.mkdir()
         if kind == "folder":
             _notes(out)
-        before = tree(tmp_path)
-        stage.publish({"files": {}})
-    assert tree(tmp_path).items() <= before.items()
-    assert names(tmp_path) == ["out"]
+
+    with pytest.raises(ExportError, match="appeared"):
+        export(out, overwrite=overwrite, meanwhile=make)
+    after = tree(tmp_path)
+    assert set(after) == ({"out", "out/notes.txt"} if kind == "folder" else {"out"})
+    assert after["out"] == {"file": sha("mine"), "link": "elsewhere"}.get(kind, "/")
 
 
 @pytest.mark.usefixtures("ways")
@@ -178,34 +202,26 @@ def test_an_empty_folder_that_is_filled_meanwhile(tmp_path: Path) -> None:
     assert (out / "model.onnx").exists()
     second = tmp_path / "second"
     second.mkdir()
-    with pytest.raises(ExportError, match="appeared"), staged(second, overwrite=True) as stage:
-        _notes(second)
-        stage.publish({"files": {}})
+    with pytest.raises(ExportError, match="appeared"):
+        export(second, overwrite=True, meanwhile=lambda _: _notes(second))
     assert names(second) == ["notes.txt"]
 
 
 @pytest.mark.usefixtures("ways")
 def test_two_runs_at_once(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ExportError, match="appeared"), staged(out, overwrite=False) as stage:
-        export(out, "other")
-        stage.publish({"files": {}})
+    with pytest.raises(ExportError, match="appeared"):
+        export(out, meanwhile=lambda _: export(out, "other"))
     assert (out / "model.onnx").read_text() == "other"
-    with staged(out, overwrite=True) as stage:
-        build(stage, "last")
-        export(out, "first", overwrite=True)
-        stage.publish({"files": files_of(stage.folder, {})})
+    export(out, "last", overwrite=True, meanwhile=lambda _: export(out, "first", overwrite=True))
     assert (out / "model.onnx").read_text() == "last"
     assert names(tmp_path) == ["out"]
 
 
 def fail(out: Path, **options: Any) -> VerificationError:
-    with (
-        pytest.raises(VerificationError) as caught,
-        staged(out, **{"overwrite": False, **options}) as stage,
-    ):
-        (stage.folder / "model.onnx").write_text("wrong")
-        raise VerificationError("they differ", next_step="look at <output>.rejected")
+    error = VerificationError("they differ", next_step="look at <output>.rejected")
+    with pytest.raises(VerificationError) as caught:
+        export(out, "wrong", meanwhile=raising(error), **options)
     return caught.value
 
 
@@ -319,7 +335,7 @@ def test_inputs_are_never_the_output(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(base)
     text = base / "model.onnx"
     for output in (base, tmp_path / "link", tmp_path, base / "inner", base / "new"):
-        with pytest.raises(UsageError, match="overlaps the input|is or holds"):
+        with pytest.raises(UsageError, match=r"overlaps the input|is or holds"):
             export(output, overwrite=True, inputs=[base])
     with pytest.raises(UsageError, match="overlaps the input"):
         export(base, overwrite=True, inputs=[text])
@@ -329,21 +345,15 @@ def test_inputs_are_never_the_output(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_or_fails(number: int, tmp_path: Path) -> None:
     out = tmp_path / "new" / "deep" / "out"
     with pytest.raises(ExportError, match="cannot be written") as caught:
-        with staged(out, overwrite=False) as stage:
-            (stage.folder / "part").write_text("x")
-            raise OSError(number, os.strerror(number))
+        export(out, meanwhile=raising(OSError(number, os.strerror(number))))
     assert os.strerror(number) in str(caught.value)
     assert names(tmp_path) == []
 
 
 def test_any_other_end_leaves_nothing(tmp_path: Path) -> None:
     for error in (KeyboardInterrupt(), RuntimeError("?"), SystemExit(3)):
-        with (
-            pytest.raises(type(error)),
-            staged(tmp_path / "new" / "out", overwrite=False) as stage,
-        ):
-            build(stage, "part")
-            raise error
+        with pytest.raises(type(error)):
+            export(tmp_path / "new" / "out", meanwhile=raising(error))
         assert names(tmp_path) == []
 
 

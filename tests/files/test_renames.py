@@ -53,7 +53,7 @@ def test_two_folders_change_places(tmp_path: Path) -> None:
         assert ((one / "file").read_text(), (other / "file").read_text()) == ("b", "a")
 
 
+@pytest.mark.skipif(renames._system_call() is None, reason="no renameat2 here")
 def test_an_exchange_needs_both(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        assert not exchange(folder(tmp_path / "a", "a"), tmp_path / "b")
-        raise FileNotFoundError  # a system that has no exchange
+        exchange(folder(tmp_path / "a", "a"), tmp_path / "b")
