@@ -82,7 +82,7 @@ class BaseCheckpoint:
         for file, future in zip(self.files, self._hashes, strict=True):
             try:
                 future.set_result(file_sha256(file))
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - whoever waits for it gets it
                 future.set_exception(error)
 
     def sha256(self) -> dict[str, str]:

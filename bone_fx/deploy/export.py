@@ -36,7 +36,7 @@ from bone_fx.deploy.checkpoint_inputs import Adapters
 from bone_fx.deploy.options import NO_CALIBRATION, Dtype, ExportOptions, Part, Provider, Verify
 from bone_fx.deploy.staging import staged
 from bone_fx.errors import UsageError
-from bone_fx.progress import Progress, Silent
+from bone_fx.progress import PUBLISH, Progress, Silent
 from bone_fx.verify.parity import Parity
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def export_with(
         progress.stage("write the model")
         written = build.write(staging.folder, progress)
         parity = _verify(build, staging.folder, options, progress)
-        progress.stage("publish")
+        progress.stage(PUBLISH)
         manifest = export_manifest(
             build, written, parity, adapters=folders, options=options, folder=staging.folder
         )

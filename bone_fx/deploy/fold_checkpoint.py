@@ -39,7 +39,7 @@ from bone_fx.deploy.manifest import files_of, manifest_of
 from bone_fx.deploy.staging import staged
 from bone_fx.errors import ExportError, FoldError, UsageError, VerificationError
 from bone_fx.passes.fold import fold_weight
-from bone_fx.progress import Progress, Silent
+from bone_fx.progress import PUBLISH, Progress, Silent
 from bone_fx.weights.recipes.fold_recipe import Fold, FoldPart
 from bone_fx.weights.recipes.recipe import Read, Recipe, Value, cast
 from bone_fx.weights.recipes.rounding import Rounding
@@ -132,7 +132,7 @@ def fold_checkpoint(
         _copy_the_rest(inputs, staging.folder)
         progress.stage("verify")
         _verify(files, recipes, inputs.adapters)
-        progress.stage("publish")
+        progress.stage(PUBLISH)
         manifest = manifest_of(
             "checkpoint",
             architecture=inputs.architecture.__name__,

@@ -20,7 +20,6 @@ from bone_fx.deploy.staging import staged
 from bone_fx.errors import BoneFxError, ExportError, UsageError, VerificationError
 from bone_fx.files import renames
 
-
 Meanwhile = Callable[[staging.Staging], object]
 
 
