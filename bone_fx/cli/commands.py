@@ -22,6 +22,7 @@ from bone_fx.deploy.options import (
     Provider,
     Verify,
 )
+from bone_fx.errors import UsageError
 from bone_fx.progress import PUBLISH, Lines, Progress, Silent
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 
 # typer >= 0.29 carries its own click and exports of its errors only this subclass of the usage
 # error.
-WRONG_USAGE = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
-ABORT = typer.Abort
+_WRONG_USAGE = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
+_INTERRUPTED = 130
+"""What typer returns for a command that Ctrl-C ended, which it does not raise."""
 
 EPILOG = """\b
 Commands:
@@ -244,14 +246,25 @@ def split(arguments: Sequence[str]) -> tuple[str, list[str]]:
     return "", list(arguments)
 
 
-def start(command: str, arguments: Sequence[str], signals: Signals) -> int | None:
-    """Run a command with its arguments; typer's exit status, None for a command that ended."""
+def start(command: str, arguments: Sequence[str], signals: Signals) -> int:
+    """Run a command with its arguments; returns the exit status of one that ended well.
+
+    Raises:
+        UsageError: The arguments cannot mean anything.
+        KeyboardInterrupt: It was interrupted.
+        BoneFxError: One of its kinds.
+    """
     program = f"bone-export {command}".rstrip()
-    chosen = COMMANDS.get(command, app)
-    status: int | None = chosen(
-        list(arguments), standalone_mode=False, prog_name=program, obj=signals
-    )
-    return status
+    run = COMMANDS.get(command, app)
+    try:
+        status = run(list(arguments), standalone_mode=False, prog_name=program, obj=signals)
+    except _WRONG_USAGE as error:
+        raise UsageError(error.format_message(), next_step=f"{program} --help") from None
+    except typer.Abort:
+        status = _INTERRUPTED
+    if status == _INTERRUPTED:
+        raise KeyboardInterrupt
+    return status or 0
 
 
 def _options_with_value() -> set[str]:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from bone_fx.cli.signals import Signals
 
 JSON, DEBUG = "--json", "--debug"
-USAGE, INTERRUPTED = 2, 130
 
 
 def run(arguments: Sequence[str], signals: Signals) -> int:
@@ -21,20 +20,9 @@ def run(arguments: Sequence[str], signals: Signals) -> int:
         # transformers fetches and runs kernels from the hub by names in a configuration.
         if "--trust-remote-code" not in arguments:
             os.environ["USE_HUB_KERNELS"] = "0"
-        from bone_fx.cli.commands import ABORT, WRONG_USAGE, split, start
+        from bone_fx.cli.commands import split, start
 
-        command, rest = split(arguments)
-        try:
-            status = start(command, rest, signals) or 0
-        except WRONG_USAGE as error:
-            program = f"bone-export {command}".rstrip()
-            message = f"{error.format_message()}\n  next:     {program} --help"
-            return _fail(message, USAGE, "UsageError", arguments)
-        except ABORT as error:
-            raise KeyboardInterrupt from error
-        if status == INTERRUPTED:  # typer's answer to an interruption that it catches
-            raise KeyboardInterrupt
-        return status
+        return start(*split(arguments), signals)
     except BaseException as error:  # noqa: BLE001 - the last place at which it can be explained
         from bone_fx.cli.failures import failure_of
 

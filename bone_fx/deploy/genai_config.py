@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bone_fx.errors import BaseModelError
+from bone_fx.files.json_file import NotJsonError, read_object
 
 if TYPE_CHECKING:
     from bone_fx.capture.decoder.capture_decoder import DecoderCapture
@@ -178,14 +179,11 @@ def _plain(value: object, default: float) -> float | int | bool:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{path} cannot be read", found=str(error)) from error
-    if not isinstance(content, dict):
+        return read_object(path)
+    except FileNotFoundError:
+        return {}
+    except NotJsonError as error:
         raise BaseModelError(
-            f"{path} cannot be read", expected="a JSON object", found=type(content).__name__
-        )
-    return content
+            f"{path} cannot be read", expected="a JSON object", found=str(error)
+        ) from error

@@ -61,6 +61,7 @@ HOMES: dict[str, set[str]] = {
     "onnxscript": {"onnx"},
     "onnxruntime": {"runtime", "verify"},
     "onnxruntime_genai": {"runtime", "verify"},
+    "regex": {"sites"},
     "rich": {"progress"},
     "typer": {"cli"},
 }
