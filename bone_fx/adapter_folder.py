@@ -29,6 +29,7 @@ from torch import Tensor
 from bone_fx.adapters import METHODS
 from bone_fx.config import CONFIG_NAME, BoneConfig
 from bone_fx.errors import AdapterError, UsageError
+from bone_fx.files.inputs import unsafe_entries
 from bone_fx.sites import LinearSite, Refusal, check_fit, select_sites
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -130,6 +131,7 @@ def read_adapter(directory: str | Path, name: str = "default") -> AdapterFolder:
         raise AdapterError(f"there is no adapter folder {directory}", next_step="check the path")
     if not (folder / CONFIG_NAME).exists() and (folder / name / CONFIG_NAME).exists():
         folder = folder / name
+    _refuse_unsafe(folder)
     config = BoneConfig.from_pretrained(folder)
     path = folder / WEIGHTS_NAME
     if not path.exists():
@@ -167,6 +169,21 @@ def read_adapter(directory: str | Path, name: str = "default") -> AdapterFolder:
             )
     blocks = {site: block.float() for site, block in adapter.blocks.items()}
     return replace(adapter, blocks=blocks)
+
+
+def _refuse_unsafe(folder: Path) -> None:
+    """Refuse a folder with links that leave it, or with pipes and devices."""
+    try:
+        unsafe = unsafe_entries(folder)
+    except OSError as error:
+        raise AdapterError(f"{folder} cannot be read", found=error.strerror) from error
+    if unsafe:
+        raise AdapterError(
+            f"{folder} holds links that leave it, or no regular files",
+            expected="files, and links within the folder",
+            found=_some(unsafe),
+            next_step="put the files themselves there, or take the links away",
+        )
 
 
 def write_adapter(

@@ -7,17 +7,21 @@ Reference: `BoneConfig` of PEFT 0.18.1 and `MissConfig` of PEFT 0.18.1 and 0.21.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from bone_fx.errors import AdapterError, ConfigError
+from bone_fx.files.json_file import NotJsonError, read_object
 
 CONFIG_NAME = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 INIT_WEIGHTS = (True, False, "bat", "mini")
 PEFT_TYPES = ("BONE", "MISS")
+_LARGEST = 1 << 31
+"""No layer is as wide."""
 _METHOD_OF_INIT: dict[bool | str, str] = {True: "bone", False: "bone", "bat": "bat", "mini": "mini"}
 
 
@@ -98,7 +102,8 @@ class BoneConfig:
         return self.init_weights == "mini" or self.mini_r != 0 or self.miss_dropout != 0.0
 
     def _check_values(self) -> None:
-        _require("r", self.r, _is_int(self.r) and self.r >= 1, "an integer of at least 1")
+        r_ok = _is_int(self.r) and 1 <= self.r < _LARGEST
+        _require("r", self.r, r_ok, "an integer of at least 1")
         allowed = any(
             self.init_weights is v if isinstance(v, bool) else self.init_weights == v
             for v in INIT_WEIGHTS
@@ -138,7 +143,7 @@ class BoneConfig:
         _require(
             "mini_r",
             self.mini_r,
-            _is_int(self.mini_r) and self.mini_r >= 0,
+            _is_int(self.mini_r) and 0 <= self.mini_r < _LARGEST,
             "an integer of at least 0",
         )
         if self.init_weights == "mini":
@@ -150,6 +155,11 @@ class BoneConfig:
             and 0.0 <= dropout < 1.0
         )
         _require("miss_dropout", dropout, dropout_ok, "a probability in [0, 1)")
+        for name in ("task_type", "base_model_name_or_path"):
+            value = getattr(self, name)
+            _require(name, value, value is None or isinstance(value, str), "a text or nothing")
+        is_flag = isinstance(self.inference_mode, bool)
+        _require("inference_mode", self.inference_mode, is_flag, "True or False")
         _require(
             "peft_type", self.peft_type, self.peft_type in (None, *PEFT_TYPES), "'BONE' or 'MISS'"
         )
@@ -181,9 +191,9 @@ class BoneConfig:
         kind = content.get("peft_type")
         if kind not in PEFT_TYPES:
             raise ConfigError(
-                f"{where}: peft_type {kind!r} is not a block adapter",
+                f"{where}: peft_type {reprlib.repr(kind)} is not a block adapter",
                 expected="'BONE' or 'MISS'",
-                found=repr(kind),
+                found=reprlib.repr(kind),
                 next_step="export adapters of other types with their own tools",
             )
         names = {f.name for f in fields(cls)} - {"extra"}
@@ -211,23 +221,26 @@ class BoneConfig:
         """
         path = Path(directory) / CONFIG_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_object(path)
         except FileNotFoundError:
             raise AdapterError(
                 f"no {CONFIG_NAME} in {directory}",
                 expected="a folder as PEFT's save_pretrained writes it",
                 next_step="check the path of the adapter",
             ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise AdapterError(f"{path} cannot be read as JSON", found=str(error)) from None
-        if not isinstance(content, dict):
-            raise AdapterError(f"{path} does not hold an object", found=type(content).__name__)
+        except NotJsonError as error:
+            raise AdapterError(
+                f"{path} cannot be read as a JSON object",
+                found=str(error),
+                next_step="save or copy the adapter again",
+            ) from None
         return cls.from_dict(content, where=str(path))
 
 
 def _require(name: str, value: object, ok: bool, allowed: str) -> None:
     if not ok:
-        raise ConfigError(f"{name}={value!r} is not allowed", expected=allowed, found=repr(value))
+        shown = reprlib.repr(value)
+        raise ConfigError(f"{name}={shown} is not allowed", expected=allowed, found=shown)
 
 
 def _is_int(value: object) -> bool:

@@ -7,6 +7,12 @@ message and `exit_code`.
 
 from __future__ import annotations
 
+INTERNAL = 70
+"""Exit status of a fault of our own (`EX_SOFTWARE` of sysexits.h)."""
+
+
+_INDENTED = "\n            "
+
 
 class BoneFxError(Exception):
     """Base of all errors raised on purpose.
@@ -18,7 +24,7 @@ class BoneFxError(Exception):
         next_step: What the person can do or type next.
     """
 
-    exit_code = 1
+    exit_code = INTERNAL
 
     def __init__(
         self,
@@ -32,14 +38,10 @@ class BoneFxError(Exception):
         self.expected = expected
         self.found = found
         self.next_step = next_step
-        lines = [what]
-        if expected is not None:
-            lines.append(f"  expected: {expected}")
-        if found is not None:
-            lines.append(f"  found:    {found}")
-        if next_step is not None:
-            lines.append(f"  next:     {next_step}")
-        super().__init__("\n".join(lines))
+        parts = {"expected": expected, "found": found, "next": next_step}
+        lines = [f"  {name + ':':9} {value}" for name, value in parts.items() if value is not None]
+        # A line of a value stays below its name: a name from a file cannot pass for advice of ours.
+        super().__init__("\n".join(line.replace("\n", _INDENTED) for line in [what, *lines]))
 
 
 class UsageError(BoneFxError):
@@ -100,6 +102,22 @@ class ProviderError(BoneFxError):
     """The execution provider that was asked for cannot be had here."""
 
     exit_code = 7
+
+
+def printable(text: str, *, lines: bool = True) -> str:
+    """Text that is safe on a terminal: what does not print is written as an escape.
+
+    Control characters, colours, marks that turn the direction of writing, and parts of names that
+    are not UTF-8.
+
+    Args:
+        text: The text, which may hold names from files.
+        lines: Whether line feeds stay.
+    """
+    return "".join(
+        c if c.isprintable() or (lines and c == "\n") else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 def first_line(error: BaseException) -> str:

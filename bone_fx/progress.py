@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import IO, Protocol, Self
+
+PUBLISH = "publish"
+"""The last stage: the folder is moved to the output."""
 
 _WORTH_SHOWING = 20_000_000
 
@@ -75,5 +79,7 @@ class Lines:
         self._write(f"\r{text}" if self._terminal else f"{text}\n")
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        # A run does not fail because nobody reads how it goes.
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+            self._stream.flush()

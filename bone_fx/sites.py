@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
+import reprlib
+import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
+import regex
 from torch import nn
 
 from bone_fx.adapters import METHODS
@@ -200,21 +205,67 @@ def _in_layers(config: BoneConfig, name: str) -> bool:
         )
     matches = (_match(p, rf".*\.{p}\.(\d+)\.", name) for p in patterns)
     numbered = next((match for match in matches if match), None)
-    return numbered is not None and int(numbered.group(1)) in (
-        [layers] if isinstance(layers, int) else layers
-    )
-
-
-def _match(field: str, pattern: str, name: str, *, whole: bool = False) -> re.Match[str] | None:
-    """The match of a pattern that was made of what a configuration gives."""
-    try:
-        return re.fullmatch(pattern, name) if whole else re.match(pattern, name)
-    except re.error as error:
+    if numbered is None:
+        return False
+    number = numbered.group(1)
+    if not number or not number.isdecimal():
         raise SiteError(
-            f"{field!r} is not a regular expression",
-            found=str(error),
-            next_step="correct it in the adapter's configuration",
+            f"layers_pattern {patterns} has a group of its own",
+            expected="the name of a list of layers",
+            next_step="leave the parentheses out",
+        )
+    return int(number) in ([layers] if isinstance(layers, int) else layers)
+
+
+_LONGEST_PATTERN = 10_000
+_MOST_REPEATS = 100_000
+"""A pattern that repeats a part so often at least is unfolded to as many when it is compiled."""
+_SECONDS = 0.05
+"""Of processor time for one name; an ordinary pattern takes microseconds."""
+_REPEAT = re.compile(r"\{(\d+)")
+
+
+def _match(field: str, pattern: str, name: str, *, whole: bool = False) -> regex.Match[str] | None:
+    """The match of a pattern that was made of what a configuration gives.
+
+    PEFT matches with `re`, which some patterns keep busy for longer than the universe is old.
+    `regex` gives the same answers and can be stopped.
+
+    Raises:
+        SiteError: It is no pattern of `re`, or takes too long.
+    """
+    compiled = _compiled(field, pattern)
+    try:
+        match = compiled.fullmatch if whole else compiled.match
+        return match(name, timeout=_SECONDS)
+    except (TimeoutError, RecursionError, MemoryError):
+        raise SiteError(
+            f"the regular expression {reprlib.repr(field)} takes too long on {name!r}",
+            expected="one without nested repeats, such as `(a+)+`",
+            next_step="correct it in the adapter's configuration, or list the names",
         ) from None
+
+
+@lru_cache(maxsize=64)
+def _compiled(field: str, pattern: str) -> regex.Pattern[str]:
+    repeats = math.prod(max(1, int(n[:9])) for n in _REPEAT.findall(pattern[:_LONGEST_PATTERN]))
+    if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS:
+        raise _no_pattern(field, "it is too large")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(pattern)  # what only `regex` knows is no pattern of PEFT's
+            return regex.compile(pattern)
+    except (ValueError, OverflowError, RecursionError, re.error, regex.error) as error:
+        raise _no_pattern(field, str(error)) from None
+
+
+def _no_pattern(field: str, why: str) -> SiteError:
+    return SiteError(
+        f"{reprlib.repr(field)} is not a regular expression",
+        found=why,
+        next_step="correct it in the adapter's configuration",
+    )
 
 
 def _examples(sites: list[LinearSite]) -> str:

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +20,8 @@ import torch
 
 from bone_fx.base.left_over import without_adapter
 from bone_fx.errors import BaseModelError
+from bone_fx.files.renames import rename_new
+from bone_fx.files.work_folder import dead_work_folders, make_work_folder
 from bone_fx.weights.storage.safetensors_file import file_sha256
 
 if TYPE_CHECKING:
@@ -59,7 +58,11 @@ def dequantized_folder(file: Path, cache: Path) -> Path:
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name[:24]}-", dir=cache))
+        for dead in dead_work_folders(cache, folder.name):
+            dead.remove()
+        work = make_work_folder(cache, folder.name)
+        staging = work.path / "model"
+        staging.mkdir()
     except OSError as error:
         raise BaseModelError(
             f"{cache} cannot hold the dequantized model",
@@ -68,14 +71,10 @@ def dequantized_folder(file: Path, cache: Path) -> Path:
         ) from error
     try:
         _dequantize(file, staging)
-        staging.chmod(0o755)
-        try:
-            os.rename(staging, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, with the same bytes
-                raise
+        with suppress(FileExistsError):  # another process was first, with the same bytes
+            rename_new(staging, folder)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        work.remove()
     return folder
 
 

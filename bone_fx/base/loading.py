@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from bone_fx.base.weight_files import check_index, find_weights, read_json, read_tensors
+from bone_fx.base.weight_files import (
+    check_index,
+    find_weights,
+    read_json,
+    read_tensors,
+    refuse_unsafe,
+)
 from bone_fx.errors import BaseModelError, InputRefusedError, UsageError
 from bone_fx.weights.load_plan import LoadPlan
 from bone_fx.weights.recipes.recipe import Read
@@ -84,7 +90,7 @@ class BaseCheckpoint:
         for file, future in zip(self.files, self._hashes, strict=True):
             try:
                 future.set_result(file_sha256(file))
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - whoever waits for it gets it
                 future.set_exception(error)
 
     def sha256(self) -> dict[str, str]:
@@ -147,6 +153,12 @@ def open_base(
                 f"{base} is a local model and has no revisions", found=f"revision={revision!r}"
             )
         folder = path.resolve()
+    elif os.path.lexists(path):
+        raise BaseModelError(
+            f"{base} is no file and no folder",
+            expected="a model folder, a .gguf file or a hub id",
+            found="a link that leads nowhere, a pipe or a device",
+        )
     elif _looks_like_path(str(base)):
         raise BaseModelError(
             f"{base} does not exist", expected="a model folder, a .gguf file or a hub id"
@@ -155,6 +167,8 @@ def open_base(
         from bone_fx.base.hub import download
 
         folder = download(str(base), revision, trust_remote_code=trust_remote_code)
+    if folder.is_dir():
+        refuse_unsafe(folder)
     gguf = _gguf_in(folder)
     unread: tuple[str, ...] = ()
     if gguf is not None:
@@ -175,7 +189,11 @@ def open_base(
             next_step="download the model again",
         )
     from bone_fx.base.architectures import load_config
+    from bone_fx.base.config_sizes import refuse_impossible_sizes, refuse_kernels
 
+    refuse_impossible_sizes(folder / "config.json", raw, tensors)
+    if not trust_remote_code:
+        refuse_kernels(folder / "config.json", raw)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     return BaseCheckpoint(str(base), folder, config, files, tensors, trust_remote_code, unread)
 
@@ -207,6 +225,7 @@ def skeleton(
         BaseModelError: The model cannot be built.
     """
     from bone_fx.base.architectures import with_overrides
+    from bone_fx.base.config_sizes import BoundedMemory
     from bone_fx.base.skeleton import complete, meta_model
 
     def stored_alike(plan: LoadPlan, one: str, other: str) -> bool:
@@ -217,7 +236,9 @@ def skeleton(
         return same_bytes(a.path, a.entry, b.path, b.entry)
 
     config = with_overrides(base.config, config_overrides or {})
-    model = meta_model(config, dtype, architecture or base.architecture, attn_implementation)
+    stored = sum(tensor.entry.nbytes for tensor in base.tensors.values())
+    with BoundedMemory(stored):
+        model = meta_model(config, dtype, architecture or base.architecture, attn_implementation)
     plan = base.plan(model)
     complete(model, dtype, plan, stored_alike, untie)
     return Skeleton(model, plan)

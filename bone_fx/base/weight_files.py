@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from bone_fx.errors import BaseModelError
+from bone_fx.files.inputs import unsafe_entries
+from bone_fx.files.json_file import NotJsonError, read_object
 from bone_fx.weights.recipes.recipe import Read
 from bone_fx.weights.storage.safetensors_file import read_header
 
@@ -26,16 +27,35 @@ def read_json(path: Path) -> dict[str, object]:
         BaseModelError: The file cannot be read or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        return read_object(path)
+    except FileNotFoundError as error:
+        raise BaseModelError(f"{path} cannot be read", found=error.strerror) from error
+    except NotJsonError as error:
         raise BaseModelError(
-            f"{path} cannot be read", found=error.strerror or str(error)
+            f"{path} is not JSON, or does not hold a JSON object",
+            found=str(error),
+            next_step="download it again",
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise BaseModelError(f"{path} is not JSON", found=str(error)) from error
-    if not isinstance(value, dict):
-        raise BaseModelError(f"{path} does not hold a JSON object", found=type(value).__name__)
-    return value
+
+
+def refuse_unsafe(folder: Path) -> None:
+    """Refuse a folder with links that leave it, or with pipes and devices.
+
+    Raises:
+        BaseModelError: It has some; the message names them.
+    """
+    try:
+        unsafe = unsafe_entries(folder)
+    except OSError as error:
+        raise BaseModelError(f"{folder} cannot be read", found=error.strerror) from error
+    if unsafe:
+        more = f" and {len(unsafe) - 5} more" if len(unsafe) > 5 else ""
+        raise BaseModelError(
+            f"{folder} holds links that leave it, or no regular files",
+            expected="files, and links within the folder",
+            found=", ".join(unsafe[:5]) + more,
+            next_step="put the files themselves there, or take the links away",
+        )
 
 
 def find_weights(folder: Path, named: object = None) -> tuple[Path, ...]:

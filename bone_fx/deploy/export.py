@@ -33,11 +33,11 @@ from torch import fx, nn
 
 from bone_fx.adapter_folder import read_adapters
 from bone_fx.deploy.checkpoint_inputs import Adapters
-from bone_fx.deploy.input_files import refuse_overlap
+from bone_fx.deploy.input_files import files_read
 from bone_fx.deploy.options import NO_CALIBRATION, Dtype, ExportOptions, Part, Provider, Verify
 from bone_fx.deploy.staging import staged
 from bone_fx.errors import UsageError
-from bone_fx.progress import Progress, Silent
+from bone_fx.progress import PUBLISH, Progress, Silent
 from bone_fx.verify.parity import Parity
 
 if TYPE_CHECKING:
@@ -173,8 +173,8 @@ def export_with(
     if not isinstance(base, str | Path):
         _check_module_choices(base, adapters, options)
     text = None if options.calibration == NO_CALIBRATION else options.calibration
-    refuse_overlap(output, base=base, adapters=adapters, texts=[text])
-    with staged(output, overwrite=options.overwrite) as staging:
+    inputs = files_read(base, adapters, [text])
+    with staged(output, overwrite=options.overwrite, inputs=inputs) as staging:
         from bone_fx.deploy.manifest import export_manifest
 
         progress.stage("read the inputs")
@@ -187,7 +187,7 @@ def export_with(
         progress.stage("write the model")
         written = build.write(staging.folder, progress)
         parity = _verify(build, staging.folder, options, progress)
-        progress.stage("publish")
+        progress.stage(PUBLISH)
         manifest = export_manifest(
             build, written, parity, adapters=folders, options=options, folder=staging.folder
         )

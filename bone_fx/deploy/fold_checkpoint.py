@@ -34,12 +34,12 @@ from bone_fx.deploy.changed_tensors import changed_tensors, check_names
 from bone_fx.deploy.checkpoint_inputs import Adapters, open_checkpoint
 from bone_fx.deploy.companions.checkpoint_folder import INDEX_SUFFIX, copy_the_rest
 from bone_fx.deploy.companions.choice import hashes_beside_weights
-from bone_fx.deploy.input_files import refuse_overlap
-from bone_fx.deploy.manifest import manifest_of
+from bone_fx.deploy.input_files import files_read
+from bone_fx.deploy.manifest import files_of, manifest_of
 from bone_fx.deploy.staging import staged
-from bone_fx.errors import FoldError, UsageError, VerificationError
+from bone_fx.errors import ExportError, FoldError, UsageError, VerificationError
 from bone_fx.passes.fold import fold_weight
-from bone_fx.progress import Progress, Silent
+from bone_fx.progress import PUBLISH, Progress, Silent
 from bone_fx.weights.recipes.fold_recipe import Fold, FoldPart
 from bone_fx.weights.recipes.recipe import Read, Recipe
 from bone_fx.weights.recipes.rounding import Rounding
@@ -117,8 +117,7 @@ def fold_checkpoint(
     if not adapters:
         raise UsageError("there is nothing to fold", expected="one adapter or more")
     progress = progress or Silent()
-    refuse_overlap(output, base=base, adapters=adapters)
-    with staged(output, overwrite=overwrite) as staging:
+    with staged(output, overwrite=overwrite, inputs=files_read(base, adapters)) as staging:
         progress.stage("read the inputs")
         inputs = open_checkpoint(
             base,
@@ -138,7 +137,7 @@ def fold_checkpoint(
         progress.stage("verify")
         _verify(files, recipes, inputs.adapters)
         check_names(staging.folder, folded, changes)
-        progress.stage("publish")
+        progress.stage(PUBLISH)
         manifest = manifest_of(
             "checkpoint",
             architecture=inputs.architecture.__name__,
@@ -147,10 +146,13 @@ def fold_checkpoint(
             adapters=inputs.adapters,
             entries={
                 "rounding": None if rounding is None else rounding.report(),
-                "files": {
-                    path.relative_to(staging.folder).as_posix(): sha256
-                    for path, sha256 in files.items()
-                },
+                "files": files_of(
+                    staging.folder,
+                    {
+                        path.relative_to(staging.folder).as_posix(): sha256
+                        for path, sha256 in files.items()
+                    },
+                ),
                 "notes": [*folded.notes, *notes],
             },
         )
@@ -176,7 +178,7 @@ def _write(
     new = {key: recipe for key, recipe in recipes.items() if key not in stored}
     total = sum(file.stat().st_size for file in checkpoint.files)
     if shutil.disk_usage(folder).free < total:
-        raise FoldError(
+        raise ExportError(
             f"not enough disk space in {folder.parent}",
             expected=f"{total:,} bytes",
             found=f"{shutil.disk_usage(folder).free:,} bytes available",

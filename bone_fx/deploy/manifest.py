@@ -84,8 +84,6 @@ def export_manifest(
     """
     from bone_fx.onnx.torch_exporter import OPSET
 
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = {path: path.relative_to(folder).as_posix() for path in paths}
     return manifest_of(
         build.kind,
         architecture=build.architecture,
@@ -101,18 +99,27 @@ def export_manifest(
             "provider": options.provider,
             "opset": OPSET,
             "operators": operator_counts(folder / "model.onnx"),
-            "files": {
-                name: {
-                    "bytes": path.stat().st_size,
-                    "sha256": written.sha256.get(name) or sha256(path),
-                }
-                for path, name in names.items()
-            },
+            "files": files_of(folder, written.sha256),
             "verified": parity is not None,
             "verification": None if parity is None else _verification_entry(parity, options),
             "notes": [*build.notes, *written.notes],
         },
     )
+
+
+def files_of(folder: Path, hashed: Mapping[str, str]) -> dict[str, Any]:
+    """Size and SHA-256 of every file of a folder by name.
+
+    Args:
+        folder: The folder.
+        hashed: SHA-256 of the files that were hashed while they were written.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path: path.relative_to(folder).as_posix() for path in paths}
+    return {
+        name: {"bytes": path.stat().st_size, "sha256": hashed.get(name) or sha256(path)}
+        for path, name in names.items()
+    }
 
 
 def _verification_entry(parity: Parity, options: ExportOptions) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import typer
 
 import bone_fx
 from bone_fx import cli, errors
+from bone_fx.cli import commands
 
 PUBLIC = {
     "AdaptedModule",
@@ -48,6 +49,7 @@ OPTIONS = {
     "trust_remote_code": ["--trust-remote-code"],
     "as_json": ["--json"],
     "quiet": ["--quiet", "-q"],
+    "debug": ["--debug"],
     "help": ["-h", "--help"],
 }
 FOLD_OPTIONS = {
@@ -62,6 +64,7 @@ FOLD_OPTIONS = {
         "trust_remote_code",
         "as_json",
         "quiet",
+        "debug",
         "help",
     )
 }
@@ -76,6 +79,7 @@ CHOICES = {
 EFFECTIVE = {"dtype": "fp32", "block-size": "16", "symmetric": "asymmetric", "head": "int8"}
 """What a choice is that was left open, as the help says it."""
 EXIT_CODES = {
+    "BoneFxError": 70,
     "UsageError": 2,
     "InputRefusedError": 3,
     "FoldError": 4,
@@ -98,10 +102,10 @@ def _options(app: typer.Typer) -> dict[str, list[str]]:
 
 def _choices() -> dict[str, tuple[str | None, list[str]]]:
     """Default and allowed values of every parameter that takes one of a few words."""
-    hints = get_type_hints(cli.bone_export)
+    hints = get_type_hints(commands.bone_export)
     return {
         name: (parameter.default, list(get_args(kind)))
-        for name, parameter in inspect.signature(cli.bone_export).parameters.items()
+        for name, parameter in inspect.signature(commands.bone_export).parameters.items()
         for kind in (hints[name], *get_args(hints[name]))
         if get_origin(kind) is Literal
     }
@@ -128,7 +132,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_command_line_options() -> None:
-    for app, expected in ((cli.app, OPTIONS), (cli.fold_app, FOLD_OPTIONS)):
+    for app, expected in ((commands.app, OPTIONS), (commands.fold_app, FOLD_OPTIONS)):
         assert _options(app) == {name: sorted(options) for name, options in expected.items()}
 
 
@@ -138,7 +142,7 @@ def test_command_line_choices_and_defaults() -> None:
 
 @pytest.mark.parametrize("name", EFFECTIVE)
 def test_help_says_what_an_open_choice_is(name: str) -> None:
-    command = typer.main.get_command(cli.app)
+    command = typer.main.get_command(commands.app)
     with command.make_context("bone-export", [], resilient_parsing=True) as context:
         text = " ".join(command.get_help(context).split())
     default = re.search(rf" --{name} .*?\[default: \((\w+)\)]", text)

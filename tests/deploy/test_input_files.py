@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bone_fx.deploy.input_files import refuse_overlap
+from bone_fx.deploy.input_files import files_read
+from bone_fx.deploy.output_checks import check_output
 from bone_fx.errors import UsageError
 
 
@@ -20,19 +21,16 @@ def folders(tmp_path: Path) -> Path:
 
 
 def check(folders: Path, output: str = "out", **texts: str) -> None:
-    refuse_overlap(
-        folders / output,
-        base=folders / "base",
-        adapters=[folders / "adapter"],
-        texts=[folders / text for text in texts.values()],
-    )
+    texts_read = [folders / text for text in texts.values()]
+    read = files_read(folders / "base", [folders / "adapter"], texts_read)
+    check_output(folders / output, read, overwrite=True)
 
 
 def test_folders_apart_are_taken(folders: Path) -> None:
     (folders / "base" / "linked").symlink_to(folders / "elsewhere" / "file")
     (folders / "base" / "nowhere").symlink_to(folders / "missing")
     check(folders, text="elsewhere/file")
-    refuse_overlap(folders / "out", base=object())
+    assert files_read(object()) == []
 
 
 @pytest.mark.parametrize("output", ["base", "base/new", "adapter/sub", "."])
@@ -66,17 +64,11 @@ def test_a_link_in_the_output_is_an_input(folders: Path) -> None:
         check(folders, text="elsewhere/again")
 
 
-def test_a_rejected_build_that_is_read_is_not_replaced(folders: Path) -> None:
-    (folders / "base").rename(folders / "out.rejected")
-    with pytest.raises(UsageError, match="rejected overlaps"):
-        refuse_overlap(folders / "out", base=folders / "out.rejected")
-
-
 def test_dequantized_files_in_the_cache_are_inputs(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BONE_FX_CACHE", str(folders / "cache"))
-    (folders / "cache" / "gguf1-00ff").mkdir(parents=True)
+    (folders / "cache" / "gguf2-00ff").mkdir(parents=True)
     check(folders, "cache/out")
     with pytest.raises(UsageError, match="overlaps"):
         check(folders, "cache")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import bone_fx
-from bone_fx import cli
+from bone_fx.cli import commands
 from bone_fx.deploy.options import HELP, ExportOptions
 from bone_fx.errors import UsageError
 
@@ -28,7 +28,9 @@ def defaults_of(function: Any, without: set[str]) -> dict[str, Any]:
 def test_export_and_the_command_line_have_the_same_choices() -> None:
     of_export = defaults_of(bone_fx.export, {"base", "output", "adapters", "progress"})
     assert of_export == DEFAULTS
-    of_cli = defaults_of(cli.bone_export, {"base", "output", "adapter", "as_json", "quiet"})
+    of_cli = defaults_of(
+        commands.bone_export, {"context", "base", "output", "adapter", "as_json", "quiet", "debug"}
+    )
     assert of_cli == {name: value for name, value in DEFAULTS.items() if name not in OF_MODULES}
     assert set(HELP) == set(of_cli)
 

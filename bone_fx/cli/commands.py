@@ -1,17 +1,16 @@
-"""`bone-export`: flags to the options of one export, its errors to exit codes."""
+"""The commands of `bone-export`: flags to the options of one call."""
 
 from __future__ import annotations
 
-import gc
-import json
-import os
-import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from bone_fx.cli.signals import Signals
+from bone_fx.cli.terminal import answer, answer_json, note
 from bone_fx.deploy.options import (
     BLOCK_SIZE,
     DTYPE,
@@ -23,31 +22,34 @@ from bone_fx.deploy.options import (
     Provider,
     Verify,
 )
-from bone_fx.errors import BoneFxError
-from bone_fx.progress import Lines, Progress, Silent
+from bone_fx.errors import UsageError
+from bone_fx.progress import PUBLISH, Lines, Progress, Silent
 
 if TYPE_CHECKING:
     from bone_fx.deploy.export import ExportResult
     from bone_fx.deploy.fold_checkpoint import FoldResult
 
-INTERRUPTED = 130
-INTERNAL = 1
-_INTERRUPTION = "interrupted; nothing was published"
-
 # typer >= 0.29 carries its own click and exports of its errors only this subclass of the usage
 # error.
 _WRONG_USAGE = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
+_INTERRUPTED = 130
+"""What typer returns for a command that Ctrl-C ended, which it does not raise."""
 
 EPILOG = """\b
+Commands:
+  bone-export fold BASE --adapter DIR -o OUT   (a checkpoint, no ONNX; bone-export fold --help)
+
+\b
 Examples:
   bone-export ./SmolLM2-135M-Instruct --adapter ./my-adapter -o ./out
   bone-export ./base --adapter ./style --adapter ./facts -o ./out --dtype fp16
   bone-export model.gguf -o ./out --json
-  bone-export fold ./base --adapter ./my-adapter -o ./folded   (a checkpoint, no ONNX)
+  bone-export fold ./base --adapter ./my-adapter -o ./folded
 
 \b
-Exit codes: 0 ok, 2 usage, 3 input refused, 4 fold failed, 5 export failed, 6 verification failed,
-7 provider not to be had, 130 interrupted. Nothing is published unless the code is 0.
+Exit codes: 0 published, 2 usage, 3 input refused, 4 fold failed, 5 export failed,
+6 verification failed, 7 provider not to be had, 70 a fault of bone_fx, 129, 130, 143 ended by
+SIGHUP, SIGINT, SIGTERM. Nothing is published unless the code is 0.
 """
 
 
@@ -81,6 +83,10 @@ RemoteCode = Annotated[bool, _option("trust_remote_code", "--trust-remote-code")
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result, or the error, as JSON on stdout.")
 ]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Write a report of a failure, with its traceback, to a file."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 _SETTINGS: dict[str, Any] = {
@@ -95,6 +101,7 @@ fold_app = typer.Typer(**_SETTINGS)
 
 @app.command(epilog=EPILOG, context_settings=_HELP_FLAGS)
 def bone_export(
+    context: typer.Context,
     base: Base,
     output: Output,
     adapter: Annotated[list[str] | None, ADAPTER] = None,
@@ -117,9 +124,9 @@ def bone_export(
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Fold block adapters into a base model and export it to ONNX, verified, for ONNX Runtime."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     options = ExportOptions(
         dtype=dtype,
         provider=provider,
@@ -138,7 +145,7 @@ def bone_export(
     )
     from bone_fx.deploy.export import export_with
 
-    with _progress(quiet=quiet) as progress:
+    with _progress(context, quiet=quiet) as progress:
         result = export_with(base, adapter or (), output, options, progress)
     verification = result.manifest["verification"]
     figures = (
@@ -151,6 +158,7 @@ def bone_export(
 
 @fold_app.command(epilog=FOLD_EPILOG, context_settings=_HELP_FLAGS)
 def bone_export_fold(
+    context: typer.Context,
     base: Base,
     adapter: Annotated[list[str], ADAPTER],
     output: Output,
@@ -160,12 +168,12 @@ def bone_export_fold(
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Fold block adapters into a checkpoint: a Hugging Face folder of the same layout."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from bone_fx.deploy.fold_checkpoint import fold_checkpoint
 
-    with _progress(quiet=quiet) as progress:
+    with _progress(context, quiet=quiet) as progress:
         result = fold_checkpoint(
             base,
             adapters=adapter,
@@ -179,65 +187,97 @@ def bone_export_fold(
     _report(result, f"{len(result.folded)} weights folded and read back", as_json=as_json)
 
 
-def _progress(*, quiet: bool) -> AbstractContextManager[Progress]:
-    return nullcontext(Silent()) if quiet else Lines()
+class _Watched:
+    """Progress that also tells the handlers of signals where the run is."""
+
+    def __init__(self, shown: Progress, signals: Signals) -> None:
+        self._shown = shown
+        self._signals = signals
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+        self._signals.stage(publishes=name == PUBLISH)
+        self._shown.stage(name)
+
+    def advance(self, done: int, total: int) -> None:
+        """`done` of `total` bytes of the current stage."""
+        self._signals.stage(publishes=False)
+        self._shown.advance(done, total)
+
+
+@contextmanager
+def _progress(context: typer.Context, *, quiet: bool) -> Iterator[Progress]:
+    with nullcontext(Silent()) if quiet else Lines() as shown:
+        yield _Watched(shown, context.obj)
 
 
 def _report(result: ExportResult | FoldResult, summary: str, *, as_json: bool) -> None:
     """Notes on stderr; on stdout the summary in a line, or everything as JSON."""
     for warning in result.warnings:
-        typer.echo(f"note: {warning}", err=True)
-    content = {"output": str(result.output), "warnings": result.warnings, **result.manifest}
-    typer.echo(json.dumps(content) if as_json else f"{result.output}: {summary}")
-
-
-def main() -> None:
-    """Run `bone-export` with the arguments of the process, and raise SystemExit.
-
-    A first argument `fold` is the command; a base of that name is `./fold`.
-    """
-    as_json = "--json" in sys.argv
-    folds = sys.argv[1:2] == ["fold"]
-    # The process lives for one command: collecting garbage among the graphs takes an eighth of it.
-    gc.disable()
-    try:
-        # typer answers Ctrl-C with this status as its return value; the command itself returns
-        # None.
-        if folds:
-            code = fold_app(sys.argv[2:], standalone_mode=False, prog_name="bone-export fold") or 0
-        else:
-            code = app(standalone_mode=False) or 0
-        if code == INTERRUPTED:
-            code = _fail(_INTERRUPTION, INTERRUPTED, "Interrupted", as_json=as_json)
-    except BoneFxError as error:
-        code = _fail(str(error), error.exit_code, type(error).__name__, as_json=as_json)
-    except (KeyboardInterrupt, typer.Abort):
-        code = _fail(_INTERRUPTION, INTERRUPTED, "Interrupted", as_json=as_json)
-    except _WRONG_USAGE as error:
-        help_of = "bone-export fold --help" if folds else "bone-export --help"
-        message = f"{error.format_message()}\n  next:     {help_of}"
-        code = _fail(message, 2, "UsageError", as_json=as_json)
-    except MemoryError:
-        code = _fail(
-            "out of memory; nothing was published", INTERNAL, "MemoryError", as_json=as_json
-        )
-    sys.stdout.flush()
-    sys.stderr.flush()
-    raise SystemExit(code)
-
-
-def program() -> None:
-    """The process of `bone-export`: `main`, and an exit that does not take graphs apart first."""
-    try:
-        main()
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 0
-    os._exit(code)
-
-
-def _fail(message: str, code: int, kind: str, *, as_json: bool) -> int:
+        note(warning)
     if as_json:
-        sys.stdout.write(json.dumps({"error": kind, "exit_code": code, "message": message}) + "\n")
-    red, plain = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
-    sys.stderr.write(f"{red}error:{plain} {message}\n")
-    return code
+        content = {"output": str(result.output), "warnings": result.warnings, **result.manifest}
+        answer_json(content)
+    else:
+        answer(f"{result.output}: {summary}")
+
+
+COMMANDS = {"fold": fold_app}
+"""Every command besides the export, by name."""
+
+
+def split(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that the arguments name, "" for an export, and the other arguments.
+
+    The first argument that is no option, nor the value of one, is the command if it is one's name;
+    a base of that name is `./fold`.
+    """
+    takes_value = _options_with_value()
+    is_value = False
+    for place, argument in enumerate(arguments):
+        if is_value:
+            is_value = False
+        elif argument == "--":
+            break
+        elif argument.startswith("--"):
+            is_value = argument in takes_value
+        elif argument.startswith("-") and argument != "-":
+            first = next((c for c in argument[1:] if f"-{c}" in takes_value), None)
+            is_value = first is not None and argument.index(first) == len(argument) - 1
+        elif argument in COMMANDS:
+            return argument, [*arguments[:place], *arguments[place + 1 :]]
+        else:
+            break
+    return "", list(arguments)
+
+
+def start(command: str, arguments: Sequence[str], signals: Signals) -> int:
+    """Run a command with its arguments; returns the exit status of one that ended well.
+
+    Raises:
+        UsageError: The arguments cannot mean anything.
+        KeyboardInterrupt: It was interrupted.
+        BoneFxError: One of its kinds.
+    """
+    program = f"bone-export {command}".rstrip()
+    run = COMMANDS.get(command, app)
+    try:
+        status = run(list(arguments), standalone_mode=False, prog_name=program, obj=signals)
+    except _WRONG_USAGE as error:
+        raise UsageError(error.format_message(), next_step=f"{program} --help") from None
+    except typer.Abort:
+        status = _INTERRUPTED
+    if status == _INTERRUPTED:
+        raise KeyboardInterrupt
+    return status or 0
+
+
+def _options_with_value() -> set[str]:
+    """The options of all commands that the next argument belongs to."""
+    return {
+        option
+        for each in (app, *COMMANDS.values())
+        for parameter in typer.main.get_command(each).params
+        if parameter.param_type_name == "option" and not getattr(parameter, "is_flag", False)
+        for option in parameter.opts
+    }
