@@ -61,6 +61,7 @@ HOMES: dict[str, set[str]] = {
     "onnxruntime": {"runtime", "verify"},
     "onnxruntime_genai": {"runtime", "verify"},
     "rich": {"progress"},
+    "sympy": {"capture"},
     "typer": {"cli"},
 }
 FREE = {"torch", "numpy", "safetensors"}
