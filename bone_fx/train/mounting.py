@@ -340,7 +340,7 @@ def delta_weight(
 def with_parameters(model: nn.Module, source: nn.Module, names: Collection[str]) -> nn.Module:
     """A copy of a model with some parameters taken from another; the rest is shared with it.
 
-    What the other has on another device is taken from it too.
+    What the other has elsewhere is taken from it too: it was moved, cast, or is of a copy.
     """
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
     copied = copy.deepcopy(model, shared)
@@ -353,13 +353,13 @@ def with_parameters(model: nn.Module, source: nn.Module, names: Collection[str])
     for name, buffer in named_buffers(copied).items():
         if name not in statistics:
             continue
-        there = moved.setdefault(id(buffer), buffer.to(statistics[name].device))
+        there = moved.setdefault(id(buffer), torch.empty_like(statistics[name]))
         there.copy_(statistics[name])
         owner, leaf = container(copied, name)
         owner._buffers[leaf] = there
     here = dict(source.named_parameters(remove_duplicate=False))
     for name, parameter in copied.named_parameters(remove_duplicate=False):
-        if name not in names and name in here and parameter.device != here[name].device:
+        if name not in names and name in here and not _is_same_memory(parameter, here[name]):
             twin = nn.Parameter(here[name].detach(), requires_grad=parameter.requires_grad)
             owner, leaf = container(copied, name)
             owner.register_parameter(leaf, moved.setdefault(id(parameter), twin))
@@ -367,3 +367,7 @@ def with_parameters(model: nn.Module, source: nn.Module, names: Collection[str])
         owner, leaf = container(copied, name)
         owner.register_parameter(leaf, nn.Parameter(here[name].detach(), requires_grad=True))
     return copied
+
+
+def _is_same_memory(one: Tensor, other: Tensor) -> bool:
+    return (one.device, one.dtype, one.data_ptr()) == (other.device, other.dtype, other.data_ptr())
