@@ -34,6 +34,22 @@ def weight_behind(gm: fx.GraphModule, argument: object) -> tuple[str, torch.Tens
     return name, tensor, flipped
 
 
+def is_bias(gm: fx.GraphModule, argument: object, *, unknown: bool) -> bool:
+    """Whether an argument is a bias: nothing, or a vector.
+
+    Args:
+        gm: The graph.
+        argument: The argument of a linear layer's node.
+        unknown: The answer for a value whose shape the trace did not write down.
+    """
+    if not isinstance(argument, fx.Node):
+        return argument is None
+    value = argument.meta.get("val")
+    if argument.op == "get_attr":
+        value = attribute_at(gm, str(argument.target))
+    return value.dim() == 1 if isinstance(value, torch.Tensor) else unknown
+
+
 def _is_transpose(node: fx.Node) -> bool:
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] == "T"

@@ -134,6 +134,43 @@ def test_a_weight_that_a_module_reads_too_is_refused() -> None:
         bone_fx.insert_adapters(gm, bone_fx.BoneConfig(r=4, target_modules=["lin"]))
 
 
+class Residual(nn.Module):
+    """A layer, and a product that adds a matrix in place of a bias."""
+
+    def __init__(self, *, shared: bool = False) -> None:
+        super().__init__()
+        self.lin = nn.Linear(50, 24)
+        self.up = nn.Parameter(torch.randn(50, 24))
+        self.rows = nn.Parameter(torch.randn(1, 24))
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        view = self.lin.weight.t()
+        weight = view if self.shared else self.up
+        return torch.addmm(torch.addmm(self.rows, x, weight), x, weight) + x @ view
+
+
+@pytest.mark.parametrize("kind", ["symbolic_trace", "torch.export"])
+def test_a_matrix_that_is_added_is_no_bias(kind: str) -> None:
+    x = torch.randn(3, 50)
+    gm = traced(kind, Residual(), x)
+    assert [site.name for site in find_sites(gm).sites] == ["lin"]
+    config = bone_fx.BoneConfig(r=8, target_modules=["lin", "up"], init_weights=False)
+    result = bone_fx.insert_adapters(gm, config)
+    assert "addmm" in {refusal.name: refusal.reason for refusal in result.refused}["up"]
+    result.graph_module(x).sum().backward()
+    folded = bone_fx.fold_adapters(result.graph_module).graph_module
+    torch.testing.assert_close(folded(x), result.graph_module(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["symbolic_trace", "torch.export"])
+@pytest.mark.parametrize("untie", [False, True])
+def test_a_transposed_view_that_another_product_reads_is_refused(kind: str, untie: bool) -> None:
+    gm = traced(kind, Residual(shared=True), torch.randn(3, 50))
+    with pytest.raises(SiteError, match="addmm"):
+        bone_fx.insert_adapters(gm, bone_fx.BoneConfig(r=8, target_modules=["lin"]), untie=untie)
+
+
 def test_dropout_of_an_adapter_follows_the_mode() -> None:
     net = nn.Sequential(nn.Linear(48, 24), nn.ReLU(), nn.BatchNorm1d(24))
     gm = fx.symbolic_trace(net)
