@@ -299,7 +299,8 @@ def new_adapter(
         AdapterError: A trained module of the folder does not fit.
     """
     if folder is None and config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-        heads = [h for h in _HEADS if any(f".{h}." in f".{n}" for n, _ in base.named_parameters())]
+        names = [name for name, _ in base.named_parameters(remove_duplicate=False)]
+        heads = [h for h in _HEADS if any(f".{h}." in f".{n}" for n in names)]
         listed = dict.fromkeys([*(config.modules_to_save or ()), *heads])
         config = replace(config, modules_to_save=list(listed))
     result = insert_adapters(
