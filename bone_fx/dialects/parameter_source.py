@@ -17,9 +17,9 @@ _PERMUTES = {torch.ops.aten.permute.default, torch.permute, "permute"}
 
 
 def weight_behind(gm: fx.GraphModule, argument: object) -> tuple[str, torch.Tensor, bool] | None:
-    """The 2-D tensor an argument reads.
+    """The 2-D parameter an argument reads.
 
-    Its dotted name, the tensor, and whether it arrives transposed; None if none.
+    Its dotted name, the parameter, and whether it arrives transposed; None if none.
     """
     flipped = False
     while isinstance(argument, fx.Node) and _is_transpose(argument):
@@ -29,7 +29,7 @@ def weight_behind(gm: fx.GraphModule, argument: object) -> tuple[str, torch.Tens
         return None
     name = str(argument.target)
     tensor = attribute_at(gm, name)
-    if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
+    if not isinstance(tensor, torch.nn.Parameter) or tensor.dim() != 2:
         return None
     return name, tensor, flipped
 

@@ -18,7 +18,7 @@ from bone_fx.capture.training.loss import ModelLoss
 from bone_fx.config import BoneConfig
 from bone_fx.dialects import find_sites
 from bone_fx.errors import AdapterError, UsageError
-from bone_fx.graphs import container
+from bone_fx.graphs import computed_tensors, container
 from bone_fx.passes.fold import fold_weight
 from bone_fx.passes.insert import BLOCK, insert_adapters
 from bone_fx.sites import LinearSite, Refusal, is_saved_module
@@ -343,7 +343,7 @@ def with_parameters(model: nn.Module, source: nn.Module, names: Collection[str])
 
     What the other has elsewhere is taken from it too: it was moved, cast, or is of a copy.
     """
-    shared: dict[int, Any] = {id(p): p for p in model.parameters()}
+    shared: dict[int, Any] = computed_tensors(model) | {id(p): p for p in model.parameters()}
     copied = copy.deepcopy(model, shared)
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     config: Any = getattr(copied, "config", None)
