@@ -28,8 +28,8 @@ def _positive(value: Any, _: Any) -> bool:
 
 
 def _spec_augment(value: Any, config: Any) -> bool:
-    probabilities = (getattr(config, "mask_time_prob", 0), getattr(config, "mask_feature_prob", 0))
-    return bool(value) and any(p and p > 0 for p in probabilities)
+    fields = ("mask_time_prob", "mask_feature_prob")
+    return bool(value) and any(_positive(getattr(config, field, None), None) for field in fields)
 
 
 def _is(*values: str) -> Callable[[Any, Any], bool]:
