@@ -19,7 +19,7 @@ def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
     root = nn.Module()
     for name, _ in gm.named_modules(remove_duplicate=False):
         container(root, f"{name}.state" if name else "state")
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = computed_tensors(gm)
     for name, parameter in gm.named_parameters(remove_duplicate=False):
         if id(parameter) not in memo:
             memo[id(parameter)] = nn.Parameter(
@@ -53,6 +53,19 @@ def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
     copied.meta.update(gm.meta)
     copied.train(gm.training) if type(gm).train is nn.Module.train else None
     return copied
+
+
+def computed_tensors(module: nn.Module) -> dict[int, Any]:
+    """A memo for `copy.deepcopy`: tensors that hooks keep in a module, as weight norm does.
+
+    They are computed from parameters, which torch does not copy; the copy computes its own.
+    """
+    return {
+        id(value): value.detach()
+        for part in module.modules()
+        for value in vars(part).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -49,19 +49,19 @@ def find_sites(gm: fx.GraphModule) -> SiteSearch:
     known = {use.site.weight_name for use in uses} | {
         u.bias for u in uses if isinstance(u.bias, str)
     }
-    others = {
-        str(node.target): Refusal(str(node.target), _reason(gm, node))
-        for node in gm.graph.nodes
-        if node.op == "get_attr"
-        and str(node.target) not in known
-        and _is_matrix(gm, str(node.target))
+    matrices = {
+        str(node.target): node
+        for node in gm.graph.find_nodes(op="get_attr")
+        if str(node.target) not in known and _is_matrix(gm, str(node.target))
     }
+    refusals = [_refusal(gm, node) for node in matrices.values()]
+    others = {refusal.name: refusal for refusal in refusals}
     for node in gm.graph.nodes:
         if node.op == "call_module" and str(node.target) not in {use.site.name for use in uses}:
             module = gm.get_submodule(str(node.target))
-            if module_calls.site_of(str(node.target), module) is not None:
-                name, kind = str(node.target), type(module).__name__
-                others[name] = Refusal(name, f"a {kind} with hooks or a forward of its own")
+            reason = module_calls.reason_against(module)
+            if module_calls.site_of(str(node.target), module) is not None and reason:
+                others[str(node.target)] = Refusal(str(node.target), reason)
     return SiteSearch(tuple(uses), tuple(others.values()))
 
 
@@ -72,13 +72,16 @@ def read_use(gm: fx.GraphModule, node: fx.Node) -> LinearUse | None:
 
 def find_module_sites(model: torch.nn.Module) -> tuple[list[LinearSite], list[Refusal]]:
     """The linear layers of a model that was not traced, and its other matrices."""
-    sites = [
-        s
+    linears = {
+        site: module
         for name, module in model.named_modules()
-        if (s := module_calls.site_of(name, module)) is not None
-    ]
+        if (site := module_calls.site_of(name, module)) is not None
+    }
+    sites = [s for s, module in linears.items() if module_calls.has_parameter(module, "weight")]
     weights = {site.weight_name for site in sites}
-    others = [
+    reason = f"its weight {module_calls.NO_PARAMETER}"
+    others = [Refusal(site.name, reason) for site in linears if site.weight_name not in weights]
+    others += [
         Refusal(name, f"a parameter of shape {list(parameter.shape)}, not a linear layer's weight")
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if name not in weights and parameter.dim() >= 2
@@ -91,12 +94,17 @@ def _is_matrix(gm: fx.GraphModule, name: str) -> bool:
     return isinstance(tensor, torch.nn.Parameter) and tensor.dim() >= 2
 
 
-def _reason(gm: fx.GraphModule, node: fx.Node) -> str:
-    tensor = attribute_at(gm, str(node.target))
+def _refusal(gm: fx.GraphModule, node: fx.Node) -> Refusal:
+    """Why a matrix that a node reads is no linear layer's weight."""
+    name = str(node.target)
+    layer, parametrized, _ = name.partition(".parametrizations.weight.")
+    if parametrized:
+        return Refusal(layer, "its weight is computed by a parametrization")
+    tensor = attribute_at(gm, name)
     shape = list(tensor.shape) if isinstance(tensor, torch.Tensor) else []
-    readers = sorted({str(user.target) for user in node.users})
+    readers = ", ".join(sorted({str(user.target) for user in node.users})) or "nothing"
     kind = "a stack of expert weights" if len(shape) == 3 else "a parameter"
-    return f"{kind} of shape {shape} read by {', '.join(readers) or 'nothing'}, not a linear layer"
+    return Refusal(name, f"{kind} of shape {shape} read by {readers}, not a linear layer")
 
 
 __all__ = ["FORMS", "LinearUse", "SiteSearch", "find_module_sites", "find_sites", "read_use"]

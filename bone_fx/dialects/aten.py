@@ -3,18 +3,19 @@
 Torch's Python functions of the same names, as `torch.fx.symbolic_trace` records them.
 
 `addmm` and `matmul` on the stored weight take it as `[I, O]` (HF `Conv1D`); on a transposed view of
-it, as `[O, I]`.
+it, as `[O, I]`. What `addmm` adds is a bias only if it is a vector: it may as well be a residual.
 """
 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 
 from bone_fx.dialects.linear_use import LinearUse, module_type, owner_of
-from bone_fx.dialects.parameter_source import weight_behind
+from bone_fx.dialects.parameter_source import is_bias, weight_behind
 from bone_fx.sites import LinearSite
 
 aten = torch.ops.aten
@@ -39,13 +40,13 @@ def read(gm: fx.GraphModule, node: fx.Node) -> LinearUse | None:
 
 
 def _use(
-    gm: fx.GraphModule, node: fx.Node, x: object, weight: object, bias: object, *, is_IO: bool
+    gm: fx.GraphModule, node: fx.Node, x: object, weight: object, bias: Any, *, is_IO: bool
 ) -> LinearUse | None:
     source = weight_behind(gm, weight)
     if (
         source is None
         or not isinstance(x, fx.Node)
-        or not (bias is None or isinstance(bias, fx.Node))
+        or not is_bias(gm, bias, unknown=node.target not in _ADDMM)
     ):
         return None
     weight_name, tensor, flipped = source

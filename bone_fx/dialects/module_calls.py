@@ -21,16 +21,29 @@ def read(gm: fx.GraphModule, node: fx.Node) -> LinearUse | None:
     name = str(node.target)
     module = gm.get_submodule(name)
     site = site_of(name, module)
-    if site is None or not isinstance(x, fx.Node) or not is_plain(module):
+    if site is None or not isinstance(x, fx.Node) or reason_against(module):
         return None
     bias = f"{name}.bias" if getattr(module, "bias", None) is not None else None
     return LinearUse(node, site, x, bias, "functional")
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module is the product alone: no hooks, no forward of a subclass."""
-    linear = type(module).__name__ == "Conv1D" or type(module).forward is nn.Linear.forward
-    return linear and not module._forward_hooks and not module._forward_pre_hooks
+def reason_against(module: nn.Module) -> str | None:
+    """Why calling a linear module is more than the product with a parameter; None if it is not."""
+    kind = type(module).__name__
+    linear = kind == "Conv1D" or type(module).forward is nn.Linear.forward
+    if not linear or module._forward_hooks or module._forward_pre_hooks:
+        return f"a {kind} with hooks or a forward of its own"
+    parts = ["weight", *(["bias"] if getattr(module, "bias", None) is not None else [])]
+    computed = next((part for part in parts if not has_parameter(module, part)), None)
+    return None if computed is None else f"its {computed} {NO_PARAMETER}"
+
+
+def has_parameter(module: nn.Module, part: str) -> bool:
+    """Whether the weight or bias of a linear module is a parameter, not computed and no buffer."""
+    return module._parameters.get(part) is not None
+
+
+NO_PARAMETER = "is no parameter but computed (weight norm, a parametrization, pruning), or a buffer"
 
 
 def site_of(name: str, module: nn.Module) -> LinearSite | None:

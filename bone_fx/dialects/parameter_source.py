@@ -17,9 +17,9 @@ _PERMUTES = {torch.ops.aten.permute.default, torch.permute, "permute"}
 
 
 def weight_behind(gm: fx.GraphModule, argument: object) -> tuple[str, torch.Tensor, bool] | None:
-    """The 2-D tensor an argument reads.
+    """The 2-D parameter an argument reads.
 
-    Its dotted name, the tensor, and whether it arrives transposed; None if none.
+    Its dotted name, the parameter, and whether it arrives transposed; None if none.
     """
     flipped = False
     while isinstance(argument, fx.Node) and _is_transpose(argument):
@@ -29,9 +29,25 @@ def weight_behind(gm: fx.GraphModule, argument: object) -> tuple[str, torch.Tens
         return None
     name = str(argument.target)
     tensor = attribute_at(gm, name)
-    if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
+    if not isinstance(tensor, torch.nn.Parameter) or tensor.dim() != 2:
         return None
     return name, tensor, flipped
+
+
+def is_bias(gm: fx.GraphModule, argument: object, *, unknown: bool) -> bool:
+    """Whether an argument is a bias: nothing, or a vector.
+
+    Args:
+        gm: The graph.
+        argument: The argument of a linear layer's node.
+        unknown: The answer for a value whose shape the trace did not write down.
+    """
+    if not isinstance(argument, fx.Node):
+        return argument is None
+    value = argument.meta.get("val")
+    if argument.op == "get_attr":
+        value = attribute_at(gm, str(argument.target))
+    return value.dim() == 1 if isinstance(value, torch.Tensor) else unknown
 
 
 def _is_transpose(node: fx.Node) -> bool:

@@ -25,7 +25,7 @@ from bone_fx.graphs import container, fake_like
 from bone_fx.operators import ADAPTED_LINEAR
 from bone_fx.passes.frame import Outcome, on_a_copy
 from bone_fx.passes.untie import untie_weights
-from bone_fx.sites import LinearSite, check_fit, is_saved_module, select_sites
+from bone_fx.sites import LinearSite, Refusal, check_fit, is_saved_module, select_sites
 
 BLOCK = "bone_block"
 """Name under which a site owns its blocks: `<site>.bone_block.<adapter>`."""
@@ -54,7 +54,8 @@ def insert_adapters(
         adapter_name: Name of the adapter; its blocks are `<site>.bone_block.<adapter_name>`.
         blocks: Trained blocks by site, used as they are; None draws fresh ones, in module order.
         output_layers: Sites that `target_modules="all-linear"` leaves out.
-        freeze_base: Freeze every parameter that is neither a block nor in `modules_to_save`.
+        freeze_base: Freeze every parameter that is neither a block nor in `modules_to_save`; a tied
+            weight of these becomes their own.
         untie: Allow a target whose weight is shared with another layer, by giving that layer its
             own name for it.
         recompute: Fold BAT's weights again in backward. False keeps them from the forward: faster,
@@ -87,7 +88,7 @@ def insert_adapters(
     chosen, refused = select_sites(config, search.sites, search.others, output_layers)
     untie_weights(gm, chosen, untie=untie)
     if freeze_base:
-        _freeze(gm, config)
+        refused += _freeze(gm, config)
     fresh = {} if blocks else new_blocks(config, _in_module_order(gm, chosen))
     for site in chosen:
         check_fit(config, site)
@@ -149,11 +150,41 @@ def _in_module_order(gm: fx.GraphModule, sites: list[LinearSite]) -> list[Linear
     return sorted(sites, key=lambda site: order.get(site.weight_name, len(order)))
 
 
-def _freeze(gm: fx.GraphModule, config: BoneConfig) -> None:
-    for name, parameter in gm.named_parameters():
-        block = f".{BLOCK}." in name
-        if not block and parameter.is_floating_point():
-            parameter.requires_grad_(is_saved_module(config, name.rpartition(".")[0]))
+def _freeze(gm: fx.GraphModule, config: BoneConfig) -> list[Refusal]:
+    """Freeze all but blocks and `modules_to_save`, whose tied weights become their own, as in PEFT.
+
+    Returns:
+        Modules to save whose weight the graph does not tell from that of a frozen module.
+    """
+    names_of: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in gm.named_parameters(remove_duplicate=False):
+        if f".{BLOCK}." not in name and parameter.is_floating_point():
+            names_of.setdefault(parameter, []).append(name)
+    refused = []
+    for parameter, names in names_of.items():
+        saved = [name for name in names if is_saved_module(config, name.rpartition(".")[0])]
+        parameter.requires_grad_(saved == names)
+        if not saved or saved == names:
+            continue
+        tied = [name for name in names if name not in saved]
+        if not all(_is_read(gm, name) for name in (saved[0], tied[0])):
+            reason = f"its weight is tied to {tied[0]}, and the graph reads both under one name"
+            refused.append(Refusal(saved[0].rpartition(".")[0], reason))
+            continue
+        trained = nn.Parameter(parameter.detach().clone())
+        for name in saved:
+            owner, leaf = container(gm, name)
+            owner.register_parameter(leaf, trained)
+    return refused
+
+
+def _is_read(gm: fx.GraphModule, name: str) -> bool:
+    """Whether a graph reads a parameter under this name."""
+    return any(
+        (node.op == "get_attr" and node.target == name and node.users)
+        or (node.op == "call_module" and name.startswith(f"{node.target}."))
+        for node in gm.graph.nodes
+    )
 
 
 def _mount(gm: fx.GraphModule, site: LinearSite, adapter_name: str, block: Tensor) -> None:

@@ -46,32 +46,36 @@ def untie_weights(gm: fx.GraphModule, sites: list[LinearSite], *, untie: bool) -
         called = next((reader for reader in readers if reader.op == "call_module"), None)
         if called is not None:
             raise SiteError(f"{site.name}: its weight is also read by the module {called.target}")
-        if readers and not others:
+        inseparable = next((r for r in readers if not _reads(r, site.weight_name)), None)
+        if inseparable is not None or (readers and not others):
+            reader = inseparable or readers[0]
             raise SiteError(
-                f"{site.name}: its weight is also read by {readers[0].name}, under no other name"
+                f"{site.name}: its weight is also read by {reader.name}, under no other name"
             )
         for node in readers:
             with gm.graph.inserting_before(node):
                 separate = gm.graph.get_attr(others[0])
-            node.replace_input_with(_reading(node, site.weight_name), separate)
+            for read in _reads(node, site.weight_name):
+                node.replace_input_with(read, separate)
         owner, leaf = container(gm, site.weight_name)
         owner.register_parameter(
             leaf, nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
         )
 
 
-def _reading(node: fx.Node, name: str) -> fx.Node:
-    return next(n for n in node.all_input_nodes if n.op == "get_attr" and str(n.target) == name)
+def _reads(node: fx.Node, name: str) -> list[fx.Node]:
+    """The inputs of a node that are a parameter itself, no view of it."""
+    return [n for n in node.all_input_nodes if n.op == "get_attr" and str(n.target) == name]
 
 
 def _other_readers(gm: fx.GraphModule, site: LinearSite, uses: set[fx.Node]) -> list[fx.Node]:
-    views = {site.weight_name}
-    reads = [n for n in gm.graph.nodes if n.op == "get_attr" and str(n.target) in views]
-    users = [user for read in reads for user in read.users]
+    """What reads a site's weight, or the transposed view of it that a use reads, and is no use."""
+    reads = [n for n in gm.graph.nodes if n.op == "get_attr" and str(n.target) == site.weight_name]
+    views = {n for use in uses for n in use.all_input_nodes if set(n.all_input_nodes) & set(reads)}
+    users = [user for read in [*reads, *views] for user in read.users]
     weight = gm.get_parameter(site.weight_name)
     calls = [n for n in gm.graph.nodes if n.op == "call_module"]
     users += [
         n for n in calls if any(p is weight for p in gm.get_submodule(str(n.target)).parameters())
     ]
-    passing = {n for use in uses for n in use.all_input_nodes}
-    return [user for user in users if user not in uses and user not in passing]
+    return [user for user in users if user not in uses and user not in views]

@@ -229,7 +229,7 @@ class AdaptedModule(TrainingGraph):
         """The original model class with folded weights, ready for `generate` and `save_pretrained`.
 
         The model that was adapted is not changed; weights that no adapter touches are shared with
-        it.
+        it, or with this module where it is a copy, was moved or was cast.
 
         Raises:
             UsageError: This module was not made from a model.

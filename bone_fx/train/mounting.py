@@ -18,7 +18,7 @@ from bone_fx.capture.training.loss import ModelLoss
 from bone_fx.config import BoneConfig
 from bone_fx.dialects import find_sites
 from bone_fx.errors import AdapterError, UsageError
-from bone_fx.graphs import container
+from bone_fx.graphs import computed_tensors, container
 from bone_fx.passes.fold import fold_weight
 from bone_fx.passes.insert import BLOCK, insert_adapters
 from bone_fx.sites import LinearSite, Refusal, is_saved_module
@@ -299,7 +299,8 @@ def new_adapter(
         AdapterError: A trained module of the folder does not fit.
     """
     if folder is None and config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-        heads = [h for h in _HEADS if any(f".{h}." in f".{n}" for n, _ in base.named_parameters())]
+        names = [name for name, _ in base.named_parameters(remove_duplicate=False)]
+        heads = [h for h in _HEADS if any(f".{h}." in f".{n}" for n in names)]
         listed = dict.fromkeys([*(config.modules_to_save or ()), *heads])
         config = replace(config, modules_to_save=list(listed))
     result = insert_adapters(
@@ -340,9 +341,9 @@ def delta_weight(
 def with_parameters(model: nn.Module, source: nn.Module, names: Collection[str]) -> nn.Module:
     """A copy of a model with some parameters taken from another; the rest is shared with it.
 
-    What the other has on another device is taken from it too.
+    What the other has elsewhere is taken from it too: it was moved, cast, or is of a copy.
     """
-    shared: dict[int, Any] = {id(p): p for p in model.parameters()}
+    shared: dict[int, Any] = computed_tensors(model) | {id(p): p for p in model.parameters()}
     copied = copy.deepcopy(model, shared)
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     config: Any = getattr(copied, "config", None)
@@ -353,13 +354,13 @@ def with_parameters(model: nn.Module, source: nn.Module, names: Collection[str])
     for name, buffer in named_buffers(copied).items():
         if name not in statistics:
             continue
-        there = moved.setdefault(id(buffer), buffer.to(statistics[name].device))
+        there = moved.setdefault(id(buffer), torch.empty_like(statistics[name]))
         there.copy_(statistics[name])
         owner, leaf = container(copied, name)
         owner._buffers[leaf] = there
     here = dict(source.named_parameters(remove_duplicate=False))
     for name, parameter in copied.named_parameters(remove_duplicate=False):
-        if name not in names and name in here and parameter.device != here[name].device:
+        if name not in names and name in here and not _is_same_memory(parameter, here[name]):
             twin = nn.Parameter(here[name].detach(), requires_grad=parameter.requires_grad)
             owner, leaf = container(copied, name)
             owner.register_parameter(leaf, moved.setdefault(id(parameter), twin))
@@ -367,3 +368,7 @@ def with_parameters(model: nn.Module, source: nn.Module, names: Collection[str])
         owner, leaf = container(copied, name)
         owner.register_parameter(leaf, nn.Parameter(here[name].detach(), requires_grad=True))
     return copied
+
+
+def _is_same_memory(one: Tensor, other: Tensor) -> bool:
+    return (one.device, one.dtype, one.data_ptr()) == (other.device, other.dtype, other.data_ptr())

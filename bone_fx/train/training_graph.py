@@ -188,6 +188,7 @@ class TrainingGraph(ModelGraph):
         if origin.loss is None:
             raise UsageError(
                 f"the loss of {type(origin.model).__name__} is not known",
+                expected="a loss of transformers on output and labels, as its forward computes it",
                 next_step="leave the labels out and compute the loss on the output",
             )
         in_chunks = (

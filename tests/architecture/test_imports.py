@@ -63,6 +63,7 @@ HOMES: dict[str, set[str]] = {
     "onnxruntime_genai": {"runtime", "verify"},
     "regex": {"sites"},
     "rich": {"progress"},
+    "sympy": {"capture"},
     "typer": {"cli"},
 }
 FREE = {"torch", "numpy", "safetensors"}

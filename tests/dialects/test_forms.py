@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations, parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
 import bone_fx
-from bone_fx.dialects import find_sites
+from bone_fx.dialects import find_module_sites, find_sites
 from bone_fx.errors import SiteError
 
 
@@ -132,6 +133,116 @@ def test_a_weight_that_a_module_reads_too_is_refused() -> None:
     gm = fx.GraphModule(net, LeafTracer().trace(net))
     with pytest.raises(SiteError, match="lin"):
         bone_fx.insert_adapters(gm, bone_fx.BoneConfig(r=4, target_modules=["lin"]))
+
+
+class Residual(nn.Module):
+    """A layer, and a product that adds a matrix in place of a bias."""
+
+    def __init__(self, *, shared: bool = False) -> None:
+        super().__init__()
+        self.lin = nn.Linear(50, 24)
+        self.up = nn.Parameter(torch.randn(50, 24))
+        self.rows = nn.Parameter(torch.randn(1, 24))
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        view = self.lin.weight.t()
+        weight = view if self.shared else self.up
+        return torch.addmm(torch.addmm(self.rows, x, weight), x, weight) + x @ view
+
+
+@pytest.mark.parametrize("kind", ["symbolic_trace", "torch.export"])
+def test_a_matrix_that_is_added_is_no_bias(kind: str) -> None:
+    x = torch.randn(3, 50)
+    gm = traced(kind, Residual(), x)
+    assert [site.name for site in find_sites(gm).sites] == ["lin"]
+    config = bone_fx.BoneConfig(r=8, target_modules=["lin", "up"], init_weights=False)
+    result = bone_fx.insert_adapters(gm, config)
+    assert "addmm" in {refusal.name: refusal.reason for refusal in result.refused}["up"]
+    result.graph_module(x).sum().backward()
+    folded = bone_fx.fold_adapters(result.graph_module).graph_module
+    torch.testing.assert_close(folded(x), result.graph_module(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["symbolic_trace", "torch.export"])
+@pytest.mark.parametrize("untie", [False, True])
+def test_a_transposed_view_that_another_product_reads_is_refused(kind: str, untie: bool) -> None:
+    gm = traced(kind, Residual(shared=True), torch.randn(3, 50))
+    with pytest.raises(SiteError, match="addmm"):
+        bone_fx.insert_adapters(gm, bone_fx.BoneConfig(r=8, target_modules=["lin"]), untie=untie)
+
+
+class _Symmetric(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.triu() + weight.triu(1).t()
+
+
+def _weight_norm(linear: nn.Linear) -> nn.Module:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return torch.nn.utils.weight_norm(linear)
+
+
+def _buffer(linear: nn.Linear) -> nn.Module:
+    weight = linear.weight.detach()
+    del linear.weight
+    linear.register_buffer("weight", weight)
+    return linear
+
+
+COMPUTED: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "weight norm": _weight_norm,
+    "spectral norm": lambda linear: torch.nn.utils.spectral_norm(linear).eval(),
+    "pruned": lambda linear: prune.random_unstructured(linear, "weight", 0.5),  # type: ignore[no-untyped-call]
+    "weight norm as parametrization": parametrizations.weight_norm,
+    "spectral norm as parametrization": parametrizations.spectral_norm,
+    "own parametrization": lambda linear: parametrize.register_parametrization(
+        linear, "weight", _Symmetric()
+    ),
+    "buffer": _buffer,
+}
+
+
+# torch.export says so of every module whose hook writes an attribute.
+ASSIGNS = "ignore:The tensor attribute self.0.weight was assigned during export"
+
+
+@pytest.mark.filterwarnings(ASSIGNS)
+@pytest.mark.parametrize("kind", ["symbolic_trace", "torch.export"])
+@pytest.mark.parametrize("how", COMPUTED)
+def test_a_weight_that_is_no_parameter_is_refused(how: str, kind: str) -> None:
+    net = nn.Sequential(COMPUTED[how](nn.Linear(24, 24)), nn.ReLU(), nn.Linear(24, 24)).eval()
+    x = torch.randn(3, 24)
+    config = bone_fx.BoneConfig(r=8, target_modules=["0", "2"], init_weights=False)
+    result = bone_fx.insert_adapters(traced(kind, net, x), config)
+    assert [site.name for site in result.applied] == ["2"]
+    assert {refusal.name.partition(".")[0] for refusal in result.refused} == {"0"}
+    folded = bone_fx.fold_adapters(result.graph_module).graph_module
+    torch.testing.assert_close(folded(x), result.graph_module(x), rtol=0, atol=1e-5)
+    sites, others = find_module_sites(net)
+    assert [site.name for site in sites] == ["2"]
+    assert "no parameter" in {refusal.name: refusal.reason for refusal in others}["0"]
+
+
+@pytest.mark.filterwarnings(ASSIGNS)
+@pytest.mark.parametrize("how", ["weight norm", "own parametrization"])
+def test_a_model_with_a_computed_weight_comes_back_merged(how: str) -> None:
+    net = nn.Sequential(COMPUTED[how](nn.Linear(24, 24)), nn.ReLU(), nn.Linear(24, 24)).eval()
+    x = torch.randn(3, 24)
+    config = bone_fx.BoneConfig(r=8, target_modules=["0", "2"], init_weights=False)
+    adapted = bone_fx.adapt(net, config, (x,))
+    assert {refusal.name.partition(".")[0] for refusal in adapted.refused} == {"0"}
+    torch.testing.assert_close(adapted.merge_and_unload()(x), adapted(x), rtol=0, atol=1e-5)
+
+
+def test_a_bias_that_is_computed_is_refused_where_the_layer_is_called() -> None:
+    """A trace of the product itself has the computed bias as a value, and takes the adapter."""
+    net = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
+    parametrize.register_parametrization(net[0], "bias", nn.Identity())
+    config = bone_fx.BoneConfig(r=8, target_modules=["0", "1"])
+    for kind, names in (("symbolic_trace", ["1"]), ("torch.export", ["0", "1"])):
+        result = bone_fx.insert_adapters(traced(kind, net, torch.randn(3, 24)), config)
+        assert [site.name for site in result.applied] == names
+        assert "bias" in str(result.refused) or names == ["0", "1"]
 
 
 def test_dropout_of_an_adapter_follows_the_mode() -> None:

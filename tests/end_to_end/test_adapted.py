@@ -382,6 +382,60 @@ def test_a_copy_has_the_statistics() -> None:
         bone_fx.adapt(net, replace(config, modules_to_save=["1"]), (x,))
 
 
+class _Norms(nn.Module):
+    """An embedding that is tied, a layer norm, a batch norm, biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 24)
+        self.norm = nn.LayerNorm(24)
+        self.body = nn.Linear(24, 24)
+        self.head = nn.Linear(24, 11)
+        self.head.weight = self.table.weight
+        self.last = nn.BatchNorm1d(11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(self.norm(self.table(x))).relu()
+        result: Tensor = self.last(self.head(hidden))
+        return result
+
+
+def _norms() -> tuple[_Norms, bone_fx.AdaptedModule, Tensor]:
+    torch.manual_seed(0)
+    model, x = _Norms().eval(), torch.tensor([3, 7, 1, 10, 3])
+    config = bone_fx.BoneConfig(r=8, target_modules=["body"])
+    return model, bone_fx.adapt(model, config, (x,), freeze_base=False), x
+
+
+def test_an_average_of_weights_gives_its_own_weights_back() -> None:
+    model, adapted, x = _norms()
+    ema = torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    average = torch.optim.swa_utils.AveragedModel(adapted, multi_avg_fn=ema, use_buffers=True)
+    average.update_parameters(adapted)
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.3)
+    adapted.train()(x).square().sum().backward()
+    optimizer.step()
+    average.update_parameters(adapted)
+    expected = average.module.eval()(x)
+    assert not torch.allclose(expected, adapted.eval()(x), atol=1e-2)
+    for copied in (average.module, copy.deepcopy(average.module)):
+        merged = copied.merge_and_unload()
+        torch.testing.assert_close(merged(x), expected, rtol=0, atol=1e-5)
+        assert merged.head.weight is merged.table.weight
+    assert adapted.merge_and_unload().norm.weight.data_ptr() == model.norm.weight.data_ptr()
+
+
+def test_a_cast_is_of_all_that_is_given_back() -> None:
+    model, adapted, x = _norms()
+    adapted.to(torch.bfloat16)
+    merged = adapted.merge_and_unload()
+    floats = [value for value in merged.state_dict().values() if value.is_floating_point()]
+    assert {value.dtype for value in floats} == {torch.bfloat16}
+    assert torch.equal(merged(x), adapted(x))
+    assert merged.head.weight is merged.table.weight
+    assert model.body.weight.dtype == torch.float32
+
+
 def inputs_of_net() -> Tensor:
     return torch.randn(6, 48, generator=torch.Generator().manual_seed(1))
 

@@ -3,17 +3,20 @@
 While tracing, every decision that the model's code takes on a size (`if length % 2`, `if length >
 window`) becomes a condition, and a graph says nothing of the other path. The tracer also assumes of
 every size that it is not one, which is no decision of the model; so for a call with a size of one
-the conditions that only say so are passed over. They are Python functions, which `torch.compile`
-traces: a compiled call has them as guards.
+the conditions that only say so are passed over: those that hold for all sizes of two and more. They
+are Python functions, which `torch.compile` traces: a compiled call has them as guards.
 """
 
 from __future__ import annotations
 
+import ast
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 
 from bone_fx.errors import InputRefusedError
@@ -27,8 +30,17 @@ _NAMES = {
     "float": float,
     "abs": abs,
 }
-_NOT_ONE = (" != ", " >= ")
-"""Conditions that a size of one may break without another path being taken."""
+_SIZE = re.compile(r"L(\[[^\]]*\])+\.size\(\)\[\d+\]")
+"""How a condition names a size of an argument."""
+
+_HOLDS: dict[type[ast.cmpop], Callable[[sympy.Expr], bool | None]] = {
+    ast.NotEq: lambda difference: difference.is_nonzero,
+    ast.GtE: lambda difference: difference.is_nonnegative,
+    ast.Gt: lambda difference: difference.is_positive,
+    ast.LtE: lambda difference: difference.is_nonpositive,
+    ast.Lt: lambda difference: difference.is_negative,
+}
+"""What the difference of its two sides must be for a comparison to hold."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +55,12 @@ class Conditions:
     _checks: tuple[Callable[[Mapping[str, Any]], bool], ...] = field(
         init=False, repr=False, compare=False
     )
+    _about_ones: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         checks = tuple(eval(f"lambda L: {text}", dict(_NAMES)) for text in self.texts)
         object.__setattr__(self, "_checks", checks)
+        object.__setattr__(self, "_about_ones", frozenset(filter(_holds_from_two, self.texts)))
 
     def __reduce__(self) -> Any:
         return Conditions, (self.texts,)
@@ -60,7 +74,7 @@ class Conditions:
         }
         with_one = any(1 in value.shape for value in tensors.values())
         for text, check in zip(self.texts, self._checks, strict=True):
-            if with_one and any(sign in text for sign in _NOT_ONE):
+            if with_one and text in self._about_ones:
                 continue
             try:
                 holds = check(arguments)
@@ -83,3 +97,22 @@ def conditions_of(program: torch.export.ExportedProgram) -> Conditions:
     """
     texts = (text for text in program._guards_code if ".size()" in text and "stride" not in text)
     return Conditions(tuple(dict.fromkeys(texts)))
+
+
+def _holds_from_two(text: str) -> bool:
+    """Whether a condition is known to hold for all sizes of two and more: it is about ones only."""
+    symbols: dict[str, str] = {}
+    named = _SIZE.sub(lambda size: symbols.setdefault(size[0], f"s{len(symbols)}"), text)
+    comparison = ast.parse(named, mode="eval").body
+    if not isinstance(comparison, ast.Compare) or len(comparison.ops) > 1:
+        return False
+    sizes = {
+        name: 2 + sympy.Symbol(name, integer=True, nonnegative=True) for name in symbols.values()
+    }
+    left, right = ast.unparse(comparison.left), ast.unparse(comparison.comparators[0])
+    try:
+        difference = sympy.expand(eval(f"({left}) - ({right})", dict(_NAMES), sizes))
+    except (NameError, TypeError):  # not a polynomial of the sizes
+        return False
+    holds = _HOLDS.get(type(comparison.ops[0]))
+    return holds is not None and bool(holds(difference))

@@ -38,10 +38,13 @@ def call_of_trace(model: torch.nn.Module, trace: Trace, graph_module: GraphModul
         shapes = [_sizes(next(placeholders), name, roles, names) for _ in leaves]
         arguments.append(Argument(name, Nesting(spec), tuple(shapes), examples.ones_like.get(name)))
     arguments = _same_as_masked(arguments)
-    largest = {}
+    smallest, largest = {}, {}
     for symbol, interval in program.range_constraints.items():
-        if str(symbol) in names and interval.upper < 2**31:
-            largest[names[str(symbol)]] = int(interval.upper)
+        name = names.get(str(symbol))
+        if name is not None and interval.lower > 2:  # the tracer assumes two by itself
+            smallest[name] = int(interval.lower)
+        if name is not None and interval.upper < 2**31:
+            largest[name] = int(interval.upper)
     transformers = is_transformers_model(model)
     output_spec = program.call_spec.out_spec
     assert output_spec is not None
@@ -50,6 +53,7 @@ def call_of_trace(model: torch.nn.Module, trace: Trace, graph_module: GraphModul
         output=Nesting(output_spec),
         constants=examples.constants,
         positional=examples.positional,
+        smallest=smallest,
         largest=largest,
         conditions=conditions_of(program),
         ignored=LABEL_NAMES if transformers else (),

@@ -62,6 +62,7 @@ class CallSignature:
         constants: Arguments whose value is part of the graph (flags, numbers), with that value.
         positional: The names that positional arguments of a call stand for.
         output: The nesting of the model's output, its class included.
+        smallest: For a named size, the smallest that the graph can take.
         largest: For a named size, the largest that the graph can take (learned positions).
         conditions: What the sizes must satisfy besides (`capture.call.conditions`).
         ignored: Arguments of the call that are not for the graph (labels).
@@ -73,6 +74,7 @@ class CallSignature:
     output: Nesting
     constants: Mapping[str, Any] = field(default_factory=dict)
     positional: tuple[str, ...] = ()
+    smallest: Mapping[str, int] = field(default_factory=dict)
     largest: Mapping[str, int] = field(default_factory=dict)
     conditions: Conditions = field(default_factory=Conditions)
     ignored: tuple[str, ...] = ()
@@ -252,6 +254,13 @@ class CallSignature:
                     expected=f"{allowed} <= {limit}",
                     found=list(value.shape),
                     next_step="shorten the input; the model has no positions beyond that",
+                )
+            if size < self.smallest.get(allowed, 0):
+                raise InputRefusedError(
+                    f"dimension {axis} of {name} is {size}, and the graph was traced for more",
+                    expected=f"{allowed} >= {self.smallest[allowed]}",
+                    found=list(value.shape),
+                    next_step="capture again with a smaller minimum, or pad the input",
                 )
             before = sizes.setdefault(allowed, (size, name))
             if before[0] != size:

@@ -39,6 +39,7 @@ from bone_fx.capture.decoder.session import (
     OtherFactsError,
     SessionOptions,
 )
+from bone_fx.capture.trace.config_sizes import size_in
 from bone_fx.collector import old_objects_left_alone
 from bone_fx.errors import CaptureError
 
@@ -116,7 +117,7 @@ def capture_decoder(
         )
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     options = SessionOptions(
-        context_length=context_length or getattr(text_config, "max_position_embeddings", None),
+        context_length=context_length or size_in(text_config, "max_position_embeddings"),
         unfused=unfused,
         stamp=stamp,
         last_token_logits=last_token_logits,

@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
+from bone_fx.capture.trace.config_sizes import size_in
 from bone_fx.errors import CaptureError
 
 BATCH, NEW, PAST = 2, 3, 7
@@ -24,18 +25,19 @@ def shapes_from(config: Any) -> list[KeyValueShape]:
     """Heads, key columns and value columns of each layer: a first guess from the configuration.
 
     Raises:
-        CaptureError: The configuration does not say how many layers and heads there are.
+        CaptureError: The configuration does not say how many layers and heads there are, or has
+            something else than a number there.
     """
-    try:
-        heads = int(config.num_attention_heads)
-        size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        return [(kv_heads, size, size)] * int(config.num_hidden_layers)
-    except (AttributeError, TypeError) as error:
+    layers, heads = size_in(config, "num_hidden_layers"), size_in(config, "num_attention_heads")
+    hidden = size_in(config, "hidden_size")
+    size = size_in(config, "head_dim") or (hidden // heads if hidden and heads else None)
+    if layers is None or heads is None or size is None:
         raise CaptureError(
             f"{type(config).__name__} does not say how many layers and heads the model has",
             expected="num_hidden_layers, num_attention_heads and hidden_size",
-        ) from error
+        )
+    kv_heads = size_in(config, "num_key_value_heads") or heads
+    return [(kv_heads, size, size)] * layers
 
 
 def input_names(layers: int) -> list[str]:

@@ -44,7 +44,7 @@ class UnknownMask:
 
 
 def recognise_mask(mask_function: MaskFunction, horizon: int) -> MaskKind:
-    """Runs a mask function of transformers on positions up to `horizon` and says what it is.
+    """Runs a mask function of transformers on positions below `horizon` and says what it is.
 
     Raises:
         CaptureError: It is neither causal nor causal with one window for every token (bidirectional
@@ -55,8 +55,9 @@ def recognise_mask(mask_function: MaskFunction, horizon: int) -> MaskKind:
 
 def _probe(mask_function: MaskFunction, horizon: int) -> MaskKind:
     keys = torch.arange(horizon + 8)
-    windows = set()
-    for query in (horizon, horizon // 2 + 1, horizon // 3 + 1):
+    last = horizon - 1
+    counts = {}
+    for query in (last, max(last - 1, 0), last // 2, last // 3):
         position = torch.tensor([[query]])
         zero = torch.zeros(1, 1, dtype=torch.long)
         allowed = mask_function(zero, zero, position, keys[None]).expand(1, len(keys))[0]
@@ -68,24 +69,22 @@ def _probe(mask_function: MaskFunction, horizon: int) -> MaskKind:
                 expected="each token sees the tokens before it, or the last few of them",
                 found=f"token {query} sees {count} of {len(keys)} positions in another order",
             )
-        windows.add(count if count <= query else None)
-    limited = {w for w in windows if w is not None}
-    if not limited:
-        return MaskKind(None)
-    if len(limited) > 1:
+        counts[query] = count
+    window = counts[last]
+    if any(count != min(query + 1, window) for query, count in counts.items()):
         raise CaptureError(
             "the attention window depends on the position",
             expected="one window for every token",
-            found=f"windows {sorted(limited)}",
+            found=", ".join(f"token {query} sees {count}" for query, count in counts.items()),
         )
-    return MaskKind(limited.pop())
+    return MaskKind(window if window < horizon else None)
 
 
 class MaskRecogniser:
     """The mask function that transformers calls while a decoder is captured.
 
     Args:
-        horizon: Highest position the model will see.
+        horizon: Number of positions that the model will see.
     """
 
     def __init__(self, horizon: int) -> None:

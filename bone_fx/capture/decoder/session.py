@@ -39,6 +39,7 @@ from bone_fx.capture.decoder.own_attention import OWN_ATTENTION, ConcatenatingCa
 from bone_fx.capture.decoder.pasts import Pasts, SharedPasts
 from bone_fx.capture.decoder.rotary.watcher import RotaryWatcher
 from bone_fx.capture.decoder.stamping.layers import equal_layers_once
+from bone_fx.capture.trace.config_sizes import size_in
 from bone_fx.capture.trace.replacements import (
     evaluating,
     forward_replaced,
@@ -139,8 +140,7 @@ class CaptureSession:
         self.facts = facts
         self.options = options
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        positions = options.context_length or int(getattr(config, "n_positions", 0))
-        self.horizon = positions or DEFAULT_POSITIONS
+        self.horizon = options.context_length or size_in(config, "n_positions") or DEFAULT_POSITIONS
         self.unfused = options.unfused or (OWN_ATTENTION if facts.own_attention else None)
         self.plain = self.unfused is not None or any(why_plain(k, v) for _, k, v in facts.shapes)
         self.norms = recognise_norms(model)

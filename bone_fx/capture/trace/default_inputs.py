@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from bone_fx.capture.trace.config_sizes import size_in
 from bone_fx.errors import UsageError
 
 ROWS, LENGTH, DECODER_LENGTH = 2, 7, 5
@@ -21,32 +22,28 @@ def default_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
     Raises:
         UsageError: The kind of input is not known.
+        CaptureError: A field of the configuration that states a size holds something else.
     """
     config: Any = model.config
     main = getattr(model, "main_input_name", "input_ids")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     inputs: dict[str, torch.Tensor] = {}
     if main == "input_ids":
-        length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+        length = min(LENGTH, size_in(config, "max_position_embeddings") or LENGTH)
         inputs["input_ids"] = torch.zeros(ROWS, length, dtype=torch.long)
         inputs["attention_mask"] = torch.ones(ROWS, length, dtype=torch.long)
     elif main == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        size = getattr(vision, "image_size", None) or 224
-        height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-        inputs[main] = torch.zeros(
-            ROWS, getattr(vision, "num_channels", 3), height, width, dtype=dtype
-        )
+        vision = getattr(config, "vision_config", None) or config
+        channels = size_in(vision, "num_channels") or 3
+        inputs[main] = torch.zeros(ROWS, channels, *_image_size(vision), dtype=dtype)
     elif main == "input_values":
         inputs[main] = torch.zeros(ROWS, _SAMPLES, dtype=dtype)
     elif (
         main == "input_features"
-        and hasattr(config, "num_mel_bins")
-        and hasattr(config, "max_source_positions")
+        and (bins := size_in(config, "num_mel_bins"))
+        and (frames := size_in(config, "max_source_positions"))
     ):
-        inputs[main] = torch.zeros(
-            ROWS, config.num_mel_bins, 2 * config.max_source_positions, dtype=dtype
-        )
+        inputs[main] = torch.zeros(ROWS, bins, 2 * frames, dtype=dtype)
     else:
         raise UsageError(
             f"{type(model).__name__} takes {main}, which cannot be made up from the configuration",
@@ -55,3 +52,14 @@ def default_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = torch.zeros(ROWS, DECODER_LENGTH, dtype=torch.long)
     return inputs
+
+
+def _image_size(config: Any) -> tuple[int, int]:
+    """Height and width of an image: one number, the last two of several, or by name."""
+    size = getattr(config, "image_size", None)
+    if isinstance(size, dict) and {"height", "width"} <= size.keys():
+        return size["height"], size["width"]
+    if isinstance(size, list | tuple) and len(size) > 1:
+        return size[-2], size[-1]
+    side = size_in(config, "image_size") or 224
+    return side, side

@@ -54,6 +54,12 @@ class Examples:
         """The inputs and constants as keyword arguments."""
         return {**self.inputs, **self.constants}
 
+    def call(self, model: torch.nn.Module, **more: Any) -> Any:
+        """Calls a model with the inputs, constants and other keywords, by position as given."""
+        values = self.keywords()
+        args = [values.pop(name, None) for name in self.positional[: self.by_position]]
+        return model(*args, **values, **more)
+
     def dynamic_shapes(self, dim: Any) -> dict[str, Any]:
         """`torch.export`'s own, with `dim` wherever a size is to vary; None: nothing varies."""
 

@@ -28,8 +28,8 @@ def _positive(value: Any, _: Any) -> bool:
 
 
 def _spec_augment(value: Any, config: Any) -> bool:
-    probabilities = (getattr(config, "mask_time_prob", 0), getattr(config, "mask_feature_prob", 0))
-    return bool(value) and any(p and p > 0 for p in probabilities)
+    fields = ("mask_time_prob", "mask_feature_prob")
+    return bool(value) and any(_positive(getattr(config, field, None), None) for field in fields)
 
 
 def _is(*values: str) -> Callable[[Any, Any], bool]:
@@ -192,8 +192,11 @@ def _generators() -> tuple[Any, ...]:
 
 def require_same_evaluation(
     model: torch.nn.Module, graph_module: GraphModule, examples: Examples
-) -> None:
+) -> Any:
     """Runs the model in evaluation mode and the graph with dropout off on the examples.
+
+    Returns:
+        The model's output.
 
     Raises:
         CaptureError: They differ, or the graph draws random numbers with dropout off.
@@ -201,18 +204,16 @@ def require_same_evaluation(
     model.eval()
     set_dropout(graph_module, False)
     drawing = random_nodes(graph_module)
-    values = examples.keywords()
-    args = [values.pop(name, None) for name in examples.positional[: examples.by_position]]
 
-    def evaluate() -> tuple[list[Any], list[Any]]:
-        return (
-            pytree.tree_leaves(model(*args, **values)),
-            pytree.tree_leaves(graph_module(*pytree.tree_leaves(list(examples.inputs.values())))),
-        )
+    def evaluate() -> tuple[Any, Any]:
+        inputs = pytree.tree_leaves(list(examples.inputs.values()))
+        return examples.call(model), graph_module(*inputs)
 
+    output = gap = None
     try:
         with torch.no_grad(), without_cache(model):
-            gap = None if drawing else _gap_and_who_changed(evaluate)
+            if not drawing:
+                output, gap = _output_and_gap(evaluate)
     finally:
         set_dropout(graph_module, True)
         model.train()
@@ -225,19 +226,19 @@ def require_same_evaluation(
             next_step=settings_to_blame(model)
             or "switch off what reads self.training or draws random numbers in its forward",
         )
+    return output
 
 
-def _gap_and_who_changed(evaluate: Callable[[], tuple[list[Any], list[Any]]]) -> str | None:
-    """How the model's outputs differ from the graph's, and which of them are not steady."""
+def _output_and_gap(evaluate: Callable[[], tuple[Any, Any]]) -> tuple[Any, str | None]:
+    """The model's output, how the graph's differs from it, and which of them are not steady."""
     first = evaluate()
     gap = _gap(*first)
-    if gap is None:
-        return None
-    for who, one, other in zip(("model", "graph"), first, evaluate(), strict=True):
-        change = _gap(one, other)
-        if change is not None:
-            gap += f"; evaluated again on the same inputs, the {who} itself changes: {change}"
-    return gap
+    if gap is not None:
+        for who, one, other in zip(("model", "graph"), first, evaluate(), strict=True):
+            change = _gap(one, other)
+            if change is not None:
+                gap += f"; evaluated again on the same inputs, the {who} itself changes: {change}"
+    return first[0], gap
 
 
 def _place(node: Node) -> str:
@@ -246,7 +247,8 @@ def _place(node: Node) -> str:
     return f" in {entries[-1][0]}" if entries and entries[-1][0] else ""
 
 
-def _gap(expected: list[Any], got: list[Any]) -> str | None:
+def _gap(expected_output: Any, actual_output: Any) -> str | None:
+    expected, got = pytree.tree_leaves(expected_output), pytree.tree_leaves(actual_output)
     if len(expected) != len(got):
         return f"{len(expected)} outputs against {len(got)}"
     for index, (a, b) in enumerate(zip(expected, got, strict=True)):

@@ -9,6 +9,8 @@
    takes over the model's parameters under their own names.
 4. The graph with dropout off must be what the model computes in evaluation mode, or the capture is
    refused.
+5. The loss that the model's class lets expect must be what the model computes from labels, or the
+   capture has none.
 
 The model is left as it was: modes, configuration, random states, gradients.
 """
@@ -34,7 +36,8 @@ from bone_fx.capture.trace.modes import (
 )
 from bone_fx.capture.trace.restoring import unchanged
 from bone_fx.capture.trace.tracing import DynamicShapes, trace
-from bone_fx.capture.training.loss import ModelLoss, loss_for
+from bone_fx.capture.training.checked_loss import checked_loss
+from bone_fx.capture.training.loss import ModelLoss
 from bone_fx.capture.training.state import mount_state, name_as_used
 from bone_fx.passes.dropout import remember_training
 from bone_fx.passes.follow_device import follow_device
@@ -69,7 +72,7 @@ class TrainingCapture:
             model's output.
         loss: The model's own loss on (output, labels), or None where the model has none that is
             known.
-        notes: What the capture could not keep dynamic, with the reason.
+        notes: What the capture could not keep dynamic or not take over, with the reason.
     """
 
     graph_module: GraphModule
@@ -125,8 +128,9 @@ def capture_training(
         graph_module.graph.lint()
         graph_module.recompile()
         graph_module.train()
-        require_same_evaluation(model, graph_module, traced.examples)
-        return TrainingCapture(graph_module, signature, loss_for(model), traced.notes)
+        output = require_same_evaluation(model, graph_module, traced.examples)
+        loss, notes = checked_loss(model, traced.examples, output)
+        return TrainingCapture(graph_module, signature, loss, (*traced.notes, *notes))
 
 
 def _plain_graph(program: torch.export.ExportedProgram) -> GraphModule:

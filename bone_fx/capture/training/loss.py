@@ -3,15 +3,17 @@
 Which loss a head has follows from the task that transformers' auto classes list it (or a class that
 it is made from) under, so a renamed subclass has its parent's. Heads that call `self.loss_function`
 have that very function called; the others compute a plain cross entropy in their forward, and so
-does this. A head whose loss needs more than its output and the labels (CTC, detection, contrastive
-pre-training) has none here.
+does this. That is an inference from names in the forward's code: `capture.training.checked_loss`
+compares it with what the model computes. A head whose loss needs more than its output and the
+labels (CTC, detection, contrastive pre-training) has none here.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,9 @@ from bone_fx.capture.trace.hf_model import is_transformers_model
 from bone_fx.capture.training.lazy_output import with_lazy_logits
 from bone_fx.errors import UsageError
 from bone_fx.operators import HeadInputs, linear_cross_entropy
+
+_MANY_LABELS, _CALLS = 8, 4
+"""From how many labels in a call one call is enough to check a loss, and how many calls else."""
 
 Labels = torch.Tensor | Mapping[str, torch.Tensor]
 _Compute = Callable[
@@ -79,6 +84,33 @@ class ModelLoss:
         total: torch.Tensor = loss + coefficient * auxiliary.to(loss.device)
         return total
 
+    def made_up_labels(self, output: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
+        """Labels at random of the shape and kind that an output asks for, some to be ignored.
+
+        Returns:
+            The labels of one call; of several where a call has so few that most classes are absent.
+        """
+        generator = torch.Generator().manual_seed(0)
+        logits: torch.Tensor = output["start_logits" if len(self.label_names) > 1 else "logits"]
+        *shape, classes = logits.shape
+        if self.compute is _classes and _is_float_kind(self.config):
+            shape = shape if self.config.num_labels == 1 else [*shape, classes]
+            values = torch.rand(shape, generator=generator).to(logits.device, logits.dtype)
+            return [dict.fromkeys(self.label_names, values)]
+        count = math.prod(shape)
+        ignored = classes if self.compute is _span else -100
+        calls = []
+        for call in range(1 if count >= _MANY_LABELS else _CALLS):
+            labels = {}
+            for name in self.label_names:
+                order = torch.randperm(classes, generator=generator)
+                values = order[(torch.arange(count) + call * count) % classes]
+                if call == 0:
+                    values[:: max(2, count // 2)] = ignored
+                labels[name] = values.reshape(shape).to(logits.device)
+            calls.append(labels)
+        return calls
+
     @property
     def counts_items(self) -> bool:
         """Whether `num_items_in_batch` changes the loss: only then is it summed over batches."""
@@ -108,11 +140,18 @@ class ModelLoss:
     @property
     def takes_head_inputs(self) -> bool:
         """Whether the loss is a cross entropy of tokens, which can be taken in chunks."""
-        return self.compute is _tokens and self._function_name in _CROSS_ENTROPIES
+        own = (self._is_shifted, self.function is None, self._is("ForMaskedLMLoss"))
+        return self.compute is _tokens and any(own)
 
     @property
-    def _function_name(self) -> str | None:
-        return None if self.function is None else self.function.__name__
+    def _is_shifted(self) -> bool:
+        return self._is("ForCausalLMLoss")
+
+    def _is(self, name: str) -> bool:
+        """Whether the function is the one that transformers has, not one with that name."""
+        from transformers.loss import loss_utils
+
+        return self.function is not None and self.function is getattr(loss_utils, name, None)
 
     def _in_chunks(
         self,
@@ -121,7 +160,7 @@ class ModelLoss:
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         target = self._by_name(labels)["labels"]
-        if self._function_name == _SHIFTED:
+        if self._is_shifted:
             target = functional.pad(target, (0, 1), value=-100)[..., 1:]
         divisor = None if self.function is None else num_items_in_batch
         loss = linear_cross_entropy(head.x, head.weight, head.bias, target, divisor)
@@ -130,25 +169,41 @@ class ModelLoss:
 
 
 def loss_for(model: torch.nn.Module) -> ModelLoss | None:
-    """The loss of `model` on its output and labels, or None if none is known."""
+    """The loss of `model` on its output and labels as far as names tell, or None if none does."""
+    return next(iter(possible_losses(model)), None)
+
+
+def possible_losses(model: torch.nn.Module) -> Iterator[ModelLoss]:
+    """The losses that `model` can have on its output and labels, the likeliest first."""
+    forward = inspect.unwrap(type(model).forward)
+    uses = set(forward.__code__.co_names) | set(forward.__code__.co_varnames)
+    task = _task_of(model)
+    if task is None or uses & {"shift_logits", "shift_labels", "_compute_loss"}:
+        return  # no loss, or one of its own, such as one that shifts by the attention mask
+    name, label_names, compute = task
+    by_itself = compute is _classes and "problem_type" not in uses
+    plain = ModelLoss(label_names, _one_of if by_itself else compute, model.config, None)  # type: ignore[arg-type]
+    calls_function = "loss_function" in uses
+    if name == "IMAGE_TEXT_TO_TEXT" and not calls_function:
+        return
+    if not calls_function:
+        yield plain
+    yield ModelLoss(label_names, compute, model.config, model.loss_function)  # type: ignore[arg-type]
+    if calls_function:
+        yield plain
+
+
+def _task_of(model: torch.nn.Module) -> tuple[str, tuple[str, ...], _Compute] | None:
+    """The row of `_TASKS` that the model's class, or one that it is made from, is listed under."""
     if not is_transformers_model(model):
         return None
     from transformers.models.auto import modeling_auto
 
-    forward = inspect.unwrap(type(model).forward)
-    uses = set(forward.__code__.co_names) | set(forward.__code__.co_varnames)
-    if uses & {"shift_logits", "shift_labels", "_compute_loss"}:
-        return None  # a loss of its own, such as one that shifts by the attention mask
     for parent in type(model).__mro__:
-        for task, label_names, compute in _TASKS:
-            classes = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values()
+        for row in _TASKS:
+            classes = getattr(modeling_auto, f"MODEL_FOR_{row[0]}_MAPPING_NAMES").values()
             if any(parent.__name__ in names for names in map(_as_tuple, classes)):
-                function: Any = model.loss_function if "loss_function" in uses else None
-                if compute is _classes and function is None and "problem_type" not in uses:
-                    compute = _one_of
-                if function is None and task == "IMAGE_TEXT_TO_TEXT":
-                    return None
-                return ModelLoss(label_names, compute, model.config, function)
+                return row
     return None
 
 
@@ -218,6 +273,14 @@ def _classes(
     return result
 
 
+def _is_float_kind(config: Any) -> bool:
+    """Whether a classifier's labels are numbers: of a regression, or one for each of many."""
+    kind = getattr(config, "problem_type", None)
+    return kind in ("regression", "multi_label_classification") or (
+        kind is None and config.num_labels == 1
+    )
+
+
 def _span(
     loss: ModelLoss,
     output: Mapping[str, Any],
@@ -234,10 +297,6 @@ def _span(
         labels["end_positions"],
     )
 
-
-_SHIFTED = "ForCausalLMLoss"
-_CROSS_ENTROPIES = (_SHIFTED, "ForMaskedLMLoss", None)
-"""Loss functions of transformers over tokens (`loss_utils`); None is a plain cross entropy."""
 
 _LABELS = ("labels",)
 _SPAN = ("start_positions", "end_positions")

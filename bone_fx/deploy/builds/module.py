@@ -25,6 +25,13 @@ _DTYPES = {
     ir.DataType.FLOAT: "fp32",
     ir.DataType.DOUBLE: "fp64",
 }
+"""The floating dtypes, the narrowest first."""
+
+_CASTS = {"Cast", "CastLike"}
+_SELECTIONS = {"Gather", "GatherElements", "GatherND", "Slice", "Split", "Where"}
+_LAYOUTS = {"Concat", "Expand", "Flatten", "Pad", "Reshape", "Squeeze", "Tile", "Transpose"}
+_EXACT = _CASTS | _SELECTIONS | _LAYOUTS | {"Identity", "Shape", "Unsqueeze"}
+"""Operators that hand values on as they are (a cast to a wider dtype included)."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +88,15 @@ def build_module(base: object, options: ExportOptions, progress: Progress) -> Mo
     progress.stage("translate to ONNX")
     cuda = options.provider == "cuda"
     model = forward_model(capture, skip_norms=cuda)
+    dtype = computed_dtype(model)
     next_step = "export for the CPU, or replace the operator in the module"
     return ModuleBuild(
         model=model,
         kind="module",
         architecture=type(base).__name__,
         base_name=type(base).__name__,
-        dtype=_dtype_of(model),
-        activations=_dtype_of(model),
+        dtype=dtype,
+        activations=dtype,
         quantization=None,
         placement=cuda_placement(model, next_step) if cuda else None,
         notes=tuple(capture.notes),
@@ -122,8 +130,31 @@ def _evaluated(module: nn.Module) -> Callable[..., Any]:
     return call
 
 
-def _dtype_of(model: ir.Model) -> str:
-    """The narrowest floating dtype of the inputs and constants."""
-    values = [*model.graph.inputs, *model.graph.initializers.values()]
-    kinds = {value.dtype for value in values}
+def computed_dtype(model: ir.Model) -> str:
+    """The narrowest floating dtype that an operator computes in, or that a value is rounded to.
+
+    A constant of a narrow dtype that is only cast to a wider one does not count: it is exact.
+    """
+    from bone_fx.onnx.cleanup.infer_dtypes import inferred_dtype
+
+    known = {
+        value: value.dtype for value in [*model.graph.inputs, *model.graph.initializers.values()]
+    }
+    computed: set[ir.DataType] = set()
+    for node in model.graph.all_nodes():
+        given = [known.get(value) or value.dtype for value in node.inputs if value is not None]
+        floats = [dtype for dtype in given if dtype in _DTYPES]
+        for index, output in enumerate(node.outputs):
+            inferred = output.dtype or inferred_dtype(node, index, known.get)
+            known[output] = inferred or next(iter(floats), None)
+        computed |= set(floats if node.op_type not in _EXACT else [])
+        made = known[node.outputs[0]] if node.op_type in _CASTS else None
+        if made in _DTYPES and floats and _is_narrower(made, floats[0]):
+            computed.add(made)
+    kinds = computed or {value.dtype for value in model.graph.outputs}
     return next((name for kind, name in _DTYPES.items() if kind in kinds), "fp32")
+
+
+def _is_narrower(one: ir.DataType, other: ir.DataType) -> bool:
+    widths = list(_DTYPES)
+    return widths.index(one) < widths.index(other)

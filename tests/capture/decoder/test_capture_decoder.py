@@ -183,6 +183,16 @@ def test_what_would_be_wrong_is_refused(name: str, changes: dict[str, object], r
         capture_decoder(skeleton_of(BY_NAME[name].build(**changes)))
 
 
+def test_a_configuration_may_leave_the_number_of_positions_open() -> None:
+    model = skeleton_of(BY_NAME["llama"].build())
+    # As in a configuration of code that came with a checkpoint, whose fields nobody checks.
+    model.config.__dict__.update(max_position_embeddings=None, n_positions=None)
+    assert capture_decoder(model).context_length is None
+    model.config.n_positions = "2048"
+    with pytest.raises(CaptureError, match="n_positions of LlamaConfig"):
+        capture_decoder(model)
+
+
 def test_dynamic_ntk_is_refused_beyond_the_length_where_angles_are_fixed() -> None:
     model = skeleton_of(ROW["llama_dynamic"].build())
     with pytest.raises(CaptureError, match="other angles for every length"):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch.nn import functional
 
+from bone_fx.capture.training.capture_training import capture_training
 from bone_fx.capture.training.loss import loss_for
 from bone_fx.errors import UsageError
 from tests.capture.architectures import ARCHITECTURES, BY_NAME, VOCABULARY, Architecture
@@ -142,6 +145,79 @@ def test_subclass_with_another_name_has_its_parents_loss() -> None:
         torch.testing.assert_close(
             loss(model(**inputs), labels), model(**inputs, labels=labels).loss
         )
+
+
+class _Llama(transformers.LlamaForCausalLM):
+    """Passes all on, so that its own code does not say what its loss is."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None) -> Any:
+        return super().forward(input_ids, attention_mask=attention_mask, labels=labels)
+
+
+class _Doubled(_Llama):
+    def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None) -> Any:
+        output = super().forward(input_ids, attention_mask, labels)
+        if labels is not None:
+            output.loss = 2 * output.loss
+        return output
+
+
+class _Smoothed(_Llama):
+    def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None) -> Any:
+        output = super().forward(input_ids, attention_mask)
+        if labels is not None:
+            logits, target = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            output["loss"] = functional.cross_entropy(logits, target, label_smoothing=0.1)
+        return output
+
+
+class _Weighted(transformers.BertForSequenceClassification):
+    def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None) -> Any:
+        output = super().forward(input_ids, attention_mask)
+        if labels is not None:
+            weight = torch.tensor([1.0, 5.0, 1.0])
+            output["loss"] = functional.cross_entropy(output.logits, labels, weight=weight)
+        return output
+
+
+def test_a_forward_that_passes_labels_on_has_its_parents_loss() -> None:
+    model = _Llama(transformers.LlamaConfig(**_LLAMA)).eval()
+    inputs, labels = BY_NAME["llama"].inputs(2, 7), _tokens(2, 7)
+    capture = capture_training(model, inputs)
+    assert capture.loss is not None
+    with torch.no_grad():
+        expected = model(**inputs, labels=labels).loss
+        torch.testing.assert_close(capture.loss(model(**inputs), labels), expected)
+
+
+@pytest.mark.parametrize("model_class", [_Doubled, _Smoothed, _Weighted])
+def test_a_loss_that_the_forward_changes_is_not_taken_for_its_parents(model_class: Any) -> None:
+    fields = _BERT | {"num_labels": 3} if model_class is _Weighted else _LLAMA
+    model = model_class(model_class.config_class(**fields)).eval()
+    config, state = copy.deepcopy(model.config.to_dict()), torch.get_rng_state()
+    capture = capture_training(model, {"input_ids": torch.tensor([[3, 4, 5, 6], [8, 9, 10, 2]])})
+    assert capture.loss is None
+    assert "it computes another one" in capture.notes[0]
+    assert model.config.to_dict() == config
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_function_that_borrows_a_name_is_not_taken_in_chunks() -> None:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    @functools.wraps(ForCausalLMLoss)
+    def doubled(*args: Any, **options: Any) -> Any:
+        return 2 * ForCausalLMLoss(*args, **options)
+
+    model = BY_NAME["llama"].build()
+    loss = loss_for(model)
+    assert loss is not None
+    assert loss.takes_head_inputs
+    model.loss_function = doubled
+    loss = loss_for(model)
+    assert loss is not None
+    assert loss.function is doubled
+    assert not loss.takes_head_inputs
 
 
 def test_no_loss_where_none_is_known() -> None:
