@@ -37,7 +37,7 @@ from bone_fx.deploy.companions.choice import hashes_beside_weights
 from bone_fx.deploy.input_files import files_read
 from bone_fx.deploy.manifest import files_of, manifest_of
 from bone_fx.deploy.staging import staged
-from bone_fx.errors import ExportError, FoldError, UsageError, VerificationError
+from bone_fx.errors import ExportError, UsageError, VerificationError
 from bone_fx.passes.fold import fold_weight
 from bone_fx.progress import PUBLISH, Progress, Silent
 from bone_fx.weights.recipes.fold_recipe import Fold, FoldPart

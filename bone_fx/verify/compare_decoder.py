@@ -27,6 +27,7 @@ from bone_fx.verify.long_texts import verify_long_texts
 from bone_fx.verify.parity import SMALLEST, TOLERANCE, Parity, check_effect
 from bone_fx.verify.ranges import within_range
 from bone_fx.verify.reference import Adapters, fold_in_place, load_parameters, unmerged
+from bone_fx.verify.routes import ROUTED, UNDECIDED, Routes
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -90,7 +91,8 @@ def verify_decoder(
         for row, (one, other) in enumerate(zip(ones, others, strict=True)):
             where = f"{case.name}, row {row}"
             parity.compare("unmerged_vs_folded", where, one, other, TOLERANCE["fp32"])
-    runs = _Runs(parity, cases, rows, graph, model)
+    decided = [_decided(model, r, parity.tolerance) for r in rows]
+    runs = _Runs(parity, cases, rows, decided, graph, model)
     references = {"onnx_vs_unmerged": reference, "onnx_vs_folded": folded}
     edits: tuple[Edit, ...] = ()
     if written is None:
@@ -123,6 +125,7 @@ class _Runs:
     parity: Parity
     cases: Sequence[Case]
     rows: Sequence[list[list[int]]]
+    decided: Sequence[list[int]]
     graph: WrittenGraph
     model: nn.Module
 
@@ -143,15 +146,20 @@ class _Runs:
                 self.parity.skip(case.name, str(error))
                 continue
             for step, row, position, logits in outputs:
-                expected = slice(position, position + logits.shape[0])
+                decided = max(0, self.decided[number][row] - position)
                 for pair, reference in references.items():
                     where = f"{case.name}: {step}, row {row}"
-                    values = reference[number][row][expected]
+                    values = reference[number][row][position : position + len(logits)]
                     try:
-                        self.parity.compare(pair, where, logits, values, tolerance)
+                        self.parity.compare(
+                            pair, where, logits[:decided], values[:decided], tolerance
+                        )
                     except VerificationError as error:
                         ids = self.rows[number][row][: position + len(logits)]
                         raise located(error, self._where(edits, ids, tolerance)) from None
+                    if decided < len(logits):
+                        rest = logits[decided:], values[decided:]
+                        self.parity.compare(ROUTED, where, *rest, max(UNDECIDED, tolerance))
                     self.parity.compare_choices(pair, logits, values)
 
     def _where(self, edits: Sequence[Edit], ids: list[int], tolerance: float) -> str | None:
@@ -200,6 +208,16 @@ def _alone(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
             .float()
             for row in rows
         ]
+
+
+def _decided(model: nn.Module, rows: Sequence[Sequence[int]], tolerance: float) -> list[int]:
+    """Tokens of each row before the first that rounding may send to another expert."""
+    counts = []
+    for row in rows:
+        with Routes(len(row), tolerance) as routes:
+            _alone(model, [row])
+        counts.append(routes.decided)
+    return counts
 
 
 def _run(
@@ -283,4 +301,6 @@ def _compare_greedy(
     scored = reference[len(prompt) - 1 : -1]
     chosen = scored.gather(1, torch.tensor(tokens[len(prompt) :])[:, None])[:, 0]
     best = scored.amax(1)
-    parity.compare("greedy_tokens", f"{_GREEDY_TOKENS} tokens, greedily", chosen, best)
+    [decided] = _decided(model, [tokens], parity.tolerance)
+    tolerance = parity.tolerance if decided == len(tokens) else UNDECIDED
+    parity.compare("greedy_tokens", f"{_GREEDY_TOKENS} tokens, greedily", chosen, best, tolerance)

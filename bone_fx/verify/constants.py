@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bone_fx.errors import VerificationError
 from bone_fx.onnx.packed_names import groups_of, parts_of
+from bone_fx.verify.graph import tensor_of
 from bone_fx.verify.reference import Adapters, adapted_layers, folded_weight, steps_of, stored
 from bone_fx.weights.recipes.reorder import row_order
 
@@ -57,12 +58,13 @@ def verify_constants(folder: Path, model: nn.Module, adapters: Adapters) -> Comp
     for name, value in constants.items():
         if value.const_value is None or value.dtype is None:
             continue
-        if name.endswith(".codes"):
-            right.update(parts_of(name.removesuffix(".codes")))
+        whole, _, quantized = name.partition(".codes")
+        if quantized or name.endswith(".codes"):
+            right.update(parts_of(whole))
             continue
         parts = [] if not value.dtype.is_floating_point() else sources.parts(name)
         if parts:
-            sources.compare(name, parts, _tensor(value.const_value))
+            sources.compare(name, parts, tensor_of(value.const_value))
             right.update(parts)
         elif value.dtype.is_floating_point() and value.const_value.size > 1:
             others.append(name)
@@ -171,10 +173,3 @@ def _same(actual: Tensor, expected: Tensor) -> bool:
         return False
     squeezed = [s for s in actual.shape if s != 1] == [s for s in expected.shape if s != 1]
     return squeezed and torch.equal(actual, expected.reshape(actual.shape))
-
-
-def _tensor(value: ir.TensorProtocol) -> Tensor:
-    content = value.numpy().copy()
-    if value.dtype == ir.DataType.BFLOAT16:  # NumPy has no such dtype
-        return torch.from_numpy(content.view("int16")).view(torch.bfloat16)
-    return torch.from_numpy(content)

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor
 
 from bone_fx.runtime.session import open_session
 
@@ -92,3 +95,11 @@ def cut_at(names: Iterable[str]) -> Edit:
             getattr(graph, field).extend(copies)
 
     return edit
+
+
+def tensor_of(value: ir.TensorProtocol) -> Tensor:
+    """The content of a constant."""
+    content = value.numpy().copy()
+    if value.dtype == ir.DataType.BFLOAT16:  # NumPy has no such dtype
+        return torch.from_numpy(content.view("int16")).view(torch.bfloat16)
+    return torch.from_numpy(content)

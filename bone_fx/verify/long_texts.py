@@ -26,6 +26,7 @@ from bone_fx.verify.graph import Edit, WrittenGraph, cut_at
 from bone_fx.verify.layers import LayerList, layer_outputs
 from bone_fx.verify.locate import first_difference, located
 from bone_fx.verify.parity import Parity
+from bone_fx.verify.routes import ROUTED, UNDECIDED, Routes
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -138,9 +139,12 @@ class _FirstLayers:
 
     def compare(self, parity: Parity, case: str, ids: Tensor, past: Past | None = None) -> None:
         """Compare what leaves the last layer of both; an error names the first that differs."""
-        expected = self.expected(ids, past)
+        with Routes(ids.shape[1], parity.tolerance) as routes:
+            expected = self.expected(ids, past)
+        actual, decided = self.run(ids, past), routes.decided
+        parity.compare(ROUTED, case, actual[:, decided:], expected[:, decided:], UNDECIDED)
         try:
-            parity.compare(PAIR, case, self.run(ids, past), expected)
+            parity.compare(PAIR, case, actual[:, :decided], expected[:, :decided])
         except VerificationError as error:
             where = first_difference(
                 self.graph,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bone_fx.errors import VerificationError
+from bone_fx.verify.graph import tensor_of
 
 _ROWS = 1 << 15
 """Positions that are computed at a time."""
@@ -45,7 +46,7 @@ def verify_rotary_tables(folder: Path, model: nn.Module, names: Iterable[str]) -
     for name in names:
         value = constants[name].const_value
         assert value is not None
-        table = torch.from_numpy(value.numpy().copy())
+        table = tensor_of(value)
         differences = [
             first
             for module in modules

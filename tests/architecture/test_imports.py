@@ -53,7 +53,7 @@ MAY_KNOW: dict[str, set[str]] = {
 
 # Third-party packages and the only rooms that may import them; what is free stands below.
 HOMES: dict[str, set[str]] = {
-    "transformers": {"base", "capture", "train"},
+    "transformers": {"base", "capture", "train", "verify"},
     "huggingface_hub": {"base"},
     "gguf": {"base"},
     "onnx": {"onnx", "deploy", "runtime", "verify"},

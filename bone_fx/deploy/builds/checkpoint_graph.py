@@ -15,7 +15,7 @@ from bone_fx.deploy.options import ExportOptions
 from bone_fx.errors import UsageError
 from bone_fx.onnx.translate import translate
 from bone_fx.progress import Progress
-from bone_fx.weights.recipes.recipe import Converted, Recipe, Value
+from bone_fx.weights.recipes.recipe import Cast, Converted, Recipe, Value, cast
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -113,8 +113,11 @@ def _capture_decoder(
 
 def _derived(source: Recipe, function: str) -> Recipe:
     """The recipe of a constant that is computed from one parameter, in float32, rounded once."""
-    compute = {"add_one": lambda tensors: (tensors[0].float() + 1).to(tensors[0].dtype)}[function]
-    return Converted((source,), compute, source.shape, function.replace("_", " "))
+    compute = {"add_one": lambda tensors: tensors[0] + 1}[function]
+    exact = source.recipe if isinstance(source, Cast) else source
+    in_float32 = cast(exact, torch.float32)
+    label = function.replace("_", " ")
+    return cast(Converted((in_float32,), compute, source.shape, label), source.dtype)
 
 
 def _capture_forward(
