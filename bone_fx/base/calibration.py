@@ -211,8 +211,12 @@ def _rows(recipe: Recipe, ids: Tensor) -> Tensor:
     return table
 
 
-def _windows(base: BaseCheckpoint, text: Text, folder: Path) -> Tensor:
-    """Token ids `[B, T]`: as many whole windows as there are, or the one that is not whole."""
+def token_ids(base: BaseCheckpoint, text: Text, folder: Path) -> Tensor:
+    """Token ids `[T]` of a text by the tokenizer in a folder.
+
+    Raises:
+        CalibrationError: There is no tokenizer, or its ids are not the model's.
+    """
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise CalibrationError("the base has no tokenizer")
     try:
@@ -227,9 +231,15 @@ def _windows(base: BaseCheckpoint, text: Text, folder: Path) -> Tensor:
         raise CalibrationError(
             f"the base's tokenizer cannot be read ({type(error).__name__})"
         ) from error
-    config = base.config.get_text_config()
-    if len(ids) < 2 or int(ids.max()) >= int(config.vocab_size):
+    if len(ids) < 2 or int(ids.max()) >= int(base.config.get_text_config().vocab_size):
         raise CalibrationError("the tokenizer's ids are not the model's")
-    length = min(WINDOW, int(getattr(config, "max_position_embeddings", None) or WINDOW), len(ids))
+    return ids
+
+
+def _windows(base: BaseCheckpoint, text: Text, folder: Path) -> Tensor:
+    """Token ids `[B, T]`: as many whole windows as there are, or the one that is not whole."""
+    ids = token_ids(base, text, folder)
+    most = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    length = min(WINDOW, int(most or WINDOW), len(ids))
     count = min(WINDOWS, len(ids) // length)
     return ids[: count * length].view(count, length)

@@ -129,6 +129,8 @@ def _verification_entry(parity: Parity, options: ExportOptions) -> dict[str, Any
         "tolerance": parity.tolerance,
         "figures": {name: float(f"{value:.3g}") for name, value in parity.figures.items()},
         "cases": len(parity.cases),
+        "ran": list(dict.fromkeys(case.partition(": ")[0] for case in parity.cases)),
+        "skipped": parity.skipped,
         "warnings": parity.warnings,
     }
 

@@ -89,6 +89,12 @@ class Parity:
         """Record that a case could not be run."""
         self.skipped[case] = reason.splitlines()[0]
 
+    def add_constants(self, compared: int, others: Sequence[str]) -> None:
+        """Record how many constants are the reference's, and those that only outputs speak for."""
+        self.cases.append(f"{compared} constants, bit for bit or to half a step")
+        if others:
+            self.skip(f"constants {', '.join(others)}", "no parameter names them")
+
     def compare_choices(self, pair: str, actual: Tensor, reference: Tensor) -> None:
         """Record, for logits `[S, V]`, how often both choose one token, and how they are spread."""
         if reference.shape != actual.shape or not len(reference):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 import torch
@@ -25,7 +23,6 @@ from bone_fx.deploy.companions.choice import Companions, choose_companions, hash
 from bone_fx.deploy.companions.copying import copy_companions
 from bone_fx.deploy.companions.left_out import files_left_out, sentence_notes
 from bone_fx.deploy.options import NO_CALIBRATION, ExportOptions
-from bone_fx.onnx.writer import MODEL_FILE, write_model
 from bone_fx.progress import Progress
 from bone_fx.sites import LinearSite
 from bone_fx.verify.parity import Parity
@@ -88,45 +85,18 @@ class CheckpointBuild(Build):
 
     def verify(self, folder: Path, provider: str, level: str) -> Parity:
         """Compare the written model with the base under its adapters, unmerged and folded."""
-        from bone_fx.base.real_model import load_model
-        from bone_fx.verify.compare_decoder import DecoderChecks, verify_decoder
-        from bone_fx.verify.compare_forward import verify_model
-        from bone_fx.verify.compare_quantized import RoundedWeights, Written
-        from bone_fx.verify.constants import verify_constants
-        from bone_fx.verify.graph import WrittenGraph
-        from bone_fx.verify.peft_layout import PeftAdapter
-        from bone_fx.verify.rotary_tables import verify_rotary_tables
+        from bone_fx.deploy.verification import Exported, verify_checkpoint
 
-        inputs = self.inputs
-        model = load_model(
-            inputs.checkpoint, inputs.architecture, inputs.overrides, inputs.heads, inputs.untied
+        graph = self.graph
+        exported = Exported(
+            folder=folder,
+            activations=self.activations,
+            quantized=self.quantization is not None,
+            examples=None if isinstance(graph, DecoderGraph) else graph.examples,
+            tokenizer=self.companions.tokenizer_folder,
+            twin=self.twin,
         )
-        adapters = [PeftAdapter.read(folder.path) for _, folder in inputs.adapters]
-        compared = verify_constants(folder, model, adapters)
-        verify_rotary_tables(folder, model, compared.others)
-        short, written = level == "fast", None
-        dtype = self.activations
-        with ExitStack() as stack:
-            path = folder / MODEL_FILE
-            if self.twin is not None:
-                beside = stack.enter_context(TemporaryDirectory(dir=folder.parent))
-                write_model(self.twin, Path(beside))
-                path, dtype, written = Path(beside) / MODEL_FILE, "fp32", RoundedWeights(folder)
-            elif self.quantization is not None:
-                written = Written(folder)
-            graph = WrittenGraph(path, provider)
-            if isinstance(self.graph, DecoderGraph):
-                checks = DecoderChecks(
-                    dtype=dtype,
-                    vocab_size=int(inputs.config.get_text_config().vocab_size),
-                    context_length=self.graph.capture.context_length,
-                    short=short,
-                )
-                return verify_decoder(graph, model, adapters, checks, written)
-            examples = self.graph.examples
-            return verify_model(
-                graph, model, adapters, examples, dtype=dtype, short=short, written=written
-            )
+        return verify_checkpoint(exported, self.inputs, provider, level)
 
 
 def build_checkpoint(

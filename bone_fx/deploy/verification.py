@@ -1,0 +1,139 @@
+"""The verification of an export of a checkpoint: right after it was written, or later.
+
+1. transformers loads the reference, and `verify.peft_layout` reads the adapters.
+2. Every constant of the graph is compared with the reference's parameters, and the tables of
+   positions with its rotary modules (`verify.constants`, `verify.rotary_tables`).
+3. The graph is run beside the reference (`verify.compare_decoder`, `verify.compare_forward`).
+4. What stands beside a decoder's graph is compared with the base and the adapters, and
+   onnxruntime-genai generates with it (`verify.genai_folder`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx_ir as ir
+from torch import Tensor
+
+from bone_fx.deploy.checkpoint_inputs import CheckpointInputs
+from bone_fx.onnx.writer import MODEL_FILE, write_model
+from bone_fx.verify.parity import Parity
+
+_TEXT_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export as verification meets it.
+
+    Attributes:
+        folder: The folder with `model.onnx`.
+        activations: Dtype of the activations.
+        quantized: Whether weights are stored in fewer bits.
+        examples: Inputs by name of a graph without a cache; None for a decoder.
+        tokenizer: The folder that the tokenizer comes from.
+        twin: The graph in fp32 with weights rounded to bf16, where bf16 has no kernels.
+    """
+
+    folder: Path
+    activations: str
+    quantized: bool
+    examples: Mapping[str, Tensor] | None
+    tokenizer: Path
+    twin: ir.Model | None = None
+
+
+def verify_checkpoint(
+    exported: Exported, inputs: CheckpointInputs, provider: str, level: str
+) -> Parity:
+    """Compare an export with the base under its adapters, unmerged and folded.
+
+    Args:
+        exported: The export.
+        inputs: The base and the adapters.
+        provider: ONNX Runtime's provider to run it on, `"cpu"` or `"cuda"`.
+        level: `"full"` or `"fast"`.
+
+    Raises:
+        VerificationError: They disagree.
+    """
+    from bone_fx.base.real_model import load_model
+    from bone_fx.verify.compare_decoder import DecoderChecks, verify_decoder
+    from bone_fx.verify.compare_forward import verify_model
+    from bone_fx.verify.compare_quantized import RoundedWeights, Written
+    from bone_fx.verify.constants import verify_constants
+    from bone_fx.verify.genai_folder import verify_genai_folder, verify_generation
+    from bone_fx.verify.graph import WrittenGraph
+    from bone_fx.verify.peft_layout import PeftAdapter
+    from bone_fx.verify.rotary_tables import verify_rotary_tables
+
+    folder, short = exported.folder, level == "fast"
+    model: Any = load_model(
+        inputs.checkpoint, inputs.architecture, inputs.overrides, inputs.heads, inputs.untied
+    )
+    adapters = [PeftAdapter.read(each.path) for _, each in inputs.adapters]
+    compared = verify_constants(folder, model, adapters)
+    tables = verify_rotary_tables(folder, model, compared.others)
+    config = inputs.config.get_text_config()
+    written, dtype = None, exported.activations
+    if exported.twin is not None:
+        written, dtype = RoundedWeights(folder), "fp32"
+    elif exported.quantized:
+        written = Written(folder)
+    with _runnable(exported) as path:
+        graph = WrittenGraph(path, provider)
+        if exported.examples is not None:
+            parity = verify_model(
+                graph,
+                model,
+                adapters,
+                dict(exported.examples),
+                dtype=dtype,
+                short=short,
+                written=written,
+            )
+        else:
+            checks = DecoderChecks(
+                dtype=dtype,
+                vocab_size=int(config.vocab_size),
+                context_length=getattr(config, "max_position_embeddings", None),
+                short=short,
+                text=() if short else _real_text(inputs, exported.tokenizer),
+            )
+            parity = verify_decoder(graph, model, adapters, checks, written)
+    unnamed = [name for name in compared.others if name not in tables]
+    parity.add_constants(len(compared.parameters) + len(tables), unnamed)
+    if exported.examples is None:
+        graph = WrittenGraph(folder / MODEL_FILE, provider)
+        folders = [adapter.folder for adapter in adapters]
+        verify_genai_folder(parity, graph, inputs.config, inputs.checkpoint.folder, folders)
+        if not short and provider == "cpu" and exported.twin is None:
+            verify_generation(parity, graph, int(config.vocab_size))
+    return parity
+
+
+@contextmanager
+def _runnable(exported: Exported) -> Iterator[Path]:
+    """The model file to run: the export's, or its twin's for as long as the context is open."""
+    if exported.twin is None:
+        yield exported.folder / MODEL_FILE
+        return
+    with TemporaryDirectory(dir=exported.folder.parent) as beside:
+        write_model(exported.twin, Path(beside))
+        yield Path(beside) / MODEL_FILE
+
+
+def _real_text(inputs: CheckpointInputs, tokenizer: Path) -> tuple[int, ...]:
+    """Token ids of the built-in text; none where there is no tokenizer that fits."""
+    from bone_fx.base.calibration import CalibrationError, built_in_text, token_ids
+
+    try:
+        ids = token_ids(inputs.checkpoint, built_in_text(), tokenizer)
+    except CalibrationError:
+        return ()
+    return tuple(ids[:_TEXT_TOKENS].tolist())

@@ -1,0 +1,251 @@
+"""What stands beside a decoder graph: `genai_config.json`, the tokenizer, and that both run.
+
+The graph may be right and its folder wrong: a size, a name, an end token, another tokenizer. The
+values are compared with the graph and with what transformers reads from the base and the adapters;
+onnxruntime-genai, where it is installed, opens the folder and generates the graph's own tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, GenerationConfig
+
+from bone_fx.errors import VerificationError
+from bone_fx.verify.compare_decoder import empty_past, step_of
+from bone_fx.verify.graph import WrittenGraph
+from bone_fx.verify.parity import Parity
+
+CONFIG = "genai_config.json"
+TOKENIZER = "tokenizer.json"
+_DEFAULT_CONTEXT = 2048
+_TOKENS = 8
+_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_MARGIN = 1e-3
+"""Of the largest logit: two tokens that lie closer may change places in a cache of fixed size."""
+_TEXT = "The quick brown fox: 3.14 jumps <|over|>\n\tthe lazy dög, 狗."
+
+
+def verify_genai_folder(
+    parity: Parity, graph: WrittenGraph, config: Any, base: Path, adapters: Sequence[Path]
+) -> None:
+    """Compare `genai_config.json` and the tokenizer with the graph and with their sources.
+
+    Args:
+        parity: Takes the names of the checks.
+        graph: The graph in its folder.
+        config: The reference's configuration.
+        base: The base's folder.
+        adapters: The adapters' folders, in the order in which they apply.
+
+    Raises:
+        VerificationError: A field or the tokenizer is wrong; the message names file and field.
+    """
+    folder = graph.path.parent
+    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    found = _flat(content["model"])
+    expected = {**_of_graph(graph), **_of_config(config), **_special_tokens(config, base, adapters)}
+    for field, value in expected.items():
+        _check(field, found.get(field), value)
+    context = found["context_length"]
+    if content["search"]["max_length"] > context:
+        _check("search.max_length", content["search"]["max_length"], f"at most {context}")
+    parity.cases.append(f"{CONFIG}: {len(expected)} fields")
+    _verify_tokenizer(parity, folder, [*reversed(adapters), base], found["vocab_size"])
+
+
+def verify_generation(parity: Parity, graph: WrittenGraph, vocab_size: int) -> None:
+    """Generate greedily with onnxruntime-genai; the tokens are those of the graph itself.
+
+    Raises:
+        VerificationError: genai does not open the folder, or generates other tokens.
+    """
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        parity.skip("onnxruntime-genai", "it is not installed")
+        return
+    prompt = np.random.default_rng(0).integers(0, vocab_size, 5).tolist()
+    expected, margins = _greedy(graph, prompt)
+    try:
+        tokens = _generated(graph.path.parent, prompt)
+    except Exception as error:
+        raise VerificationError(
+            "verification failed: onnxruntime-genai does not run the folder",
+            expected="the tokens of the graph",
+            found=str(error).splitlines()[0],
+            next_step=f"nothing was published; look at {CONFIG} of the build that was kept",
+        ) from error
+    pairs = zip(tokens, expected, strict=False)
+    first = next((i for i, (token, other) in enumerate(pairs) if token != other), None)
+    if first is not None and margins[first] > _MARGIN:
+        raise VerificationError(
+            "verification failed: onnxruntime-genai generates other tokens than the graph",
+            expected=expected,
+            found=tokens,
+            next_step=f"nothing was published; look at {CONFIG} of the build that was kept",
+        )
+    parity.cases.append(f"onnxruntime-genai: {len(tokens)} tokens")
+
+
+def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `model`, with those of `decoder` among them."""
+    return {**content, **content["decoder"]}
+
+
+def _check(field: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise VerificationError(
+            f"verification failed: {CONFIG}: {field}",
+            expected=expected,
+            found=found,
+            next_step="nothing was published; the build is kept as <output>.rejected",
+        )
+
+
+def _of_graph(graph: WrittenGraph) -> dict[str, Any]:
+    """What the graph itself says: names, heads, layers, vocabulary."""
+    proto = graph.read().graph
+    inputs = {value.name: value for value in proto.input}
+    keys = [
+        name for name in inputs if name.startswith("past_key_values.") and name.endswith(".key")
+    ]
+    dims = inputs[keys[0]].type.tensor_type.shape.dim
+    logits = next(value for value in proto.output if value.name == "logits")
+    return {
+        "filename": graph.path.name,
+        "num_hidden_layers": len(keys),
+        "num_key_value_heads": dims[1].dim_value,
+        "head_size": dims[3].dim_value,
+        "vocab_size": logits.type.tensor_type.shape.dim[2].dim_value,
+        "inputs": {
+            name: name if name in inputs else None for name in ("input_ids", "attention_mask")
+        }
+        | {
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+
+
+def _of_config(config: Any) -> dict[str, Any]:
+    """What the model's configuration says: sizes and context."""
+    text = config.get_text_config()
+    return {
+        "type": "decoder",
+        "hidden_size": int(text.hidden_size),
+        "num_attention_heads": int(text.num_attention_heads),
+        "context_length": int(getattr(text, "max_position_embeddings", None) or _DEFAULT_CONTEXT),
+    }
+
+
+def _special_tokens(config: Any, base: Path, adapters: Sequence[Path]) -> dict[str, Any]:
+    """Begin, end and padding of texts.
+
+    An adapter's generation settings win over the base's, and where it has none, its tokenizer does
+    if that ends or begins texts otherwise than the base's.
+    """
+    folders = [*reversed(adapters), base]
+    with_settings = next((f for f in folders if (f / "generation_config.json").is_file()), None)
+    settings = {} if with_settings is None else _generation(with_settings)
+    own = _tokenizer(next((f for f in adapters[::-1] if (f / TOKENIZER).is_file()), None))
+    of_base = _tokenizer(base if (base / TOKENIZER).is_file() else None)
+    tokens: dict[str, Any] = {}
+    for field in _TOKEN_FIELDS:
+        token = settings.get(field)
+        if token is None:
+            token = getattr(config.get_text_config(), field, None)
+        trained = getattr(own, field, None)
+        is_told = with_settings in adapters and settings.get(field) is not None
+        if trained is not None and trained != getattr(of_base, field, None) and not is_told:
+            token = token if trained in _as_list(token) else trained
+        numbers = _as_list(token)
+        tokens[field] = numbers[0] if len(numbers) == 1 else numbers or None
+    if tokens["pad_token_id"] is None:
+        tokens["pad_token_id"] = next(iter(_as_list(tokens["eos_token_id"])), None)
+    return tokens
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    return dict(GenerationConfig.from_pretrained(folder, local_files_only=True).to_dict())
+
+
+def _as_list(token: Any) -> list[int]:
+    return list(token) if isinstance(token, list) else [] if token is None else [token]
+
+
+def _tokenizer(folder: Path | None) -> Any:
+    if folder is None:
+        return None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _verify_tokenizer(
+    parity: Parity, folder: Path, sources: Sequence[Path], vocab_size: int
+) -> None:
+    """The folder's tokenizer is that of the first source that has one, and fits the vocabulary."""
+    source = next((s for s in sources if (s / TOKENIZER).is_file()), None)
+    if source is None or not (folder / TOKENIZER).is_file():
+        parity.skip("tokenizer", "there is none in tokenizer.json")
+        return
+    try:
+        actual = _tokenizer(folder)
+    except Exception as error:
+        raise VerificationError(
+            f"verification failed: {TOKENIZER}: transformers does not load it",
+            found=f"{type(error).__name__}: {error}",
+        ) from error
+    expected = _tokenizer(source)
+    ids, of_source = actual(_TEXT)["input_ids"], expected(_TEXT)["input_ids"]
+    if ids != of_source or actual.get_vocab() != expected.get_vocab():
+        raise VerificationError(
+            f"verification failed: {TOKENIZER}: another tokenizer than that of {source.name}",
+            expected=of_source,
+            found=ids,
+            next_step="nothing was published; the build is kept as <output>.rejected",
+        )
+    if max(ids, default=0) >= vocab_size:
+        raise VerificationError(
+            f"verification failed: {TOKENIZER}: it gives ids that the model has not",
+            expected=f"below {vocab_size}",
+            found=max(ids),
+        )
+    parity.cases.append(f"{TOKENIZER}: {len(actual)} tokens")
+
+
+def _greedy(graph: WrittenGraph, prompt: list[int]) -> tuple[list[int], list[float]]:
+    """Tokens of the graph in a loop of our own, and how far each is ahead of the next best."""
+    session = graph.session()
+    past, tokens, margins = empty_past(session, 1), list(prompt), []
+    ids = np.array([prompt], dtype=np.int64)
+    for _ in range(_TOKENS):
+        logits, past = step_of(session, ids, np.ones((1, len(tokens)), dtype=np.int64), past)
+        two = logits[0, -1].topk(2)
+        margins.append(float((two.values[0] - two.values[1]) / logits[0, -1].abs().max()))
+        tokens.append(int(two.indices[0]))
+        ids = np.array([tokens[-1:]], dtype=np.int64)
+    return tokens[len(prompt) :], margins
+
+
+def _generated(folder: Path, prompt: list[int]) -> list[int]:
+    """Tokens that onnxruntime-genai generates on the CPU until it is done."""
+    import onnxruntime_genai as og
+
+    config = og.Config(str(folder))
+    config.clear_providers()
+    model = og.Model(config)
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + _TOKENS, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array([prompt], dtype=np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)][len(prompt) :]
