@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -105,7 +105,7 @@ def _dequantize(file: Path, target: Path) -> None:
                 if type(config) in AutoModelForCausalLM._model_mapping
                 else AutoModel
             )
-            model, report = auto.from_pretrained(
+            model, report = cast(Any, auto).from_pretrained(
                 **source,
                 output_loading_info=True,
                 config=config,
@@ -153,7 +153,8 @@ def _unread(file: Path, model: PreTrainedModel) -> list[str]:
     from transformers import modeling_gguf_pytorch_utils as reading
 
     kind = reading.TENSOR_PROCESSORS.get(model.config.model_type, reading.TensorProcessor)
-    read = reading.get_gguf_hf_weights_map(model, kind(config=model.config.to_dict()))
+    processor = cast(Any, kind)(config=model.config.to_dict())
+    read = reading.get_gguf_hf_weights_map(model, processor)
     return [
         tensor.name
         for tensor in GGUFReader(file).tensors

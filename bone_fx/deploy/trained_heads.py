@@ -204,7 +204,8 @@ def _resized(
         AdapterError: Input and output embeddings would have different numbers of rows.
     """
     try:
-        modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+        output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        modules = [model.get_input_embeddings(), output]
     except NotImplementedError:  # models that have none
         return None
     weights = [getattr(module, "weight", None) for module in modules]
