@@ -233,6 +233,14 @@ def test_a_tensor_that_means_nothing(name: str, base: Path) -> None:
     assert any(name in note for note in result.manifest["notes"])
 
 
+def test_a_head_that_is_used_is_never_left_out(base: Path) -> None:
+    head = {"lm_head.weight": torch.ones(128, 48)}
+    adapter = adapter_with(base.parent / "a", head, modules_to_save=["lm_head"])
+    out = base.parent / "out"
+    bone_fx.fold_checkpoint(base, adapters=[adapter], output=out, allow_unused=["*"])
+    assert torch.equal(load_file(out / "model.safetensors")["lm_head.weight"], torch.ones(128, 48))
+
+
 def test_what_peft_writes_twice_is_no_news(base: Path) -> None:
     """Blocks of other adapters, and second copies of trained modules."""
     twice = {
