@@ -84,8 +84,9 @@ def architecture_of(
 def named_architecture(config: PreTrainedConfig, name: object) -> type[PreTrainedModel] | None:
     """The class of that name in transformers, if it is a class of this configuration's model."""
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
-    fits = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
-    return cls if fits and cls.config_class is type(config) else None
+    if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
+        return None
+    return cls if cls.config_class is type(config) else None
 
 
 def auto_architecture(config: PreTrainedConfig, auto_class: str) -> type[PreTrainedModel]:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -106,7 +106,7 @@ def _dequantize(file: Path, target: Path) -> None:
                 else AutoModel
             )
             with without_adapter(file.parent) as folder:
-                model, report = auto.from_pretrained(
+                model, report = cast(Any, auto).from_pretrained(
                     **{**source, "pretrained_model_name_or_path": str(folder)},
                     output_loading_info=True,
                     config=config,
@@ -154,7 +154,8 @@ def _unread(file: Path, model: PreTrainedModel) -> list[str]:
     from transformers import modeling_gguf_pytorch_utils as reading
 
     kind = reading.TENSOR_PROCESSORS.get(model.config.model_type, reading.TensorProcessor)
-    read = reading.get_gguf_hf_weights_map(model, kind(config=model.config.to_dict()))
+    processor = cast(Any, kind)(config=model.config.to_dict())
+    read = reading.get_gguf_hf_weights_map(model, processor)
     return [
         tensor.name
         for tensor in GGUFReader(file).tensors

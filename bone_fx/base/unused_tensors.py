@@ -116,9 +116,15 @@ def _is_copy(key: str, name: str, plan: LoadPlan, stored: Mapping[str, Read]) ->
 def _absent_module(model: nn.Module, name: str) -> str | None:
     """The outermost module of a tensor that the model lacks; None if it has them all.
 
-    None too inside a list of layers, whose modules are no heads and no towers.
+    None too inside a list of layers, whose modules are no heads and no towers. A tensor that
+    belongs to no module stands for itself.
     """
-    path, *_ = name.rpartition(".")
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix not in model._modules:  # the model is a body, and the tensor a whole model's
+        name = name.removeprefix(f"{prefix}.")
+    path, _, leaf = name.rpartition(".")
+    if not path:
+        return leaf
     module = model
     for part in path.split("."):
         if part not in module._modules:

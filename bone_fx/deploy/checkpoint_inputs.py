@@ -148,18 +148,20 @@ def open_checkpoint(
 
     checkpoint = open_base(base, trust_remote_code=trust_remote_code, revision=revision)
     checkpoint.start_hashing()
-    adapters, notes = without_unused(adapters, allow_unused)
     architecture = _architecture(checkpoint, adapters)
     folders = [*(adapter.path for _, adapter in adapters), checkpoint.folder]
     overrides: dict[str, Any] = missing_padding(checkpoint.config, architecture, folders)
-    heads = TrainedHeads()
+    model, heads = None, TrainedHeads()
     if concern_heads(adapters):
         from bone_fx.base.architectures import with_overrides
         from bone_fx.base.skeleton import meta_model
 
         overrides |= _head_size(checkpoint, architecture, brought_tensors(adapters))
         config = with_overrides(checkpoint.config, overrides)
-        heads = trained_heads(meta_model(config, torch.float32, architecture), adapters)
+        model = meta_model(config, torch.float32, architecture)
+    adapters, notes = without_unused(adapters, allow_unused, model)
+    if model is not None:
+        heads = trained_heads(model, adapters)
         overrides |= heads.overrides()
     return CheckpointInputs(
         checkpoint,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bone_fx.adapter_folder import WEIGHTS_NAME, AdapterFolder
 from bone_fx.base.unused_tensors import matching
@@ -66,16 +66,22 @@ def brought_tensors(adapters: Adapters) -> dict[str, Tensor]:
 
 
 def without_unused(
-    adapters: Adapters, allowed: Sequence[str]
+    adapters: Adapters, allowed: Sequence[str], model: nn.Module | None
 ) -> tuple[list[tuple[str, AdapterFolder]], list[str]]:
     """Adapters without the tensors that a person gives up, and notes about those.
+
+    Args:
+        adapters: The adapters by name.
+        allowed: Patterns of tensors that may be left out if nothing uses them.
+        model: The base without weights; None if no adapter brings a parameter.
 
     Raises:
         AdapterError: A file holds a tensor that means nothing for this kind of adapter.
     """
     kept, notes = [], []
+    taken = set() if model is None else _names(model)
     for label, adapter in adapters:
-        heads = matching(adapter.modules_to_save, allowed)
+        heads = matching([name for name in adapter.modules_to_save if name not in taken], allowed)
         unused = matching(adapter.unused, allowed)
         left = [key for key in adapter.unused if key not in unused]
         if left:
@@ -93,6 +99,11 @@ def without_unused(
         rest = {k: v for k, v in adapter.modules_to_save.items() if k not in heads}
         kept.append((label, replace(adapter, modules_to_save=rest)))
     return kept, notes
+
+
+def _names(model: nn.Module) -> set[str]:
+    named = (model.named_parameters, model.named_buffers)
+    return {name for tensors in named for name, _ in tensors(remove_duplicate=False)}
 
 
 def _kind(tensor: Tensor) -> str:
@@ -204,7 +215,8 @@ def _resized(
         AdapterError: Input and output embeddings would have different numbers of rows.
     """
     try:
-        modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+        output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        modules = [model.get_input_embeddings(), output]
     except NotImplementedError:  # models that have none
         return None
     weights = [getattr(module, "weight", None) for module in modules]

@@ -10,7 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import BertConfig, BertForPreTraining, ResNetConfig, ResNetModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForPreTraining,
+    ResNetConfig,
+    ResNetModel,
+)
 
 from bone_fx.base.conversions import plan_loading
 from bone_fx.base.loading import architecture_for_task, open_base, skeleton
@@ -125,6 +132,8 @@ def test_heads_and_towers_are_named(llama: Path, tmp_path: Path) -> None:
         "left out: vision_tower of the base (2 tensors), which LlamaForCausalLM does not have",
         "left out: v_head of the base (1 tensor), which LlamaForCausalLM does not have",
     ]
+    body = notes_of(folder, task="FEATURE_EXTRACTION")
+    assert [note.split()[2] for note in body] == ["lm_head", "vision_tower", "v_head"]
     first, *_ = notes_of(folder, task="SEQ_CLS")
     assert first.startswith("left out: lm_head of the base (1 tensor), which LlamaForSequence")
 
@@ -136,6 +145,22 @@ def test_a_tower_that_the_class_does_not_mind_is_named_too(llama: Path) -> None:
     assert notes == [
         "left out: visual of the base (1 tensor), which LlamaForCausalLM does not have"
     ]
+
+
+def test_a_body_takes_its_layers_whole(llama: Path, tmp_path: Path) -> None:
+    key = f"{LAYER}.k_proj.bias"
+    folder = edited(llama, tmp_path / "base", lambda t: t.update({key: torch.zeros(48)}))
+    with pytest.raises(BaseModelError, match="LlamaModel, as it is described"):
+        notes_of(folder, task="FEATURE_EXTRACTION")
+
+
+def test_a_bias_of_logits_belongs_to_the_head(tmp_path: Path) -> None:
+    sizes = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 60}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 32}
+    config = BartConfig(**sizes, **layers, encoder_ffn_dim=40, decoder_ffn_dim=40)
+    BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    notes = notes_of(tmp_path, task="FEATURE_EXTRACTION")
+    assert [note.split()[2] for note in notes] == ["final_logits_bias"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,11 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
     RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
 )
 
 import bone_fx
@@ -228,6 +233,14 @@ def test_a_tensor_that_means_nothing(name: str, base: Path) -> None:
     assert any(name in note for note in result.manifest["notes"])
 
 
+def test_a_head_that_is_used_is_never_left_out(base: Path) -> None:
+    head = {"lm_head.weight": torch.ones(128, 48)}
+    adapter = adapter_with(base.parent / "a", head, modules_to_save=["lm_head"])
+    out = base.parent / "out"
+    bone_fx.fold_checkpoint(base, adapters=[adapter], output=out, allow_unused=["*"])
+    assert torch.equal(load_file(out / "model.safetensors")["lm_head.weight"], torch.ones(128, 48))
+
+
 def test_what_peft_writes_twice_is_no_news(base: Path) -> None:
     """Blocks of other adapters, and second copies of trained modules."""
     twice = {
@@ -252,8 +265,6 @@ def test_a_head_of_integers(base: Path) -> None:
 
 
 def test_a_pair_whose_field_decides_more(tmp_path: Path) -> None:
-    from transformers import T5Config, T5ForConditionalGeneration
-
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
     config = T5Config(vocab_size=99, tie_word_embeddings=True, decoder_start_token_id=0, **sizes)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
@@ -263,3 +274,29 @@ def test_a_pair_whose_field_decides_more(tmp_path: Path) -> None:
         bone_fx.fold_checkpoint(
             tmp_path / "base", adapters=[tmp_path / "adapter"], output=tmp_path / "out"
         )
+
+
+@pytest.mark.parametrize("labels", [None, 50])
+def test_a_classifier_of_images_that_peft_noted(labels: int | None, tmp_path: Path) -> None:
+    """An adapter without a task: the class and the number of labels are the adapter's."""
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    config = ViTConfig(
+        **{k: v for k, v in SIZES.items() if k != "vocab_size"}, image_size=16, patch_size=4
+    )
+    if labels is None:
+        ViTModel(config).save_pretrained(base)
+    else:
+        config.num_labels = labels
+        ViTForImageClassification(config).save_pretrained(base)
+    options = {"num_labels": 7, "ignore_mismatched_sizes": True}
+    model = ViTForImageClassification.from_pretrained(base, **options)
+    targets = ["q_proj", "v_proj"]
+    train(model, adapter, targets, modules_to_save=["classifier"])
+    bone_fx.fold_checkpoint(base, adapters=[adapter], output=out)
+    folded = ViTForImageClassification.from_pretrained(out)
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    clean = ViTForImageClassification.from_pretrained(base, **options)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(clean, adapter).eval()(pixel_values=pixels).logits
+        found = folded.eval()(pixel_values=pixels).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
