@@ -65,6 +65,8 @@ def other_arguments(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]
         inputs: One tensor for each input of the graph, by its name.
     """
     names = _tensor_arguments(model, inputs)
+    if not names:
+        return []
     like = next(iter(inputs.values()))
     mode = torch._guards.detect_fake_mode(list(model.parameters()))
     with traceable(model), torch.no_grad(), mode or nullcontext():

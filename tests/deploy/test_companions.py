@@ -45,7 +45,7 @@ def tokenizer(folder: Path, *more: str, template: str | None = None, **special: 
 
 def adapter(folder: Path) -> tuple[str, AdapterFolder]:
     folder.mkdir(exist_ok=True)
-    return "default", AdapterFolder(folder, BoneConfig(r=8, target_modules=["q_proj"]), {}, {})
+    return folder.name, AdapterFolder(folder, BoneConfig(r=8, target_modules=["q_proj"]), {}, {})
 
 
 def copied(companions: Companions, folder: Path) -> Any:

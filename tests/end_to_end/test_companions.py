@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 import bone_fx
 from bone_fx.base.loading import open_base
 from bone_fx.base.real_model import load_model
 from bone_fx.errors import AdapterError, BaseModelError
-from tests.deploy.test_companions import PLAIN, tokenizer
+from tests.deploy.test_companions import PLAIN, VOCABULARY, tokenizer
 from tests.end_to_end.tiny import tiny_adapter, tiny_base
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*adapter config keys.*")
@@ -92,6 +92,23 @@ def test_modules_of_a_sentence_model_travel(folders: Path) -> None:
     bone_fx.fold_checkpoint(folders / "base", adapters=[folders / "tuned"], output=folders / "out")
     for name in ("modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"):
         assert (folders / "out" / name).read_bytes() == (folders / "base" / name).read_bytes()
+
+
+def test_an_encoder_says_what_is_left_to_the_caller(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 3}
+    BertModel(BertConfig(vocab_size=60, num_hidden_layers=1, **sizes)).save_pretrained(base)
+    tokenizer(base)
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
+    modules = [{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    (base / "modules.json").write_text(json.dumps(modules))
+    (base / "modeling_own.py").write_text("raise SystemExit")
+    notes = bone_fx.export(base, output=tmp_path / "out", verify="off").manifest["notes"]
+    for part in ("Pooling (mean)", "token_type_ids is not among", "modeling_own.py"):
+        assert sum(part in note for note in notes) == 1
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(VOCABULARY)
+    assert AutoConfig.from_pretrained(tmp_path / "out").architectures == ["BertModel"]
 
 
 def test_refusals_say_what_to_do(folders: Path) -> None:

@@ -164,17 +164,23 @@ def choose_companions(base: Path, adapters: Sequence[tuple[str, AdapterFolder]] 
         templates_of=base if templates else None,
     )
     origins: dict[str, str] = {}
-    for _, adapter in adapters:
-        chosen = _with_adapter(chosen, adapter.path, origins)
+    for name, adapter in adapters:
+        chosen = _with_adapter(chosen, adapter.path, adapter_label(name, adapter), origins)
     notes = [f"{what}: from adapter {name}" for what, name in origins.items()]
     if chosen.adapter is not None and "chat template" not in origins and templates:
         notes.append(f"chat template: the base's, as adapter {chosen.adapter} brings none")
     return replace(chosen, notes=tuple(notes))
 
 
-def _with_adapter(chosen: Companions, folder: Path, origins: dict[str, str]) -> Companions:
+def adapter_label(name: str, adapter: AdapterFolder) -> str:
+    """How an adapter is called in notes: its name, or its folder's where it is the only one."""
+    return printable(adapter.path.resolve().name if name == "default" else name)
+
+
+def _with_adapter(
+    chosen: Companions, folder: Path, name: str, origins: dict[str, str]
+) -> Companions:
     """The choice with what an adapter's folder brings; `origins` gets the adapter's name for it."""
-    name = printable(folder.resolve().name)
     tokenizer = _named_files(folder, TOKENIZER_FILES)
     if any(file in tokenizer for file in VOCABULARIES):
         if _is_older_form(tokenizer, chosen.tokenizer):

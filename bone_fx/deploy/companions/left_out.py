@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bone_fx.base.left_over import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from bone_fx.deploy.companions.choice import adapter_label
 from bone_fx.deploy.companions.reading import printable, read_object
 from bone_fx.deploy.companions.sentence_model import sentence_note
 
@@ -36,8 +37,9 @@ def files_left_out(
         *_code(base, trusted=checkpoint.trust_remote_code),
         *_quantization(base),
     ]
-    for _, adapter in adapters:
-        notes += [*_code(adapter.path, trusted=False), *_other_config(base, adapter.path)]
+    for name, adapter in adapters:
+        notes += _code(adapter.path, trusted=False)
+        notes += _other_config(base, adapter.path, adapter_label(name, adapter))
     return [printable(note) for note in notes]
 
 
@@ -84,7 +86,7 @@ def _quantization(folder: Path) -> list[str]:
     ]
 
 
-def _other_config(base: Path, adapter: Path) -> list[str]:
+def _other_config(base: Path, adapter: Path, name: str) -> list[str]:
     """An adapter's own config.json that describes another model than the base's does."""
     brought = read_object(adapter / "config.json")
     stored = read_object(base / "config.json")
@@ -97,7 +99,7 @@ def _other_config(base: Path, adapter: Path) -> list[str]:
         return []
     return [
         (
-            f"config.json of adapter {adapter.resolve().name} is not used, and differs from the "
+            f"config.json of adapter {name} is not used, and differs from the "
             f"base's in {', '.join(fields[:5])}: PEFT does not read it either"
         )
     ]
