@@ -134,8 +134,11 @@ def test_a_truncated_file(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob("*"))
 
 
-def test_a_tokenizer_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    _write(tmp_path / "model.gguf", merge="# !")
+@pytest.mark.parametrize("merge", ["# !", "! $"], ids=["an exception", "a panic"])
+def test_a_tokenizer_that_cannot_be_read(
+    merge: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write(tmp_path / "model.gguf", merge=merge)
     base = open_base(tmp_path / "model.gguf", cache_dir=tmp_path / "cache")
     assert not (base.folder / "tokenizer.json").exists()
     assert "no tokenizer" in caplog.text
