@@ -22,7 +22,9 @@ _COUNTS = re.compile(r"layers?$|layers?_|depth|blocks?$|stages?$|experts?$|n_pre
 """Fields that say how often something is built."""
 _LABELS = re.compile(r"labels?$|classes$")
 """Fields of which transformers makes a table when it reads the configuration."""
-_POSITIONS = re.compile(
+_POSITIONS = re.compile(r"max_position|n_positions|n_ctx|max_seq|seq_len|max_source|max_target")
+"""Fields of which a decoder's tables of cosines and sines have a row each."""
+_NO_SIZES = re.compile(
     r"position|context|length|window|chunk|seq|theta|_id$|_ids$|token|factor|rate$|max_|_base$|beta"
 )
 """Fields that are no size of a tensor: positions, ids, factors."""
@@ -30,6 +32,9 @@ _POSITIONS = re.compile(
 _FREE_COUNT = 512
 """So many layers are built in seconds, whatever the checkpoint holds."""
 _FREE_SIZE = 1 << 20
+_FREE_POSITIONS = 1 << 21
+_BYTES_OF_A_POSITION = 64
+"""A model of so few for each position of its context would be smaller than its tables."""
 _FREE_LABELS = 100_000
 _LARGEST = 1 << 53
 """Above it an integer is no number of anything that a model has."""
@@ -51,6 +56,7 @@ def refuse_impossible_sizes(
         BaseModelError: A field is too large; the message names it.
     """
     widest = max((max(t.shape, default=1) for t in tensors.values()), default=1)
+    stored = sum(tensor.entry.nbytes for tensor in tensors.values())
     for name, value in _integers(raw, "", _DEPTH):
         field = name.rpartition(".")[2]
         if _COUNTS.search(field):
@@ -58,6 +64,8 @@ def refuse_impossible_sizes(
         elif _LABELS.search(field):
             most = max(_FREE_LABELS, widest)
         elif _POSITIONS.search(field):
+            most = max(_FREE_POSITIONS, stored // _BYTES_OF_A_POSITION)
+        elif _NO_SIZES.search(field):
             most = _LARGEST
         else:
             most = max(_FREE_SIZE, widest)

@@ -169,7 +169,10 @@ def _save_tokenizer(source: dict[str, str], target: Path) -> None:
 
     try:
         AutoTokenizer.from_pretrained(**source, local_files_only=True).save_pretrained(target)
-    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exceptions
+    except BaseException as error:
+        # The tokenizers library raises bare Exceptions, and a panic of its Rust is none of these.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         _log.warning("%s has no tokenizer that can be read: %s", source["gguf_file"], error)
 
 

@@ -18,7 +18,7 @@ from bone_fx.weights.load_plan import recipes_for
 from tests.capture.architectures import BY_NAME
 from tests.weights.checkpoints import edit_json, save
 
-HUGE = (10**6, 10**9, 10**12, 2**63, 10**40)
+HUGE = (10**7, 10**9, 10**12, 2**63, 10**40)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 CLAIMS: list[tuple[str, str]] = [
     *[("llama", f) for f in ("num_hidden_layers", "vocab_size", "hidden_size", "head_dim")],
     *[("llama", f) for f in ("intermediate_size", "num_attention_heads", "num_labels")],
-    *[("llama", "num_key_value_heads")],
+    ("llama", "max_position_embeddings"),
+    ("llama", "num_key_value_heads"),
     *[("gpt2", f) for f in ("n_layer", "n_embd", "n_head", "n_positions", "n_inner")],
     *[("bert", f) for f in ("type_vocab_size", "max_position_embeddings")],
 ]
@@ -72,7 +73,7 @@ def test_refused_in_a_moment(model: str, field: str, folders: dict[str, Path]) -
 @pytest.mark.parametrize(
     "fields",
     [
-        {"max_position_embeddings": 10_485_760, "rope_theta": 5_000_000},
+        {"max_position_embeddings": 1_048_576, "rope_theta": 5_000_000},
         {"max_window_layers": 70, "sliding_window": 1 << 20, "eos_token_id": 151_645},
         {"id2label": {"0": "a"}, "chunk_size_feed_forward": 0},
     ],

@@ -169,8 +169,11 @@ def test_a_tensor_that_transformers_does_not_read(tmp_path: Path) -> None:
     ]
 
 
-def test_a_tokenizer_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    _write(tmp_path / "model.gguf", merge="# !")
+@pytest.mark.parametrize("merge", ["# !", "! $"], ids=["an exception", "a panic"])
+def test_a_tokenizer_that_cannot_be_read(
+    merge: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write(tmp_path / "model.gguf", merge=merge)
     base = open_base(tmp_path / "model.gguf", cache_dir=tmp_path / "cache")
     assert not (base.folder / "tokenizer.json").exists()
     assert "no tokenizer" in caplog.text
