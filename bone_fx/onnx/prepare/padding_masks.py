@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from bone_fx.graphs import ancestors
 from bone_fx.onnx.scaled_attention import SDPA
 
 _aten = torch.ops.aten
@@ -63,8 +64,10 @@ def _is_four_dimensional_boolean(mask: Node) -> bool:
 
 def _padding_behind(graph_module: GraphModule, mask: Node) -> Node | None:
     """The input `[B, T]` that decides the mask, if the mask is that input and nothing more."""
-    needed = _ancestors(mask)
-    if any(node.op not in ("placeholder", "call_function", "get_attr") for node in needed):
+    needed = ancestors(mask)
+    if needed is None or any(
+        node.op not in ("placeholder", "call_function", "get_attr") for node in needed
+    ):
         return None
     sources = [node for node in needed if node.op == "placeholder" and _is_read(node, needed)]
     if len(sources) != 1:
@@ -84,17 +87,6 @@ def _padding_behind(graph_module: GraphModule, mask: Node) -> Node | None:
     except Exception:  # noqa: BLE001 -- what cannot be run is not recognised, and stays
         return None
     return source if agrees else None
-
-
-def _ancestors(mask: Node) -> list[Node]:
-    needed: set[Node] = set()
-    waiting = [mask]
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting += node.all_input_nodes
-    return [node for node in mask.graph.nodes if node in needed]
 
 
 def _longer_than_windows(graph_module: GraphModule, needed: list[Node]) -> int | None:
