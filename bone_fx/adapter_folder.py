@@ -245,17 +245,35 @@ def _some(names: list[str]) -> str:
 
 
 def read_adapters(paths: Sequence[str | Path]) -> list[tuple[str, AdapterFolder]]:
-    """Several adapter folders with the names they go by: `default`, or their folders' names.
+    """Several adapter folders with the names they go by.
+
+    One is `default`. Several have their folders' names, with as many of the folders above as tell
+    them apart: `run1/checkpoint-500` and `run2/checkpoint-500`.
 
     Raises:
-        UsageError: Two folders have the same name.
+        UsageError: A folder is given twice.
         AdapterError: A folder holds no adapter that can be used.
     """
-    names = ["default"] if len(paths) == 1 else [Path(path).resolve().name for path in paths]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    folders = [Path(path).resolve() for path in paths]
+    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
     if twice is not None:
         raise UsageError(
-            f"two adapter folders are called {twice!r}",
-            next_step="rename one: adapters apply by name",
+            f"the adapter {twice} is given twice",
+            next_step="name it once: an adapter applies once",
         )
+    names = ["default"] if len(paths) == 1 else [_name_among(f, folders) for f in folders]
     return [(name, read_adapter(path)) for name, path in zip(names, paths, strict=True)]
+
+
+def _name_among(folder: Path, folders: Sequence[Path]) -> str:
+    """The shortest end of a folder's path that no other folder's path has."""
+    ends = (folder.parts[-count:] for count in range(1, len(folder.parts)))
+    own = next(
+        (
+            end
+            for end in ends
+            if not any(f.parts[-len(end) :] == end for f in folders if f != folder)
+        ),
+        folder.parts,
+    )
+    return "/".join(own)

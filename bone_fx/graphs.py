@@ -114,6 +114,23 @@ def adopt_state(module: nn.Module, root: nn.Module) -> None:
     module._non_persistent_buffers_set = root._non_persistent_buffers_set
 
 
+def ancestors(node: fx.Node, most: int | None = None) -> list[fx.Node] | None:
+    """The nodes that a node is computed from, itself included, in the graph's order.
+
+    Args:
+        node: The node.
+        most: Number of nodes beyond which the answer is None.
+    """
+    nodes, waiting = {node}, [node]
+    while waiting:
+        new = set(waiting.pop().all_input_nodes) - nodes
+        nodes |= new
+        waiting += new
+        if most is not None and len(nodes) > most:
+            return None
+    return [n for n in node.graph.nodes if n in nodes]
+
+
 def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
     """Erase a node that nobody reads, and what nobody reads then, random draws included."""
     waiting = [node]

@@ -11,7 +11,6 @@ from torch import nn
 from bone_fx.adapter_folder import read_adapter
 from bone_fx.capture.training.capture_training import capture_training
 from bone_fx.config import BoneConfig
-from bone_fx.sites import output_layers
 from bone_fx.train.adapted_module import AdaptedModule
 from bone_fx.train.mounting import Origin
 
@@ -65,9 +64,8 @@ def adapt(
         >>> [name for name, p in adapted.named_parameters() if p.grad is not None]
         ['0.bone_block.default']
     """
-    settings = (
-        config if isinstance(config, BoneConfig) else read_adapter(config, adapter_name).config
-    )
+    if not isinstance(config, BoneConfig):
+        read_adapter(config, adapter_name)  # a broken folder is refused before the trace
     training = model.training
     capture = capture_training(model, example_inputs, dynamic_shapes=dynamic_shapes)
     origin = Origin(
@@ -75,7 +73,6 @@ def adapt(
         signature=capture.signature,
         model=model,
         loss=capture.loss,
-        output_layers=output_layers(model, settings.task_type),
         untie=untie,
         freeze_base=freeze_base,
         recompute=recompute,

@@ -120,7 +120,7 @@ class AdaptedModule(TrainingGraph):
         refuse_taken_name(self._adapters, adapter_name)
         folder = read_adapter(directory, adapter_name)
         search = find_sites(self._base)
-        folder.match(search.sites, search.others, self._origin.output_layers)
+        folder.match(search.sites, search.others, self._origin.output_layers(folder.config))
         adapter = new_adapter(self._base, self._origin, adapter_name, folder.config, folder)
         with self._change():
             self._adapters[adapter_name] = adapter
@@ -287,7 +287,7 @@ class AdaptedModule(TrainingGraph):
         for name, adapter in self._adapters.items():
             place = Path(directory) if name == "default" else Path(directory) / name
             folder = read_adapter(place, name)
-            folder.match(search.sites, search.others, self._origin.output_layers)
+            folder.match(search.sites, search.others, self._origin.output_layers(folder.config))
             copy_values(self, self._touched([name]), name, adapter, folder)
 
     # The call, and the graph underneath it.

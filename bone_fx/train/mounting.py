@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from bone_fx.errors import AdapterError, UsageError
 from bone_fx.graphs import computed_tensors, container
 from bone_fx.passes.fold import fold_weight
 from bone_fx.passes.insert import BLOCK, insert_adapters
-from bone_fx.sites import LinearSite, Refusal, is_saved_module
+from bone_fx.sites import LinearSite, Refusal, is_saved_module, output_layers
 
 _HEADS = ("classifier", "score")
 """Heads that PEFT 0.18.1 trains whole for a classification task."""
@@ -62,7 +62,6 @@ class Origin:
         signature: How it is called.
         model: The model it was captured from, untouched; `merge_and_unload` copies it.
         loss: The model's own loss of an output and labels, or None.
-        output_layers: Sites that `"all-linear"` leaves out.
         untie: Whether tied weights may be targets.
         freeze_base: Whether every parameter but blocks and `modules_to_save` is frozen.
         recompute: Whether backward folds BAT's weights again instead of keeping them.
@@ -72,10 +71,13 @@ class Origin:
     signature: CallSignature
     model: nn.Module | None = None
     loss: ModelLoss | None = None
-    output_layers: frozenset[str] = field(default_factory=frozenset)
     untie: bool = False
     freeze_base: bool = True
     recompute: bool = True
+
+    def output_layers(self, config: BoneConfig) -> frozenset[str]:
+        """Sites that `"all-linear"` leaves out for an adapter: its task has a part in it."""
+        return frozenset() if self.model is None else output_layers(self.model, config.task_type)
 
 
 def adapter_named(adapters: Mapping[str, MountedAdapter], name: str) -> MountedAdapter:
@@ -168,7 +170,7 @@ def insert_mounted(
             adapter.config,
             name,
             blocks=adapter.blocks,
-            output_layers=origin.output_layers,
+            output_layers=origin.output_layers(adapter.config),
             freeze_base=False,
             untie=origin.untie,
             recompute=origin.recompute,
@@ -308,7 +310,7 @@ def new_adapter(
         config,
         name,
         blocks=folder.blocks if folder else None,
-        output_layers=origin.output_layers,
+        output_layers=origin.output_layers(config),
         untie=origin.untie,
     )
     blocks = {

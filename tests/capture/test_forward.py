@@ -31,6 +31,7 @@ _TEXT: dict[str, Any] = {
     "vocab_size": 50,
     "max_position_embeddings": 40,
 }
+_TOKENS = {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2}
 _PAIR: dict[str, Any] = {
     "d_model": 32,
     "encoder_layers": 1,
@@ -69,6 +70,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**_TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     ),
     "mpnet": ("MPNetModel", "MPNetConfig", _TEXT),
+    "modernbert": (  # a window of ten tokens to each side in its second layer
+        "ModernBertModel",
+        "ModernBertConfig",
+        {**_TEXT, **_TOKENS, "local_attention": 20, "global_attn_every_n_layers": 2},
+    ),
     "vit": ("ViTModel", "ViTConfig", _IMAGE),
     "bart": ("BartModel", "BartConfig", _PAIR),
     "t5": ("T5Model", "T5Config", _T5),

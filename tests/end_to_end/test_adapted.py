@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import bone_fx
+from bone_fx.adapter_folder import write_adapter
 from bone_fx.errors import AdapterError, CaptureError, FoldError, SiteError, UsageError
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -330,6 +331,28 @@ def test_a_classification_task_trains_the_head() -> None:
     adapted = bone_fx.adapt(BertForSequenceClassification(config).eval(), adapter, inputs())
     assert adapted.get_parameter("classifier.weight").requires_grad
     assert adapter.modules_to_save is None
+
+
+def test_all_linear_leaves_out_what_each_adapters_own_task_does(tmp_path: Path) -> None:
+    """Not what the first adapter's task did; a folder says nothing of the head by itself."""
+    torch.manual_seed(0)
+    model, x = Headed().eval(), torch.randn(3, 16)
+    everything = bone_fx.BoneConfig(r=4, target_modules="all-linear")
+    classifier = replace(everything, task_type="SEQ_CLS")
+    blocks = {"body": torch.ones(4, 16)}
+    write_adapter(tmp_path, classifier, blocks, {})
+    for names in (["plain", "task"], ["task", "plain"]):
+        first = everything if names[0] == "plain" else tmp_path
+        adapted = bone_fx.adapt(model, first, (x,), adapter_name=names[0])
+        if names[1] == "plain":
+            adapted.add_adapter("plain", everything)
+        else:
+            adapted.load_adapter(tmp_path, "task")
+        adapted.set_adapter(names)
+        assert adapted.get_parameter("score.bone_block.plain").requires_grad
+        assert not any(n == "score.bone_block.task" for n, _ in adapted.named_parameters())
+        stir(adapted, "plain")
+        torch.testing.assert_close(adapted.fold()(x), adapted(x), rtol=0, atol=1e-5)
 
 
 def test_a_tied_head_in_modules_to_save_is_a_copy_that_trains(tmp_path: Path) -> None:

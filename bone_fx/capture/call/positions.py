@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from bone_fx.capture.call.signature import CallSignature
-from bone_fx.graphs import attribute_at
+from bone_fx.graphs import ancestors, attribute_at
 
 _MOST_NODES = 60
 """A lookup whose indices take more nodes than that is not one of positions."""
@@ -40,8 +40,8 @@ def largest_lengths(
     }
     largest: dict[str, int] = {}
     for rows, indices in _lookups(graph_module):
-        needed = _ancestors(indices)
-        if needed is None:
+        needed = ancestors(indices, _MOST_NODES)
+        if needed is None or any(n.target is torch.ops.aten.embedding.default for n in needed):
             continue
         for name in sorted(names - {"batch"} - set(signature.largest)):
             limit = _limit(graph_module, signature, needed, rows, name, token)
@@ -61,22 +61,6 @@ def _lookups(graph_module: GraphModule) -> Iterator[tuple[int, Node]]:
             continue
         if table.op == "get_attr" and isinstance(indices, Node) and indices.op == "call_function":
             yield int(attribute_at(graph_module, str(table.target)).shape[0]), indices
-
-
-def _ancestors(node: Node) -> list[Node] | None:
-    """What `node` is computed from, itself included, in order; None if that is a lot."""
-    nodes = {node}
-    waiting = [node]
-    while waiting:
-        for source in waiting.pop().all_input_nodes:
-            if source not in nodes:
-                nodes.add(source)
-                waiting.append(source)
-        if len(nodes) > _MOST_NODES:
-            return None
-    if any(n.target is torch.ops.aten.embedding.default for n in nodes):
-        return None
-    return [n for n in node.graph.nodes if n in nodes]
 
 
 def _limit(

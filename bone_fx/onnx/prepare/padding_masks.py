@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
 
+from bone_fx.graphs import ancestors
 from bone_fx.onnx.scaled_attention import SDPA
 
 _aten = torch.ops.aten
 _SIZES = ((3, 5), (2, 7), (1, 4), (4, 2))
 """Batch sizes and lengths that are tried; every symbol of the graph is one of the two."""
+
+_LONGEST = 2048
+"""Tokens of the longest padding that is tried: a mask of it has four million values."""
+
+_NO_SIZE = 1 << 31
+"""From here on a number is no size of a window but "to the end" or "minus infinity"."""
 
 
 def replace_padding_masks(graph_module: GraphModule) -> None:
@@ -23,7 +32,8 @@ def replace_padding_masks(graph_module: GraphModule) -> None:
     After:  `scaled_dot_product_attention(q, k, v, (attention_mask != 0)[:, None, None, :])`
 
     f is run on random padding of several sizes and must give the definition every time; nothing is
-    recognised by name. A mask that depends on anything else (causal, windowed, on scores) stays.
+    recognised by name. One size is longer than every window that the numbers in f can make. A mask
+    that depends on anything else (causal, windowed, on scores) stays.
     """
     graph = graph_module.graph
     masks: dict[Node, Node] = {}
@@ -54,8 +64,10 @@ def _is_four_dimensional_boolean(mask: Node) -> bool:
 
 def _padding_behind(graph_module: GraphModule, mask: Node) -> Node | None:
     """The input `[B, T]` that decides the mask, if the mask is that input and nothing more."""
-    needed = _ancestors(mask)
-    if any(node.op not in ("placeholder", "call_function", "get_attr") for node in needed):
+    needed = ancestors(mask)
+    if needed is None or any(
+        node.op not in ("placeholder", "call_function", "get_attr") for node in needed
+    ):
         return None
     sources = [node for node in needed if node.op == "placeholder" and _is_read(node, needed)]
     if len(sources) != 1:
@@ -64,25 +76,40 @@ def _padding_behind(graph_module: GraphModule, mask: Node) -> Node | None:
     value = source.meta.get("val")
     if not isinstance(value, Tensor) or value.dim() != 2 or value.is_floating_point():
         return None
+    length = _longer_than_windows(graph_module, needed)
+    if length is None:
+        return None
     try:
         agrees = all(
             _agrees(actual, padding)
-            for padding, actual in _tried(graph_module, needed, source, value, mask)
+            for padding, actual in _tried(graph_module, needed, source, value, mask, length)
         )
     except Exception:  # noqa: BLE001 -- what cannot be run is not recognised, and stays
         return None
     return source if agrees else None
 
 
-def _ancestors(mask: Node) -> list[Node]:
-    needed: set[Node] = set()
-    waiting = [mask]
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting += node.all_input_nodes
-    return [node for node in mask.graph.nodes if node in needed]
+def _longer_than_windows(graph_module: GraphModule, needed: list[Node]) -> int | None:
+    """A length beyond every window, chunk or table that nodes can mean; None if that is too long.
+
+    A window is one number of the graph, twice one, or a product of several (blocks of a size).
+    """
+    numbers: set[int] = set()
+    for node in needed:
+        if node.op == "get_attr":
+            tensor = getattr(graph_module, str(node.target))
+            numbers |= set(tensor.shape)
+            leaves = tensor.flatten().tolist() if tensor.numel() <= _LONGEST else []
+        else:
+            leaves = pytree.tree_leaves((node.args, node.kwargs))
+        numbers |= {
+            math.ceil(abs(leaf))
+            for leaf in leaves
+            if isinstance(leaf, int | float) and abs(leaf) < _NO_SIZE
+        }
+    several = [number for number in numbers if number > 1]
+    lengths = (2 * math.prod(several) + 3, 2 * sum(several) + 3)
+    return next((length for length in lengths if length <= _LONGEST), None)
 
 
 def _is_read(node: Node, within: list[Node]) -> bool:
@@ -92,11 +119,16 @@ def _is_read(node: Node, within: list[Node]) -> bool:
 
 
 def _tried(
-    graph_module: GraphModule, needed: list[Node], source: Node, value: Tensor, mask: Node
+    graph_module: GraphModule,
+    needed: list[Node],
+    source: Node,
+    value: Tensor,
+    mask: Node,
+    longest: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Padding at random and the mask that the graph makes of it."""
     generator = torch.Generator().manual_seed(0)
-    for trial, (batch, length) in enumerate(_SIZES):
+    for trial, (batch, length) in enumerate((*_SIZES, (2, longest))):
         other = 1 if trial % 2 else length + 1
         sizes = {str(value.shape[0]): batch, str(value.shape[1]): length}
         shape = [int(sizes.get(str(dim), 0) or str(dim)) for dim in value.shape]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from torch import nn
 
 from bone_fx.capture.decoder.capture_decoder import capture_decoder
@@ -263,6 +264,19 @@ def test_alibi_of_another_slope_is_seen() -> None:
         assert max(differences(model, steeper, session).values()) <= TOLERANCE
 
 
+class Spoiled:
+    """`torch.nn.functional` as a model's module sees it, with other scores."""
+
+    def __init__(self, spoil: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.spoil = spoil
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch.nn.functional, name)
+
+    def softmax(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        return torch.nn.functional.softmax(self.spoil(x), **options)[..., : x.shape[-1]]
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -274,25 +288,53 @@ def test_alibi_of_another_slope_is_seen() -> None:
 def test_attention_that_is_something_else_is_written_out(
     spoil: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    from torch.nn import functional
-
-    class Spoiled:
-        """`torch.nn.functional` as the model's module sees it."""
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(functional, name)
-
-        def softmax(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
-            return functional.softmax(spoil(x), **options)[..., : x.shape[-1]]
-
     model = ROW["bloom"].build()
-    plain = session_of(onnx_of(capture_of(model), model))
+    plain = session_of(onnx_of(captured("bloom").capture, model))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[type(model).__module__], "F", Spoiled())
+        patch.setattr(sys.modules[type(model).__module__], "F", Spoiled(spoil))
         capture = capture_of(model)
         found = differences(model, capture, session_of(onnx_of(capture, model)))
         assert max(found.values()) <= TOLERANCE, found
         assert min(differences(model, capture, plain).values()) > 1e-3
+
+
+TABLE = torch.tensor([0.0, 1.5, -1.0, 0.5, 2.0, -0.5])
+
+
+@pytest.mark.parametrize("kind", ["scores by the length", "a table of six keys", "a clamped mask"])
+def test_attention_that_depends_on_how_a_text_is_cut_is_written_out(kind: str) -> None:
+    """Its logits are others for other prompts and steps, so both sides are cut alike."""
+    model = ROW["bloom"].build()
+    plain_session = session_of(onnx_of(captured("bloom").capture, model))
+    space = sys.modules[type(model).__module__]
+    mask = space.create_causal_mask  # type: ignore[attr-defined]  # bloom has it
+    with pytest.MonkeyPatch.context() as patch:
+        if kind == "a clamped mask":
+            patch.setattr(space, "create_causal_mask", lambda **o: mask(**o).clamp(min=-2.0))
+        elif kind == "a table of six keys":
+            spoiled = Spoiled(lambda x: x + TABLE[torch.arange(x.shape[-1])])
+            patch.setattr(space, "F", spoiled)
+        else:
+            patch.setattr(space, "F", Spoiled(lambda x: x * x.shape[2]))
+        capture = capture_of(model)
+        assert all(layer.plain for layer in capture.layers)
+        session = session_of(onnx_of(capture, model))
+        run, plain = (Generation(s, capture, 1) for s in (session, plain_session))
+        tokens = texts(99, (6,))[0][None]
+        cache, gaps, changes = None, [], []
+        for start, end in ((0, 3), (3, 5), (5, 6)):
+            new = tokens[:, start:end]
+            with torch.no_grad():
+                expected = model(input_ids=new, past_key_values=cache, use_cache=True)
+            cache = expected.past_key_values
+            gaps.append(float((run(new, torch.ones_like(new)) - expected.logits).abs().max()))
+            plain_logits = plain(new, torch.ones_like(new))
+            changes.append(float((plain_logits - expected.logits).abs().max()))
+        assert max(gaps) <= TOLERANCE
+        assert max(changes) > 1e-3
+        if kind == "a table of six keys":
+            with pytest.raises(InvalidArgument, match="index"):
+                run(tokens[:, 6:7], torch.ones(1, 1, dtype=torch.long))
 
 
 def test_a_module_without_a_configuration_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""How a model's rotary function turns angles into a rotation, found by running it on random data.
+"""How a model's rotary function turns angles into a rotation, recognised on random data.
 
 Shape letters: H heads, S tokens, D head size, R rotary width (R <= D).
 """

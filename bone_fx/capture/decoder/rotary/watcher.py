@@ -8,7 +8,7 @@ function; otherwise the model's own code stays in the graph, which is always rig
 
 Where longer texts have other angles the choice is the model's own: the longest text of the batch,
 tokens of the cache included, decides for the whole batch and the new tokens alone; keys that are in
-the cache stay as they were turned. Longrope so has two tables in one, and dynamic NTK the one
+the cache stay as they were rotated. Longrope so has two tables in one, and dynamic NTK the one
 that holds up to max_position_embeddings; `tables.tables_of` refuses the rest.
 
 Shape letters: B batch, H heads, S new tokens, D head size, R rotary width (R <= D), M positions in
@@ -173,7 +173,7 @@ class RotaryWatcher:
         if tables.switch is not None:
             self.notes.append(
                 f"{name}: one table for batches of at most {tables.switch} tokens a row, one for "
-                "longer ones, as the model has it; keys in the cache stay as they were turned"
+                "longer ones, as the model has it; keys in the cache stay as they were rotated"
             )
         elif tables.fixed:
             self.notes.append(

@@ -1,0 +1,58 @@
+"""The names that several adapter folders go by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import bone_fx
+from bone_fx.adapter_folder import read_adapters, write_adapter
+from bone_fx.errors import UsageError
+
+CONFIG = bone_fx.BoneConfig(r=4, target_modules=["lin"])
+
+
+def written(root: Path, *names: str) -> list[Path]:
+    for name in names:
+        write_adapter(root / name, CONFIG, {"lin": torch.ones(4, 8)}, {})
+    return [root / name for name in names]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["run1/checkpoint-500", "run2/checkpoint-500"],
+        ["chat", "run1/checkpoint-500", "run2/checkpoint-500"],
+        ["a/run/last", "b/run/last", "b/other/last"],
+    ],
+)
+def test_folders_of_one_name_are_told_apart_by_those_above(
+    names: list[str], tmp_path: Path
+) -> None:
+    read = read_adapters(written(tmp_path, *names))
+    given = [name for name, _ in read]
+    assert given == (names if names[0] != "a/run/last" else [*names[:2], "other/last"])
+    assert [folder.path for _, folder in read] == [tmp_path / name for name in names]
+
+
+def test_one_folder_above_another_of_its_name(tmp_path: Path) -> None:
+    outer, inner = written(tmp_path, "chat", "chat/chat")
+    assert [name for name, _ in read_adapters([outer, inner])] == [
+        f"{tmp_path.name}/chat",
+        "chat/chat",
+    ]
+
+
+def test_one_adapter_is_the_default(tmp_path: Path) -> None:
+    assert [name for name, _ in read_adapters(written(tmp_path, "chat"))] == ["default"]
+
+
+def test_a_folder_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    (folder,) = written(tmp_path, "chat")
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    for again in (folder, tmp_path / "chat" / ".." / "chat", link):
+        with pytest.raises(UsageError, match="given twice"):
+            read_adapters([folder, again])
