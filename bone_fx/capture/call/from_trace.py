@@ -40,11 +40,11 @@ def call_of_trace(model: torch.nn.Module, trace: Trace, graph_module: GraphModul
     arguments = _same_as_masked(arguments)
     smallest, largest = {}, {}
     for symbol, interval in program.range_constraints.items():
-        name = names.get(str(symbol))
-        if name is not None and interval.lower > 2:  # the tracer assumes two by itself
-            smallest[name] = int(interval.lower)
-        if name is not None and interval.upper < 2**31:
-            largest[name] = int(interval.upper)
+        size = names.get(str(symbol))
+        if size is not None and interval.lower > 2:  # the tracer assumes two by itself
+            smallest[size] = int(interval.lower)
+        if size is not None and interval.upper < 2**31:
+            largest[size] = int(interval.upper)
     transformers = is_transformers_model(model)
     output_spec = program.call_spec.out_spec
     assert output_spec is not None

@@ -182,7 +182,7 @@ def possible_losses(model: torch.nn.Module) -> Iterator[ModelLoss]:
         return  # no loss, or one of its own, such as one that shifts by the attention mask
     name, label_names, compute = task
     by_itself = compute is _classes and "problem_type" not in uses
-    plain = ModelLoss(label_names, _one_of if by_itself else compute, model.config, None)  # type: ignore[arg-type]
+    plain = ModelLoss(label_names, _one_of if by_itself else compute, model.config, None)
     calls_function = "loss_function" in uses
     if name == "IMAGE_TEXT_TO_TEXT" and not calls_function:
         return

@@ -140,7 +140,7 @@ def computed_dtype(model: ir.Model) -> str:
     known = {
         value: value.dtype for value in [*model.graph.inputs, *model.graph.initializers.values()]
     }
-    computed: set[ir.DataType] = set()
+    computed: set[ir.DataType | None] = set()
     for node in model.graph.all_nodes():
         given = [known.get(value) or value.dtype for value in node.inputs if value is not None]
         floats = [dtype for dtype in given if dtype in _DTYPES]
