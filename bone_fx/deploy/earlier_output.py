@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bone_fx.deploy.manifest import sha256
+from bone_fx.weights.storage.safetensors_file import file_sha256
 
 MANIFEST = "bone_export.json"
 """The file by which an earlier export is known."""
@@ -100,7 +100,7 @@ def _is_changed(path: Path, entry: Mapping[str, Any] | None) -> bool:
         return False
     if status.st_size != entry.get("bytes"):
         return True
-    return status.st_size <= _HASHED_BYTES and sha256(path) != entry.get("sha256")
+    return status.st_size <= _HASHED_BYTES and file_sha256(path) != entry.get("sha256")
 
 
 def _unlink(path: Path) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "genai_config.json"
 DEFAULT_CONTEXT = 2048
 _LARGEST = 1 << 31
+TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SEARCH_DEFAULTS: dict[str, float | int | bool] = {
     "diversity_penalty": 0.0,
     "do_sample": False,
@@ -62,7 +63,14 @@ def write_genai_folder(
     settings, changed = companions.generation_settings(checkpoint.config)
     content = genai_config(checkpoint.config, capture, settings, provider=provider)
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+    beyond = [
+        f"{name} {token} is no token of the model's {capture.vocab_size} and is left out"
+        for name in TOKEN_FIELDS
+        if (token := configured_token(settings, checkpoint.config, name)) is not None
+        and _in_vocabulary(token, capture.vocab_size) != token
+    ]
     return [
+        *beyond,
         *companions.token_notes(changed),
         *copy_for_genai(companions, checkpoint, folder),
     ]
@@ -83,14 +91,13 @@ def genai_config(
     text = config.get_text_config()
     first = capture.layers[0]
     context = capture.context_length or DEFAULT_CONTEXT
-    eos = configured_token(generation, config, "eos_token_id")
-    pad = configured_token(generation, config, "pad_token_id")
-    first_eos = eos[0] if isinstance(eos, list) else eos
     tokens = {
-        "bos_token_id": configured_token(generation, config, "bos_token_id"),
-        "eos_token_id": eos,
-        "pad_token_id": first_eos if pad is None else pad,
+        name: _in_vocabulary(configured_token(generation, config, name), capture.vocab_size)
+        for name in TOKEN_FIELDS
     }
+    if tokens["pad_token_id"] is None:
+        eos = tokens["eos_token_id"]
+        tokens["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
     inputs = {
         "input_ids": "input_ids",
         "attention_mask": "attention_mask",
@@ -134,6 +141,13 @@ def genai_config(
             "past_present_share_buffer": capture.share_buffer,
         },
     }
+
+
+def _in_vocabulary(token: int | list[int] | None, size: int) -> int | list[int] | None:
+    """A special token's id, or several; None for those that a vocabulary does not have."""
+    tokens = token if isinstance(token, list) else [] if token is None else [token]
+    tokens = [each for each in tokens if 0 <= each < size]
+    return tokens[0] if len(tokens) == 1 else tokens or None
 
 
 def _plain(value: object, default: float) -> float | int | bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +14,7 @@ from bone_fx.deploy.checkpoint_inputs import Adapters
 from bone_fx.deploy.companions.choice import hashes_beside_weights
 from bone_fx.deploy.options import ExportOptions
 from bone_fx.verify.parity import Parity
+from bone_fx.weights.storage.safetensors_file import file_sha256
 
 if TYPE_CHECKING:
     from bone_fx.deploy.builds import Build, Written
@@ -117,7 +117,7 @@ def files_of(folder: Path, hashed: Mapping[str, str]) -> dict[str, Any]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path: path.relative_to(folder).as_posix() for path in paths}
     return {
-        name: {"bytes": path.stat().st_size, "sha256": hashed.get(name) or sha256(path)}
+        name: {"bytes": path.stat().st_size, "sha256": hashed.get(name) or file_sha256(path)}
         for path, name in names.items()
     }
 
@@ -144,7 +144,7 @@ def _adapter_entry(name: str, adapter: AdapterFolder) -> dict[str, Any]:
         "sites": list(adapter.blocks),
         "modules_to_save": list(adapter.modules_to_save),
         "files": {
-            **{file: sha256(adapter.path / file) for file in (CONFIG_NAME, WEIGHTS_NAME)},
+            **{file: file_sha256(adapter.path / file) for file in (CONFIG_NAME, WEIGHTS_NAME)},
             **hashes_beside_weights(adapter.path),
         },
     }
@@ -171,9 +171,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return installed
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

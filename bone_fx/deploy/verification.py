@@ -3,9 +3,10 @@
 1. transformers loads the reference, and `verify.peft_layout` reads the adapters.
 2. Every constant of the graph is compared with the reference's parameters, and the tables of
    positions with its rotary modules (`verify.constants`, `verify.rotary_tables`).
-3. The graph is run beside the reference (`verify.compare_decoder`, `verify.compare_forward`).
+3. The graph is run beside the reference (`verify.decoder.compare_decoder`,
+   `verify.compare_forward`).
 4. What stands beside a decoder's graph is compared with the base and the adapters, and
-   onnxruntime-genai generates with it (`verify.genai_folder`).
+   onnxruntime-genai generates with it (`verify.decoder.genai_folder`).
 """
 
 from __future__ import annotations
@@ -63,11 +64,11 @@ def verify_checkpoint(
         VerificationError: They disagree.
     """
     from bone_fx.base.real_model import load_model
-    from bone_fx.verify.compare_decoder import DecoderChecks, verify_decoder
     from bone_fx.verify.compare_forward import verify_model
     from bone_fx.verify.compare_quantized import RoundedWeights, Written
     from bone_fx.verify.constants import verify_constants
-    from bone_fx.verify.genai_folder import verify_genai_folder, verify_generation
+    from bone_fx.verify.decoder.compare_decoder import DecoderChecks, verify_decoder
+    from bone_fx.verify.decoder.genai_folder import verify_genai_folder, verify_generation
     from bone_fx.verify.graph import WrittenGraph
     from bone_fx.verify.peft_layout import PeftAdapter
     from bone_fx.verify.rotary_tables import verify_rotary_tables

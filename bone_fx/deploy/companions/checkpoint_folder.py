@@ -10,7 +10,7 @@ from bone_fx.deploy.companions.choice import choose_companions, companion_files
 from bone_fx.deploy.companions.copying import copy_companions, write_generation_settings
 from bone_fx.deploy.companions.left_out import files_left_out
 from bone_fx.deploy.companions.sentence_model import MODULES, sentence_files
-from bone_fx.deploy.staging import MANIFEST
+from bone_fx.deploy.earlier_output import MANIFEST
 
 if TYPE_CHECKING:
     from pathlib import Path

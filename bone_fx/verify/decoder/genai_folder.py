@@ -17,7 +17,7 @@ import numpy as np
 from transformers import AutoTokenizer, GenerationConfig
 
 from bone_fx.errors import VerificationError
-from bone_fx.verify.compare_decoder import empty_past, step_of
+from bone_fx.verify.decoder.compare_decoder import empty_past, step_of
 from bone_fx.verify.graph import WrittenGraph
 from bone_fx.verify.parity import Parity
 
@@ -167,7 +167,7 @@ def _special_tokens(config: Any, base: Path, adapters: Sequence[Path]) -> dict[s
         is_told = with_settings in adapters and settings.get(field) is not None
         if trained is not None and trained != getattr(of_base, field, None) and not is_told:
             token = token if trained in _as_list(token) else trained
-        numbers = _as_list(token)
+        numbers = [n for n in _as_list(token) if 0 <= n < config.get_text_config().vocab_size]
         tokens[field] = numbers[0] if len(numbers) == 1 else numbers or None
     if tokens["pad_token_id"] is None:
         tokens["pad_token_id"] = next(iter(_as_list(tokens["eos_token_id"])), None)

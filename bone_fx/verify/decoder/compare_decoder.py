@@ -2,7 +2,7 @@
 
 The reference runs every row alone, unpadded and without a cache, so that padding, masks, positions
 and the cache of the graph are all on trial. Long texts are met on the first layers alone
-(`verify.long_texts`).
+(`verify.decoder.long_texts`).
 
 Shape letters: B batch, S new tokens, V vocabulary.
 """
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from bone_fx.errors import VerificationError
 from bone_fx.verify.cases import Case, decoder_cases, rows_of
 from bone_fx.verify.compare_quantized import ROUNDED_ACTIVATIONS, Written
+from bone_fx.verify.decoder.long_texts import verify_long_texts
+from bone_fx.verify.decoder.routes import ROUTED, UNDECIDED, Routes
 from bone_fx.verify.graph import Edit, WrittenGraph, keep_activations
 from bone_fx.verify.locate import first_difference, located
-from bone_fx.verify.long_texts import verify_long_texts
 from bone_fx.verify.parity import SMALLEST, TOLERANCE, Parity, check_effect
 from bone_fx.verify.ranges import within_range
 from bone_fx.verify.reference import Adapters, fold_in_place, load_parameters, unmerged
-from bone_fx.verify.routes import ROUTED, UNDECIDED, Routes
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from bone_fx.errors import VerificationError
 from bone_fx.verify.cases import LONGEST, edges
+from bone_fx.verify.decoder.layers import LayerList, layer_outputs
+from bone_fx.verify.decoder.routes import ROUTED, UNDECIDED, Routes
 from bone_fx.verify.graph import Edit, WrittenGraph, cut_at
-from bone_fx.verify.layers import LayerList, layer_outputs
 from bone_fx.verify.locate import first_difference, located
 from bone_fx.verify.parity import Parity
-from bone_fx.verify.routes import ROUTED, UNDECIDED, Routes
 
 if TYPE_CHECKING:
     import onnxruntime

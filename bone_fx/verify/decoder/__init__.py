@@ -1,0 +1,1 @@
+"""Verification of decoder graphs: prompts, caches, long texts, and the folder that genai runs."""
