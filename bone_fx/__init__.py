@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bone_fx.config import BoneConfig
     from bone_fx.deploy.export import ExportResult, export
     from bone_fx.deploy.fold_checkpoint import FoldResult, fold_checkpoint
+    from bone_fx.deploy.verify_export import VerifyResult, verify_export
     from bone_fx.errors import BoneFxError
     from bone_fx.passes import PassResult, fold_adapters, insert_adapters
     from bone_fx.train.adapt import adapt
@@ -30,11 +31,13 @@ _HOMES = {
     "ExportResult": "bone_fx.deploy.export",
     "FoldResult": "bone_fx.deploy.fold_checkpoint",
     "PassResult": "bone_fx.passes",
+    "VerifyResult": "bone_fx.deploy.verify_export",
     "adapt": "bone_fx.train.adapt",
     "export": "bone_fx.deploy.export",
     "fold_adapters": "bone_fx.passes",
     "fold_checkpoint": "bone_fx.deploy.fold_checkpoint",
     "insert_adapters": "bone_fx.passes",
+    "verify_export": "bone_fx.deploy.verify_export",
 }
 
 __all__ = [
@@ -45,11 +48,13 @@ __all__ = [
     "ExportResult",
     "FoldResult",
     "PassResult",
+    "VerifyResult",
     "adapt",
     "export",
     "fold_adapters",
     "fold_checkpoint",
     "insert_adapters",
+    "verify_export",
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -38,6 +38,7 @@ _INTERRUPTED = 130
 EPILOG = """\b
 Commands:
   bone-export fold BASE --adapter DIR -o OUT   (a checkpoint, no ONNX; bone-export fold --help)
+  bone-export verify OUT --base BASE --adapter DIR   (an output again; bone-export verify --help)
 
 \b
 Examples:
@@ -59,6 +60,16 @@ Examples:
   bone-export fold ./base --adapter ./style --adapter ./facts -o ./folded --json
 
 Exit codes as for bone-export.
+"""
+
+
+VERIFY_EPILOG = """\b
+Examples:
+  bone-export verify ./out
+  bone-export verify ./out --base ./base --adapter ./my-adapter --samples ./texts.txt
+
+Without --base the files are hashed and the graph is run; with it, everything is compared again.
+Exit codes as for bone-export; nothing is written.
 """
 
 
@@ -97,6 +108,7 @@ _SETTINGS: dict[str, Any] = {
 _HELP_FLAGS = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(**_SETTINGS)
 fold_app = typer.Typer(**_SETTINGS)
+verify_app = typer.Typer(**_SETTINGS)
 
 
 @app.command(epilog=EPILOG, context_settings=_HELP_FLAGS)
@@ -109,6 +121,7 @@ def bone_export(
     provider: Annotated[Provider, _option("provider")] = "cpu",
     verify: Annotated[Verify, _option("verify")] = "full",
     verify_on: Annotated[Provider | None, _option("verify_on")] = None,
+    samples: Annotated[str | None, _option("samples", metavar="FILE")] = None,
     overwrite: Overwrite = False,
     block_size: Annotated[int | None, _option("block_size", show_default=str(BLOCK_SIZE))] = None,
     symmetric: Annotated[
@@ -132,6 +145,7 @@ def bone_export(
         provider=provider,
         verify=verify,
         verify_on=verify_on,
+        samples=samples,
         overwrite=overwrite,
         block_size=block_size,
         symmetric=symmetric,
@@ -148,11 +162,7 @@ def bone_export(
     with _progress(context, quiet=quiet) as progress:
         result = export_with(base, adapter or (), output, options, progress)
     verification = result.manifest["verification"]
-    figures = (
-        "not verified"
-        if verification is None
-        else ", ".join(f"{k} {v:.2g}" for k, v in verification["figures"].items())
-    )
+    figures = "not verified" if verification is None else _figures(verification)
     _report(result, figures, as_json=as_json)
 
 
@@ -187,6 +197,50 @@ def bone_export_fold(
     _report(result, f"{len(result.folded)} weights folded and read back", as_json=as_json)
 
 
+@verify_app.command(epilog=VERIFY_EPILOG, context_settings=_HELP_FLAGS)
+def bone_export_verify(
+    context: typer.Context,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Output of an export or a fold.")],
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="BASE", help="The base that it was made from.")
+    ] = None,
+    adapter: Annotated[list[str] | None, ADAPTER] = None,
+    provider: Annotated[Provider, _option("provider")] = "cpu",
+    verify: Annotated[Verify, _option("verify")] = "full",
+    samples: Annotated[str | None, _option("samples", metavar="FILE")] = None,
+    revision: Revision = None,
+    allow_unused: AllowUnused = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Verify an output again, from its files and its manifest."""
+    from bone_fx.deploy.verify_export import verify_export
+
+    with _progress(context, quiet=quiet) as progress:
+        result = verify_export(
+            output,
+            base=base,
+            adapters=adapter or (),
+            provider=provider,
+            verify=verify,
+            samples=samples,
+            revision=revision,
+            allow_unused=allow_unused,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    for warning in result.warnings:
+        note(warning)
+    found = {"files": result.files, "verification": result.verification}
+    if as_json:
+        answer_json({"output": str(result.output), "warnings": result.warnings, **found})
+    else:
+        compared = "" if result.verification is None else _figures(result.verification)
+        answer(f"{result.output}: {result.files} files as exported. {compared}".rstrip())
+
+
 class _Watched:
     """Progress that also tells the handlers of signals where the run is."""
 
@@ -211,6 +265,12 @@ def _progress(context: typer.Context, *, quiet: bool) -> Iterator[Progress]:
         yield _Watched(shown, context.obj)
 
 
+def _figures(verification: Mapping[str, Any]) -> str:
+    """The figures of a verification in a line; how tokens are spread stands in the manifest."""
+    figures = verification["figures"].items()
+    return ", ".join(f"{k} {v:.2g}" for k, v in figures if not k.endswith(("_top1", "_kl")))
+
+
 def _report(result: ExportResult | FoldResult, summary: str, *, as_json: bool) -> None:
     """Notes on stderr; on stdout the summary in a line, or everything as JSON."""
     for warning in result.warnings:
@@ -222,7 +282,7 @@ def _report(result: ExportResult | FoldResult, summary: str, *, as_json: bool) -
         answer(f"{result.output}: {summary}")
 
 
-COMMANDS = {"fold": fold_app}
+COMMANDS = {"fold": fold_app, "verify": verify_app}
 """Every command besides the export, by name."""
 
 

@@ -74,6 +74,7 @@ def export(
     provider: Provider = "cpu",
     verify: Verify = "full",
     verify_on: Provider | None = None,
+    samples: str | Path | None = None,
     overwrite: bool = False,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
@@ -105,6 +106,8 @@ def export(
             ways, `"fast"` does so for fewer of a decoder's cases, `"off"` publishes unverified and
             says so. All but `"off"` load the model in float32.
         verify_on: Provider to verify on, if not `provider`; recorded in the manifest.
+        samples: A text file, of which the first two thousand tokens are run: a decoder's negative
+            log-likelihood a token, in nats, under base, adapter and export is in the manifest.
         overwrite: Replace an earlier output, once the new one is verified.
         example_inputs: Arguments of one call of your own module, by position or name; their values
             do not matter. Dimension 0 of the first tensor, and of all that agree with it, becomes
@@ -146,6 +149,7 @@ def export(
         provider=provider,
         verify=verify,
         verify_on=verify_on,
+        samples=samples,
         overwrite=overwrite,
         block_size=block_size,
         symmetric=symmetric,
@@ -173,7 +177,7 @@ def export_with(
     if not isinstance(base, str | Path):
         _check_module_choices(base, adapters, options)
     text = None if options.calibration == NO_CALIBRATION else options.calibration
-    inputs = files_read(base, adapters, [text])
+    inputs = files_read(base, adapters, [text, options.samples])
     with staged(output, overwrite=options.overwrite, inputs=inputs) as staging:
         from bone_fx.deploy.manifest import export_manifest
 
@@ -211,7 +215,7 @@ def _verify(
         return None
     provider = options.verification_provider
     progress.stage(f"verify ({options.verify}, on {provider})")
-    return build.verify(folder, provider, options.verify)
+    return build.verify(folder, provider, options.verify, options.samples)
 
 
 def _check_module_choices(
@@ -237,6 +241,6 @@ def _check_module_choices(
             "adapters go with a checkpoint",
             next_step="adapt the module, train it and export its fold()",
         )
-    for name in ("calibration", "revision", "allow_unused"):
+    for name in ("calibration", "samples", "revision", "allow_unused"):
         if getattr(options, name):
             raise UsageError(f"{name} goes with a checkpoint", next_step="leave it out")

@@ -57,7 +57,7 @@ def manifest_of(
         "kind": kind,
         "architecture": architecture,
         "base": {"name": base_name, "files": dict(base_files)},
-        "adapters": [_adapter_entry(name, adapter) for name, adapter in adapters],
+        "adapters": [adapter_entry(name, adapter) for name, adapter in adapters],
         **entries,
         "versions": versions(),
     }
@@ -126,6 +126,13 @@ def _verification_entry(parity: Parity, options: ExportOptions) -> dict[str, Any
     return {
         "mode": options.verify,
         "provider": options.verification_provider,
+        **figures_of(parity),
+    }
+
+
+def figures_of(parity: Parity) -> dict[str, Any]:
+    """What a comparison with torch found, as a manifest says it."""
+    return {
         "tolerance": parity.tolerance,
         "figures": {name: float(f"{value:.3g}") for name, value in parity.figures.items()},
         "cases": len(parity.cases),
@@ -135,7 +142,8 @@ def _verification_entry(parity: Parity, options: ExportOptions) -> dict[str, Any
     }
 
 
-def _adapter_entry(name: str, adapter: AdapterFolder) -> dict[str, Any]:
+def adapter_entry(name: str, adapter: AdapterFolder) -> dict[str, Any]:
+    """What a manifest says of an adapter."""
     return {
         "name": name,
         "peft_type": adapter.config.peft_type,

@@ -55,6 +55,9 @@ class ExportOptions:
     provider: Annotated[Provider, "Provider that the graph is written for."] = "cpu"
     verify: Annotated[Verify, "Compare with torch before publishing."] = "full"
     verify_on: Annotated[Provider | None, "Verify on another provider than --provider."] = None
+    samples: Annotated[
+        str | Path | None, "A text: its likelihood a token under base, adapter and export."
+    ] = None
     overwrite: Annotated[bool, "Replace an earlier output."] = False
     block_size: Annotated[int | None, "int4, int8: values of a weight that share a scale."] = None
     symmetric: Annotated[bool | None, "int4, int8: no zero points."] = None
@@ -86,6 +89,7 @@ class ExportOptions:
                 )
         self._check_quantization()
         self._check_calibration()
+        self._check_samples()
         self._check_provider()
 
     @property
@@ -145,6 +149,19 @@ class ExportOptions:
                 f"calibration={str(self.calibration)!r} is no file",
                 expected="a text file, or none",
                 next_step="name a file, or leave it out for the built-in text",
+            )
+
+    def _check_samples(self) -> None:
+        if self.samples is None:
+            return
+        if self.verify != "full":
+            raise UsageError(
+                f"samples are read by a full verification, and verify is {self.verify!r}",
+                next_step="leave one of them out",
+            )
+        if not Path(self.samples).expanduser().is_file():
+            raise UsageError(
+                f"samples={str(self.samples)!r} is no file", expected="a text file in UTF-8"
             )
 
 

@@ -22,10 +22,13 @@ import onnx_ir as ir
 from torch import Tensor
 
 from bone_fx.deploy.checkpoint_inputs import CheckpointInputs
+from bone_fx.errors import UsageError
 from bone_fx.onnx.writer import MODEL_FILE, write_model
 from bone_fx.verify.parity import Parity
 
 _TEXT_TOKENS = 128
+_SAMPLE, _SAMPLES = 256, 8
+"""Tokens of a piece of the samples, and pieces that are run."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,11 @@ class Exported:
 
 
 def verify_checkpoint(
-    exported: Exported, inputs: CheckpointInputs, provider: str, level: str
+    exported: Exported,
+    inputs: CheckpointInputs,
+    provider: str,
+    level: str,
+    samples: str | Path | None = None,
 ) -> Parity:
     """Compare an export with the base under its adapters, unmerged and folded.
 
@@ -59,9 +66,11 @@ def verify_checkpoint(
         inputs: The base and the adapters.
         provider: ONNX Runtime's provider to run it on, `"cpu"` or `"cuda"`.
         level: `"full"` or `"fast"`.
+        samples: A text whose likelihood is measured.
 
     Raises:
         VerificationError: They disagree.
+        UsageError: There are samples and no decoder, or no tokenizer.
     """
     from bone_fx.base.real_model import load_model
     from bone_fx.verify.compare_forward import verify_model
@@ -74,6 +83,7 @@ def verify_checkpoint(
     from bone_fx.verify.rotary_tables import verify_rotary_tables
 
     folder, short = exported.folder, level == "fast"
+    texts = () if samples is None else _sample_texts(exported, inputs, Path(samples))
     model: Any = load_model(
         inputs.checkpoint, inputs.architecture, inputs.overrides, inputs.heads, inputs.untied
     )
@@ -105,6 +115,7 @@ def verify_checkpoint(
                 context_length=getattr(config, "max_position_embeddings", None),
                 short=short,
                 text=() if short else _real_text(inputs, exported.tokenizer),
+                samples=texts,
             )
             parity = verify_decoder(graph, model, adapters, checks, written)
     unnamed = [name for name in compared.others if name not in tables]
@@ -114,7 +125,7 @@ def verify_checkpoint(
         folders = [adapter.folder for adapter in adapters]
         verify_genai_folder(parity, graph, inputs.config, inputs.checkpoint.folder, folders)
         if not short and provider == "cpu" and exported.twin is None:
-            verify_generation(parity, graph, int(config.vocab_size))
+            verify_generation(parity, graph)
     return parity
 
 
@@ -138,3 +149,27 @@ def _real_text(inputs: CheckpointInputs, tokenizer: Path) -> tuple[int, ...]:
     except CalibrationError:
         return ()
     return tuple(ids[:_TEXT_TOKENS].tolist())
+
+
+def _sample_texts(
+    exported: Exported, inputs: CheckpointInputs, path: Path
+) -> tuple[tuple[int, ...], ...]:
+    """Token ids of a text, in pieces that a decoder takes."""
+    from bone_fx.base.calibration import CalibrationError, Text, token_ids
+
+    if exported.examples is not None:
+        raise UsageError(
+            "samples are for decoders", next_step="leave them out: there is no next token"
+        )
+    try:
+        text = Text(path.name, path.expanduser().read_text(encoding="utf-8"))
+        ids = token_ids(inputs.checkpoint, text, exported.tokenizer)[: _SAMPLE * _SAMPLES]
+    except (OSError, UnicodeDecodeError, CalibrationError) as error:
+        raise UsageError(
+            f"{path} cannot be read as samples",
+            expected="a text file in UTF-8, and a tokenizer",
+            found=str(error),
+        ) from error
+    most = getattr(inputs.config.get_text_config(), "max_position_embeddings", None)
+    pieces = ids.split(min(_SAMPLE, int(most or _SAMPLE)))
+    return tuple(tuple(piece.tolist()) for piece in pieces if len(piece) > 1)

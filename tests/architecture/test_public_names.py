@@ -23,11 +23,13 @@ PUBLIC = {
     "ExportResult",
     "FoldResult",
     "PassResult",
+    "VerifyResult",
     "adapt",
     "export",
     "fold_adapters",
     "fold_checkpoint",
     "insert_adapters",
+    "verify_export",
 }
 OPTIONS = {
     "base": [],
@@ -37,6 +39,7 @@ OPTIONS = {
     "provider": ["--provider"],
     "verify": ["--verify"],
     "verify_on": ["--verify-on"],
+    "samples": ["--samples"],
     "overwrite": ["--overwrite"],
     "block_size": ["--block-size"],
     "symmetric": ["--symmetric", "--asymmetric"],

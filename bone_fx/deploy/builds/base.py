@@ -66,13 +66,16 @@ class Build(ABC):
         """Write the model, and what stands beside it, into a folder."""
 
     @abstractmethod
-    def verify(self, folder: Path, provider: str, level: str) -> Parity:
+    def verify(
+        self, folder: Path, provider: str, level: str, samples: str | Path | None = None
+    ) -> Parity:
         """Compare the written model with torch.
 
         Args:
             folder: Where the model was written.
             provider: ONNX Runtime's provider to run it on, `"cpu"` or `"cuda"`.
             level: `"full"` or `"fast"`.
+            samples: A text whose likelihood is measured.
 
         Raises:
             VerificationError: They disagree.

@@ -83,7 +83,9 @@ class CheckpointBuild(Build):
         report = self.rounding.report() if self.rounding is not None else None
         return Written(sha256, report, tuple(notes))
 
-    def verify(self, folder: Path, provider: str, level: str) -> Parity:
+    def verify(
+        self, folder: Path, provider: str, level: str, samples: str | Path | None = None
+    ) -> Parity:
         """Compare the written model with the base under its adapters, unmerged and folded."""
         from bone_fx.deploy.verification import Exported, verify_checkpoint
 
@@ -96,7 +98,7 @@ class CheckpointBuild(Build):
             tokenizer=self.companions.tokenizer_folder,
             twin=self.twin,
         )
-        return verify_checkpoint(exported, self.inputs, provider, level)
+        return verify_checkpoint(exported, self.inputs, provider, level, samples)
 
 
 def build_checkpoint(

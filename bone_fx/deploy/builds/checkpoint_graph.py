@@ -132,7 +132,7 @@ def _capture_forward(
     progress.stage("translate to ONNX")
     translated = forward_model(capture, folded.recipes, skip_norms=options.provider == "cuda")
     left_out = _left_out(model, capture.program, default_inputs(model))
-    return ForwardGraph(translated, _random_inputs(model), (*capture.notes, *left_out))
+    return ForwardGraph(translated, random_inputs(model), (*capture.notes, *left_out))
 
 
 def _left_out(
@@ -159,7 +159,7 @@ def _left_out(
     return notes
 
 
-def _random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """Example inputs for verification.
 
     Token ids over the whole vocabulary, floats from a normal distribution.

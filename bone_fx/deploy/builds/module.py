@@ -54,7 +54,9 @@ class ModuleBuild(Build):
         """Write the model; nothing stands beside it."""
         return Written(write_graph(self.model, folder, progress))
 
-    def verify(self, folder: Path, provider: str, level: str) -> Parity:
+    def verify(
+        self, folder: Path, provider: str, level: str, samples: str | Path | None = None
+    ) -> Parity:
         """Compare the written model with the module, on the example and on other batch sizes."""
         from bone_fx.runtime.session import open_session
         from bone_fx.verify.compare_forward import verify_module

@@ -23,6 +23,8 @@ from bone_fx.verify.cases import Case, decoder_cases, rows_of
 from bone_fx.verify.compare_quantized import ROUNDED_ACTIVATIONS, Written
 from bone_fx.verify.decoder.long_texts import verify_long_texts
 from bone_fx.verify.decoder.routes import ROUTED, UNDECIDED, Routes
+from bone_fx.verify.decoder.running import alone, empty_past, step_of
+from bone_fx.verify.decoder.samples import graph_likelihood, torch_likelihood
 from bone_fx.verify.graph import Edit, WrittenGraph, keep_activations
 from bone_fx.verify.locate import first_difference, located
 from bone_fx.verify.parity import SMALLEST, TOLERANCE, Parity, check_effect
@@ -32,7 +34,6 @@ from bone_fx.verify.reference import Adapters, fold_in_place, load_parameters, u
 if TYPE_CHECKING:
     import onnxruntime
 
-NUMPY_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _GREEDY_TOKENS = 8
 
 
@@ -46,6 +47,7 @@ class DecoderChecks:
         context_length: Positions that the graph holds for; cases beyond it are left out.
         short: Run the first case only, and no long text.
         text: Token ids of a real text, which stand in the place of random ones.
+        samples: Token ids of texts of the user's, whose likelihood is a figure.
     """
 
     dtype: str
@@ -53,6 +55,7 @@ class DecoderChecks:
     context_length: int | None = None
     short: bool = False
     text: tuple[int, ...] = ()
+    samples: tuple[tuple[int, ...], ...] = ()
 
 
 def verify_decoder(
@@ -81,12 +84,17 @@ def verify_decoder(
         rows_of(case, checks.vocab_size, seed, checks.text if seed else ())
         for seed, case in enumerate(cases)
     ]
-    base = [_alone(model, r) for r in rows[:2]] if adapters else []
+    base = [alone(model, r) for r in rows[:2]] if adapters else []
+    if checks.samples and adapters:
+        parity.figures["nll_base"] = torch_likelihood(model, checks.samples)
     load_parameters(model, adapters)
     with unmerged(model, adapters), within_range(model, checks.dtype):
-        reference = [_alone(model, r) for r in rows]
+        reference = [alone(model, r) for r in rows]
+        if checks.samples:
+            name = "nll_adapter" if adapters else "nll_base"
+            parity.figures[name] = torch_likelihood(model, checks.samples)
     fold_in_place(model, adapters)
-    folded = [_alone(model, r) for r in rows] if adapters else reference
+    folded = [alone(model, r) for r in rows] if adapters else reference
     for case, ones, others in zip(cases, folded, reference, strict=True):
         for row, (one, other) in enumerate(zip(ones, others, strict=True)):
             where = f"{case.name}, row {row}"
@@ -99,7 +107,7 @@ def verify_decoder(
         runs.compare((), references, parity.tolerance)
     else:
         written.load_into(model)
-        quantized = {"onnx_vs_written": [_alone(model, r) for r in rows]}
+        quantized = {"onnx_vs_written": [alone(model, r) for r in rows]}
         if graph.rounds_activations():
             edits = (keep_activations,)
             rounded = {"rounded_activations": quantized["onnx_vs_written"]}
@@ -109,6 +117,9 @@ def verify_decoder(
     if not checks.short:
         verify_long_texts(parity, graph, edits, model, checks.context_length)
         _compare_greedy(parity, graph.session(*edits), model, rows[0][0])
+    likelihood = graph_likelihood(graph.session(), checks.samples) if checks.samples else None
+    if likelihood is not None:
+        parity.figures["nll_export"] = likelihood
     effects = [
         (a, b)
         for one, other in zip(base, reference, strict=False)
@@ -180,7 +191,7 @@ class _Runs:
                 return session.run(None, {k: v for k, v in feeds.items() if k in inputs})
 
             where = first_difference(
-                self.graph, edits, self.model, run, lambda: _alone(self.model, [ids]), tolerance
+                self.graph, edits, self.model, run, lambda: alone(self.model, [ids]), tolerance
             )
             if where is not None:
                 return where
@@ -196,26 +207,12 @@ def _refused(case: Case, error: Exception) -> VerificationError:
     )
 
 
-def _alone(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Logits `[S, V]` of each row by itself."""
-    with torch.no_grad():
-        return [
-            model(
-                input_ids=torch.tensor([row]),
-                attention_mask=torch.ones(1, len(row), dtype=torch.long),
-            )
-            .logits[0]
-            .float()
-            for row in rows
-        ]
-
-
 def _decided(model: nn.Module, rows: Sequence[Sequence[int]], tolerance: float) -> list[int]:
     """Tokens of each row before the first that rounding may send to another expert."""
     counts = []
     for row in rows:
         with Routes(len(row), tolerance) as routes:
-            _alone(model, [row])
+            alone(model, [row])
         counts.append(routes.decided)
     return counts
 
@@ -255,37 +252,6 @@ def _wide(mask: Any, case: Case) -> Any:
     return np.pad(mask, ((0, 0), (0, max(0, (case.buffer or 0) - mask.shape[1]))))
 
 
-def step_of(
-    session: onnxruntime.InferenceSession, ids: Any, mask: Any, past: dict[str, Any]
-) -> tuple[Tensor, dict[str, Any]]:
-    """The logits `[B, S, V]` of a run, and the past of the next one."""
-    names = [output.name for output in session.get_outputs()]
-    feeds = {"input_ids": ids, "attention_mask": mask, **past}
-    inputs = {i.name for i in session.get_inputs()}
-    values = dict(
-        zip(names, session.run(None, {k: v for k, v in feeds.items() if k in inputs}), strict=True)
-    )
-    presents = {
-        name.replace("present.", "past_key_values."): value
-        for name, value in values.items()
-        if name.startswith("present.")
-    }
-    return torch.from_numpy(values["logits"]).float(), presents
-
-
-def empty_past(
-    session: onnxruntime.InferenceSession, batch: int, positions: int = 0
-) -> dict[str, Any]:
-    """Zeros for each input of the cache."""
-    return {
-        value.name: np.zeros(
-            (batch, value.shape[1], positions, value.shape[3]), dtype=NUMPY_DTYPES[value.type]
-        )
-        for value in session.get_inputs()
-        if value.name.startswith("past_key_values.")
-    }
-
-
 def _compare_greedy(
     parity: Parity, session: onnxruntime.InferenceSession, model: nn.Module, prompt: list[int]
 ) -> None:
@@ -297,7 +263,7 @@ def _compare_greedy(
         logits, past = step_of(session, ids, mask, past)
         tokens.append(int(logits[0, -1].argmax()))
         ids = np.array([tokens[-1:]], dtype=np.int64)
-    [reference] = _alone(model, [tokens])
+    [reference] = alone(model, [tokens])
     scored = reference[len(prompt) - 1 : -1]
     chosen = scored.gather(1, torch.tensor(tokens[len(prompt) :])[:, None])[:, 0]
     best = scored.amax(1)

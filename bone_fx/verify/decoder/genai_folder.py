@@ -17,7 +17,7 @@ import numpy as np
 from transformers import AutoTokenizer, GenerationConfig
 
 from bone_fx.errors import VerificationError
-from bone_fx.verify.decoder.compare_decoder import empty_past, step_of
+from bone_fx.verify.decoder.running import empty_past, step_of
 from bone_fx.verify.graph import WrittenGraph
 from bone_fx.verify.parity import Parity
 
@@ -59,7 +59,7 @@ def verify_genai_folder(
     _verify_tokenizer(parity, folder, [*reversed(adapters), base], found["vocab_size"])
 
 
-def verify_generation(parity: Parity, graph: WrittenGraph, vocab_size: int) -> None:
+def verify_generation(parity: Parity, graph: WrittenGraph) -> None:
     """Generate greedily with onnxruntime-genai; the tokens are those of the graph itself.
 
     Raises:
@@ -68,7 +68,7 @@ def verify_generation(parity: Parity, graph: WrittenGraph, vocab_size: int) -> N
     if importlib.util.find_spec("onnxruntime_genai") is None:
         parity.skip("onnxruntime-genai", "it is not installed")
         return
-    prompt = np.random.default_rng(0).integers(0, vocab_size, 5).tolist()
+    prompt = np.random.default_rng(0).integers(0, _of_graph(graph)["vocab_size"], 5).tolist()
     expected, margins = _greedy(graph, prompt)
     try:
         tokens = _generated(graph.path.parent, prompt)

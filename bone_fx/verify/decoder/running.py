@@ -1,0 +1,63 @@
+"""A decoder run once: the torch model on whole texts, a session on a step.
+
+Shape letters: B batch, S new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+NUMPY_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+def alone(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits `[S, V]` of each row by itself."""
+    with torch.no_grad():
+        return [
+            model(
+                input_ids=torch.tensor([row]),
+                attention_mask=torch.ones(1, len(row), dtype=torch.long),
+            )
+            .logits[0]
+            .float()
+            for row in rows
+        ]
+
+
+def step_of(
+    session: onnxruntime.InferenceSession, ids: Any, mask: Any, past: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """The logits `[B, S, V]` of a run, and the past of the next one."""
+    names = [output.name for output in session.get_outputs()]
+    feeds = {"input_ids": ids, "attention_mask": mask, **past}
+    inputs = {i.name for i in session.get_inputs()}
+    values = dict(
+        zip(names, session.run(None, {k: v for k, v in feeds.items() if k in inputs}), strict=True)
+    )
+    presents = {
+        name.replace("present.", "past_key_values."): value
+        for name, value in values.items()
+        if name.startswith("present.")
+    }
+    return torch.from_numpy(values["logits"]).float(), presents
+
+
+def empty_past(
+    session: onnxruntime.InferenceSession, batch: int, positions: int = 0
+) -> dict[str, Any]:
+    """Zeros for each input of the cache."""
+    return {
+        value.name: np.zeros(
+            (batch, value.shape[1], positions, value.shape[3]), dtype=NUMPY_DTYPES[value.type]
+        )
+        for value in session.get_inputs()
+        if value.name.startswith("past_key_values.")
+    }
