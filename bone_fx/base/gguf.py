@@ -7,6 +7,7 @@ is complete.
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from io import StringIO
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from bone_fx.base.config_sizes import refuse_impossible_gguf
 from bone_fx.errors import BaseModelError
 from bone_fx.files.renames import rename_new
 from bone_fx.files.work_folder import dead_work_folders, make_work_folder
@@ -29,6 +31,10 @@ _READ_ERRORS = (
     AttributeError,
     RuntimeError,
     OSError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    struct.error,
 )
 
 
@@ -57,6 +63,7 @@ def dequantized_folder(file: Path, cache: Path) -> Path:
             next_step="set BONE_FX_CACHE to a folder that can be written",
         ) from error
     try:
+        refuse_impossible_gguf(file)
         _dequantize(file, staging)
         with suppress(FileExistsError):  # another process was first, with the same bytes
             rename_new(staging, folder)
