@@ -19,9 +19,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 EXIT_CODES = {0, 2, 3, 4, 5, 6, 7}
 """What a run may end with that nobody stopped; 70 is a fault."""
+_ROOT = Path(__file__).resolve().parent.parent
 _MORE_MEMORY = 4 << 30
 """Bytes of address space that a forked run may take beyond what it was forked with."""
 
@@ -77,7 +79,7 @@ class Run:
                     stdout=out,
                     stderr=err,
                     stdin=subprocess.DEVNULL,
-                    env={**os.environ, "PYTHONPATH": str(Path.cwd()), **changes},
+                    env={**os.environ, "PYTHONPATH": str(_ROOT), **changes},
                     preexec_fn=_default_signals,
                 )
             process.returncode = 0  # it is waited for below
@@ -176,7 +178,7 @@ def make_inputs(folder: Path) -> None:
     folder.mkdir()
     _make_gguf(folder / "base.gguf")
     torch.manual_seed(0)
-    shape = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
+    shape: dict[str, Any] = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
     llama = LlamaForCausalLM(
         LlamaConfig(
             **shape,
@@ -194,7 +196,7 @@ def make_inputs(folder: Path) -> None:
         BertConfig(**shape, hidden_size=48, intermediate_size=80, max_position_embeddings=64)
     )
     numbers = Tokenizer(models.WordLevel({str(i): i for i in range(96)}, unk_token="0"))
-    make = PreTrainedTokenizerFast
+    make: Any = PreTrainedTokenizerFast
     tokenizer = make(tokenizer_object=numbers, eos_token="2", pad_token="3")
     targets = {
         "llama": ("q_proj", "up_proj"),

@@ -44,10 +44,17 @@ def damage(choose: random.Random, folder: Path) -> str:
         return f"{kind}: not possible, {type(error).__name__}"
 
 
+def _bytes(path: Path) -> bytes:
+    """The content of a file; what an earlier damage made a pipe or a device of is not opened."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file")
+    return path.read_bytes()
+
+
 def _field(choose: random.Random, folder: Path, name: str) -> str:
     """Another value in a field of a JSON file, a field more or less."""
     path = folder / name
-    content = json.loads(path.read_text())
+    content = json.loads(_bytes(path))
     place, outer = content, ""
     while inner := [key for key, value in place.items() if isinstance(value, dict) and value]:
         if choose.random() < 0.5:
@@ -80,7 +87,7 @@ def _beside(choose: random.Random, folder: Path) -> str:
 
 def _pattern(choose: random.Random, folder: Path) -> str:
     path = folder / "adapter" / "adapter_config.json"
-    content = json.loads(path.read_text())
+    content = json.loads(_bytes(path))
     pattern = choose.choice(PATTERNS)
     field = choose.choice(
         ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
@@ -95,7 +102,7 @@ def _pattern(choose: random.Random, folder: Path) -> str:
 def _text(choose: random.Random, folder: Path) -> str:
     """A JSON file whose text is broken."""
     path = choose.choice(sorted(folder.glob("*/*.json")))
-    raw = path.read_bytes()
+    raw = _bytes(path)
     at = choose.randrange(len(raw))
     ways: dict[str, Callable[[], bytes]] = {
         "cut": lambda: raw[:at],
@@ -117,7 +124,7 @@ def _text(choose: random.Random, folder: Path) -> str:
 def _tensors(choose: random.Random, folder: Path) -> str:
     """Another header of a safetensors file, or other bytes."""
     path = choose.choice(sorted(folder.glob("*/*.safetensors")))
-    raw = path.read_bytes()
+    raw = _bytes(path)
     size = int.from_bytes(raw[:8], "little")
     header, data = json.loads(raw[8 : 8 + size]), raw[8 + size :]
     key = choose.choice([k for k in header if k != "__metadata__"])
@@ -172,7 +179,7 @@ def _tensors(choose: random.Random, folder: Path) -> str:
 
 def _index(choose: random.Random, folder: Path) -> str:
     path = folder / "base" / "model.safetensors.index.json"
-    content = json.loads(path.read_text())
+    content = json.loads(_bytes(path))
     weights = content["weight_map"]
     key = choose.choice(sorted(weights))
     names = [
@@ -217,7 +224,7 @@ def _kind_of_file(choose: random.Random, folder: Path) -> str:
 
 def _gguf(choose: random.Random, folder: Path) -> str:
     path = folder / "base.gguf"
-    raw = bytearray(path.read_bytes())
+    raw = bytearray(_bytes(path))
     for _ in range(choose.randrange(1, 4)):
         raw[choose.randrange(len(raw))] = choose.randrange(256)
     path.write_bytes(raw[: choose.randrange(len(raw) + 1)])

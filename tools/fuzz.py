@@ -1,6 +1,6 @@
 """Damages inputs of `bone-export` at random, and looks at what it makes of them.
 
-    python -m tools.fuzz --count 5000 --seed 0 [--minutes M] [--state FILE] [--real SHARE]
+    python tools/fuzz.py --count 5000 --seed 0 [--minutes M] [--state FILE] [--real SHARE]
 
 Whatever the input: no traceback, no hang above 60 s, no more than 2 GB of memory, an exit status of
 the table and no fault (70), nothing unprintable on the terminal, one JSON object with `--json`, the
@@ -19,8 +19,9 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from tools.campaign import (
+from campaign import (
     EXIT_CODES,
     Outcome,
     Run,
@@ -31,7 +32,7 @@ from tools.campaign import (
     remove,
     tree,
 )
-from tools.damage import SECRET, damage
+from damage import SECRET, damage
 
 SECONDS, BYTES = 60, 2 << 30
 MODELS = ("llama", "llama", "sharded", "gpt2", "bert", "gguf")
@@ -179,7 +180,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--real", type=float, default=0.1, help="share of runs of the command")
     parser.add_argument("--state", type=Path, help="file to go on from")
     chosen = parser.parse_args(arguments)
-    state = {"next": chosen.first, "outcomes": {}, "captured": 0, "slowest": 0.0, "wrong": []}
+    state: dict[str, Any] = {
+        "next": chosen.first,
+        "outcomes": {},
+        "captured": 0,
+        "slowest": 0.0,
+        "wrong": [],
+    }
     if chosen.state is not None and chosen.state.exists():
         state = json.loads(chosen.state.read_text())
     outcomes, end = Counter(state["outcomes"]), time.monotonic() + 60 * chosen.minutes

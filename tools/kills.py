@@ -1,6 +1,6 @@
 """Kills runs of `bone-export` at random moments, and looks at what they leave.
 
-    python -m tools.kills --kills 100 --seed 0 [--minutes M] [--state FILE] [--real SHARE]
+    python tools/kills.py --kills 100 --seed 0 [--minutes M] [--state FILE] [--real SHARE]
 
 After each kill the inputs must be as they were, the output whole, be it the old or the new one, the
 exit status one of the table, and nothing may be left that the next run does not clear. A share of
@@ -19,8 +19,9 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from tools.campaign import (
+from campaign import (
     Run,
     import_everything,
     is_whole,
@@ -111,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--real", type=float, default=0.2, help="share of runs of the command")
     parser.add_argument("--state", type=Path, help="file to go on from")
     chosen = parser.parse_args(arguments)
-    state = {"next": 0, "outcomes": {}, "wrong": []}
+    state: dict[str, Any] = {"next": 0, "outcomes": {}, "wrong": []}
     if chosen.state is not None and chosen.state.exists():
         state = json.loads(chosen.state.read_text())
     outcomes, end = Counter(state["outcomes"]), time.monotonic() + 60 * chosen.minutes

@@ -58,6 +58,11 @@ def architecture_of(
             run.
     """
     names = config.architectures or []
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise BaseModelError(
+            f"architectures in {folder / 'config.json'} is no list of names",
+            found=repr(names)[:200],
+        )
     if not names:
         return auto_architecture(config, "AutoModel")
     if trust_remote_code:

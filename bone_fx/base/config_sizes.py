@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bone_fx.base.gguf_header import read_head
 from bone_fx.errors import BaseModelError
-from bone_fx.weights.recipes.recipe import Read
 
 _COUNTS = re.compile(r"layers?$|layers?_|depth|blocks?$|stages?$|experts?$|n_predict|repeats?$")
 """Fields that say how often something is built."""
@@ -43,24 +44,24 @@ _DEPTH = 8
 
 
 def refuse_impossible_sizes(
-    where: Path, raw: Mapping[str, Any], tensors: Mapping[str, Read]
+    where: Path, raw: Mapping[str, Any], shapes: Collection[tuple[int, ...]], stored: int
 ) -> None:
     """Refuse a configuration whose sizes the checkpoint cannot have.
 
     Args:
         where: The file, for the message.
         raw: Its content.
-        tensors: The tensors of the checkpoint.
+        shapes: Of the checkpoint's tensors.
+        stored: Bytes of the checkpoint.
 
     Raises:
         BaseModelError: A field is too large; the message names it.
     """
-    widest = max((max(t.shape, default=1) for t in tensors.values()), default=1)
-    stored = sum(tensor.entry.nbytes for tensor in tensors.values())
+    widest = max((max(shape, default=1) for shape in shapes), default=1)
     for name, value in _integers(raw, "", _DEPTH):
         field = name.rpartition(".")[2]
         if _COUNTS.search(field):
-            most = max(_FREE_COUNT, len(tensors), widest if "expert" in field else 0)
+            most = max(_FREE_COUNT, len(shapes), widest if "expert" in field else 0)
         elif _LABELS.search(field):
             most = max(_FREE_LABELS, widest)
         elif _POSITIONS.search(field):
@@ -76,10 +77,36 @@ def refuse_impossible_sizes(
             raise BaseModelError(
                 f"{where}: {name}={shown} is more than this checkpoint can have",
                 expected=f"at most {most}: the widest tensor has {widest}, "
-                f"and there are {len(tensors)} tensors",
+                f"and there are {len(shapes)} tensors",
                 found=shown,
-                next_step="use the config.json that belongs to these weights",
+                next_step="use the configuration that belongs to these weights",
             )
+
+
+_OF_GGUF = {
+    "block_count": "num_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "expert_count": "num_experts",
+    "key_length": "head_dim",
+    "value_length": "head_dim",
+}
+"""What the sizes of a GGUF file are called in a config.json."""
+
+
+def refuse_impossible_gguf(file: Path) -> None:
+    """Refuse a GGUF file whose sizes its tensors cannot have.
+
+    Raises:
+        BaseModelError: A value is too large, or the file cannot be read.
+    """
+    head = read_head(file)
+    values = {
+        name: {_OF_GGUF.get(name.rpartition(".")[2], name.rpartition(".")[2]): value}
+        for name, value in head.values.items()
+    }
+    refuse_impossible_sizes(file, values, list(head.shapes.values()), file.stat().st_size)
 
 
 def refuse_kernels(where: Path, raw: Mapping[str, Any]) -> None:
@@ -98,7 +125,7 @@ def refuse_kernels(where: Path, raw: Mapping[str, Any]) -> None:
             )
 
 
-class BoundedMemory(TorchDispatchMode):
+class BoundedMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses to make tensors that are large beside a checkpoint.
 
     Args:
@@ -106,7 +133,7 @@ class BoundedMemory(TorchDispatchMode):
     """
 
     def __init__(self, nbytes: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._most = _FREE_BYTES + 8 * nbytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -123,20 +150,20 @@ def _result_size(func: Any, args: Any) -> int:
     """How many values an operator makes, where that is more than what it gets."""
     name = func.overloadpacket.__name__
     if name == "arange":
-        numbers = [n for n in args if isinstance(n, int | float)]
-        start, end, step = (0, numbers[0], 1) if len(numbers) == 1 else (*numbers, 1)[:3]
+        ends = [n for n in args if isinstance(n, int | float)]
+        start, end, step = (0, ends[0], 1) if len(ends) == 1 else (*ends, 1)[:3]
         return int(abs((end - start) / (step or 1)))
     shapes = [tuple(a.shape) for a in args if isinstance(a, torch.Tensor) and not a.is_meta]
     if not shapes:
         if args and isinstance(args[0], list | tuple):
             return math.prod(n for n in args[0] if isinstance(n, int))
-        numbers = [n for n in args if isinstance(n, int) and not isinstance(n, bool)]
+        numbers = [int(n) for n in args if isinstance(n, int) and not isinstance(n, bool)]
         return math.prod((numbers * 2)[:2]) if name == "eye" else max(numbers, default=0)
     if name in ("outer", "ger"):
         return math.prod(math.prod(shape) for shape in shapes)
     try:
-        return math.prod(torch.broadcast_shapes(*shapes))
-    except RuntimeError:
+        return math.prod(np.broadcast_shapes(*shapes))
+    except ValueError:
         return 0
 
 

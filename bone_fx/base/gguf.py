@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import struct
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from io import StringIO
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from bone_fx.base.config_sizes import refuse_impossible_gguf
 from bone_fx.base.left_over import without_adapter
 from bone_fx.errors import BaseModelError
 from bone_fx.files.renames import rename_new
@@ -42,6 +44,10 @@ _READ_ERRORS = (
     AttributeError,
     RuntimeError,
     OSError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    struct.error,
 )
 
 
@@ -70,6 +76,7 @@ def dequantized_folder(file: Path, cache: Path) -> Path:
             next_step="set BONE_FX_CACHE to a folder that can be written",
         ) from error
     try:
+        refuse_impossible_gguf(file)
         _dequantize(file, staging)
         with suppress(FileExistsError):  # another process was first, with the same bytes
             rename_new(staging, folder)

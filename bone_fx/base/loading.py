@@ -191,7 +191,9 @@ def open_base(
     from bone_fx.base.architectures import load_config
     from bone_fx.base.config_sizes import refuse_impossible_sizes, refuse_kernels
 
-    refuse_impossible_sizes(folder / "config.json", raw, tensors)
+    shapes = [tensor.shape for tensor in tensors.values()]
+    stored = sum(tensor.entry.nbytes for tensor in tensors.values())
+    refuse_impossible_sizes(folder / "config.json", raw, shapes, stored)
     if not trust_remote_code:
         refuse_kernels(folder / "config.json", raw)
     config = load_config(folder, trust_remote_code=trust_remote_code)

@@ -150,7 +150,7 @@ def _refuse_what_stands_there(output: str | Path, target: Path, *, overwrite: bo
             next_step=f"-o {Path(output) / 'model'}",
         )
     parent = os.stat(target.parent)
-    is_others = os.geteuid() not in (0, status.st_uid, parent.st_uid)
+    is_others = _user() not in (0, status.st_uid, parent.st_uid)
     if not os.access(target, os.W_OK) or (parent.st_mode & stat.S_ISVTX and is_others):
         raise ExportError(
             f"the output {output} cannot be written",
@@ -175,6 +175,11 @@ def _refuse_foreign(output: str | Path, target: Path) -> None:
             found=", ".join(foreign[:5]) + more,
             next_step=f"move it away, or {_ANOTHER}; nothing was deleted",
         )
+
+
+def _user() -> int:
+    """The user's number; 0, who may do everything, where there are none."""
+    return os.geteuid() if hasattr(os, "geteuid") else 0
 
 
 def _mount_points() -> set[Path]:

@@ -121,12 +121,12 @@ def verify_export(
     )
     _check_inputs(inputs, manifest)
     progress.stage(f"verify ({verify}, on {provider})")
-    exported = _exported(folder, manifest, inputs, provider)
+    exported = exported_of(folder, manifest, inputs, provider)
     parity = verify_checkpoint(exported, inputs, provider, verify, samples)
     return VerifyResult(folder, files, figures_of(parity), tuple(parity.warnings))
 
 
-def _exported(
+def exported_of(
     folder: Path, manifest: Mapping[str, Any], inputs: CheckpointInputs, provider: str
 ) -> Exported:
     if manifest["activations"] == "bf16" and provider == "cpu":

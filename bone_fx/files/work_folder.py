@@ -23,6 +23,8 @@ except ImportError:  # Windows: nothing is locked, so nothing is cleared
 
 MARK = "bone_fx_run.json"
 _RANDOM_BYTES = 4
+_CAREFUL = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+"""No link is followed, and a pipe does not block."""
 NAME_OVERHEAD = len(".") + len(".staging-") + 2 * _RANDOM_BYTES
 """So many bytes the folder's name has more than the name that it is made for."""
 
@@ -101,7 +103,7 @@ def dead_work_folders(parent: Path, name: str) -> Iterator[WorkFolder]:
         if len(path.name) != len(prefix) + 2 * _RANDOM_BYTES or not _is_folder(path):
             continue
         try:
-            lock = os.open(path / MARK, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK)
+            lock = os.open(path / MARK, os.O_RDWR | _CAREFUL)
         except FileNotFoundError:
             _remove_empty(path)
             continue

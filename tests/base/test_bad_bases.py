@@ -152,6 +152,8 @@ def test_refused(damage: Callable[[Path], None], message: str, folder: Path) -> 
     [
         ({"architectures": ["LlamaForEverything"]}, "LlamaForEverything"),
         ({"architectures": ["AutoTokenizer"]}, "AutoTokenizer"),
+        ({"architectures": [[]]}, "no list of names"),
+        ({"architectures": {"0": 0}}, "no list of names|config.json"),
         ({"num_attention_heads": 0}, "cannot be built|config.json"),
         ({"hidden_size": -64}, "cannot be built|config.json"),
         ({"hidden_act": "gelo"}, "cannot be built|config.json"),

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"
 SITES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
 LAYERS = 2
 
@@ -57,4 +59,25 @@ def tiny_adapter(
         **changes,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def tiny_tokenizer(folder: Path, size: int = 120) -> Path:
+    """A byte-pair tokenizer of letters and some pairs, with special tokens and a chat template."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    letters = sorted(set("the quick brown fox jumps over a lazy dog 0123456789.:,<|>"))
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=[c for c in letters if c != " "],
+        show_progress=False,
+    )
+    raw.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
     return folder

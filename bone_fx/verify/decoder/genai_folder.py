@@ -218,7 +218,20 @@ def _verify_tokenizer(
             expected=f"below {vocab_size}",
             found=max(ids),
         )
+    _verify_template(actual, [_tokenizer(s) for s in sources if (s / TOKENIZER).is_file()])
     parity.cases.append(f"{TOKENIZER}: {len(actual)} tokens")
+
+
+def _verify_template(tokenizer: Any, sources: Sequence[Any]) -> None:
+    """The chat template is that of the first source that has one."""
+    templates = [source.chat_template for source in sources if source.chat_template]
+    if templates and isinstance(templates[0], str) and tokenizer.chat_template != templates[0]:
+        raise VerificationError(
+            "verification failed: the chat template is another than its source's",
+            expected=templates[0][:80],
+            found=str(tokenizer.chat_template)[:80],
+            next_step="nothing was published; the build is kept as <output>.rejected",
+        )
 
 
 def _greedy(graph: WrittenGraph, prompt: list[int]) -> tuple[list[int], list[float]]:
