@@ -129,6 +129,11 @@ def verify_export(
 def exported_of(
     folder: Path, manifest: Mapping[str, Any], inputs: CheckpointInputs, provider: str
 ) -> Exported:
+    """A published folder as verification meets it.
+
+    Raises:
+        UsageError: The provider has no kernels for its dtype.
+    """
     if manifest["activations"] == "bf16" and provider == "cpu":
         raise UsageError(
             "ONNX Runtime does not load a bf16 model on the CPU provider",

@@ -192,7 +192,8 @@ def _module_values(
                 and isinstance(output, Tensor)
                 and (output.dim() <= _BATCH_TOKENS_FEATURES)
             ):
-                inputs[name], outputs[name] = _flat(args[0]), _flat(output)
+                # A model may write into an output in place.
+                inputs[name], outputs[name] = _flat(args[0]).clone(), _flat(output).clone()
 
         return hook
 

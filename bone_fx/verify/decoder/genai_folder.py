@@ -205,7 +205,8 @@ def _verify_tokenizer(
         ) from error
     expected = _tokenizer(source)
     ids, of_source = actual(_TEXT)["input_ids"], expected(_TEXT)["input_ids"]
-    if ids != of_source or actual.get_vocab() != expected.get_vocab():
+    contents = [json.loads((f / TOKENIZER).read_text("utf-8")) for f in (folder, source)]
+    if ids != of_source or contents[0] != contents[1]:
         raise VerificationError(
             f"verification failed: {TOKENIZER}: another tokenizer than that of {source.name}",
             expected=of_source,
