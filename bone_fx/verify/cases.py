@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ MORE = (
     Case("batch 5, ragged lengths 1 to 7 and a step with a past", (1, 7, 2, 5, 3), 1),
     Case("batch 1, length 64 and 2 steps with a past", (64,), 2),
     Case("batch 1, 14 tokens in pieces of 5, then 2 steps", (14,), 2, chunks=5),
-    Case("batch 1, length 6 and 3 steps in a cache of 16 positions", (6,), 3, buffer=16),
+    Case("batch 1, length 6 and 3 steps in a cache of fixed size", (6,), 3, buffer=16),
 )
 
 
@@ -62,8 +62,12 @@ def decoder_cases(config: Any, context_length: int | None, *, short: bool) -> li
     Around an original context, beyond which all positions are embedded in another way, a row's
     logits depend on the longest row of its batch and on what was cached before: no case crosses it.
     """
-    cases = SHORT if short else (*SHORT, *MORE)
     switches = _named(config, (_ORIGINAL,))
+    widest = max((n + 2 for n in switches if n < LONGEST), default=0)
+    cases = [
+        case if case.buffer is None else replace(case, buffer=max(case.buffer, widest))
+        for case in (SHORT if short else (*SHORT, *MORE))
+    ]
     return [
         case
         for case in cases

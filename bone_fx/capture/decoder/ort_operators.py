@@ -64,20 +64,27 @@ def rotary_embedding(
 
 
 def rows_by_length(
-    tables: tuple[Tensor, Tensor], total_1: Tensor, total: int | torch.SymInt, switch: int
+    tables: tuple[Tensor, Tensor],
+    longest_1: Tensor,
+    total_1: Tensor,
+    total: int | torch.SymInt,
+    switch: int,
 ) -> tuple[Tensor, Tensor]:
-    """Emits Greater, Cast, Mul, Add and two Slices: T rows of each table, by the size of T.
+    """Emits Greater, Cast, Mul, Add and two Slices: T rows of each table, by the longest text.
+
+    The mask may be wider than the texts: a cache of fixed size is fed so.
 
     Args:
         tables: cos and sin, each [switch + M, R/2]: rows of texts of at most `switch` tokens, then
             those of longer ones.
+        longest_1: Tokens of the longest text, as an int32 tensor of one element.
         total_1: T as an int32 tensor of one element.
         total: T, for the shape.
         switch: Number of rows of the first kind.
     """
     limit, axis = torch.tensor([switch], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
     long = torch.onnx.ops.symbolic(
-        "Greater", (total_1, limit), dtype=torch.bool, shape=(1,), version=13
+        "Greater", (longest_1, limit), dtype=torch.bool, shape=(1,), version=13
     )
     start = _int32("Mul", _int32("Cast", long, to=ONNX_INT32), limit)
     end = _int32("Add", start, total_1)

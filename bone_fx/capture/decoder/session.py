@@ -285,7 +285,7 @@ class CaptureSession:
             cache = PassThroughCache(pasts, **sizes)
         self.last_tokens = valid_B - before_B - 1
         self.emitter = AttentionEmitter(cache, attention_mask, lengths, layers, self.unfused)
-        self.rotary.begin(positions, (lengths[1], total))
+        self.rotary.begin(positions, valid_B, (lengths[1], total))
         takes_positions = "position_ids" in inspect.signature(self._forward).parameters
         output = self._forward(
             input_ids=input_ids,

@@ -52,6 +52,7 @@ class RotaryWatcher:
         self.dtype = dtype
         self.notes: list[str] = []
         self.positions: Tensor | None = None
+        self.valid_B: Tensor | None = None
         self.total: tuple[Tensor, int | SymInt] | None = None
         self.tables: list[tuple[Tensor, Tensor]] = []
         self._twins = {m: _copy(m) for m in model.modules() if _may_make_tables(m)}
@@ -62,9 +63,17 @@ class RotaryWatcher:
         self._probing = False
         self._functions = _functions_with_cos_and_sin(model)
 
-    def begin(self, positions: Tensor, total: tuple[Tensor, int | SymInt]) -> None:
-        """A forward begins: positions of its tokens, and T as an int32 tensor and as a number."""
-        self.positions, self.total = positions, total
+    def begin(
+        self, positions: Tensor, valid_B: Tensor, total: tuple[Tensor, int | SymInt]
+    ) -> None:
+        """A forward begins.
+
+        Args:
+            positions: Those of its tokens, `[B, S]`.
+            valid_B: Tokens of each row, those in the cache included.
+            total: T, the width of the mask, as an int32 tensor and as a number.
+        """
+        self.positions, self.valid_B, self.total = positions, valid_B, total
         self._cut.clear()
 
     @contextmanager
@@ -86,7 +95,7 @@ class RotaryWatcher:
             self._tables.clear()
             self._made.clear()
             self._cut.clear()
-            self.positions = self.total = None
+            self.positions = self.valid_B = self.total = None
 
     def make(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module gives, remembered if it is a pair of rows for the token positions."""
@@ -185,9 +194,11 @@ class RotaryWatcher:
         """The rows for the length of the batch, cut once for all layers."""
         if switch is None:
             return tables
+        assert self.valid_B is not None
         assert self.total is not None
         if id(tables) not in self._cut:
-            self._cut[id(tables)] = rows_by_length(tables, *self.total, switch)
+            longest_1 = self.valid_B.amax(0, keepdim=True).to(torch.int32)
+            self._cut[id(tables)] = rows_by_length(tables, longest_1, *self.total, switch)
         return self._cut[id(tables)]
 
     def _interned(self, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,114 @@
+"""`bone-export verify`: an output verified again, alone and against base and adapters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import bone_fx
+from bone_fx.errors import UsageError, VerificationError
+from tests.command import run
+from tests.end_to_end.tiny import tiny_adapter, tiny_base, tiny_tokenizer
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a tokenizer, an adapter, a text, and an export that was not verified."""
+    folder = tmp_path_factory.mktemp("verified")
+    tiny_tokenizer(tiny_base(folder / "base"))
+    tiny_adapter(folder / "adapter")
+    (folder / "text").write_text(TEXT)
+    bone_fx.export(
+        folder / "base", adapters=[folder / "adapter"], output=folder / "out", verify="off"
+    )
+    return folder
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def test_against_the_base(folder: Path) -> None:
+    result = bone_fx.verify_export(
+        folder / "out",
+        base=folder / "base",
+        adapters=[folder / "adapter"],
+        samples=folder / "text",
+    )
+    assert result.verification is not None
+    figures = result.verification["figures"]
+    assert figures["onnx_vs_unmerged"] < 1e-5
+    assert figures["long_texts"] < 1e-5
+    assert figures["nll_export"] == pytest.approx(figures["nll_adapter"], rel=1e-2)
+    assert abs(figures["nll_base"] - figures["nll_adapter"]) > 0.05
+    ran = result.verification["ran"]
+    assert "onnxruntime-genai" in ran
+    assert "tokenizer.json" in ran
+    assert any("after a past of" in case for case in ran)
+
+
+def test_alone_on_the_command_line(folder: Path) -> None:
+    done = run("verify", folder / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    listed = json.loads((folder / "out" / "bone_export.json").read_text())["files"]
+    assert found["files"] == len(listed)
+    assert found["verification"] is None
+    assert "pass --base" in done.stderr
+
+
+def test_a_changed_file(folder: Path, tmp_path: Path) -> None:
+    out = copy_of(folder / "out", tmp_path / "out")
+    with (out / "model.onnx.data").open("r+b") as data:
+        data.seek(1000)
+        data.write(b"\x01")
+    with pytest.raises(VerificationError, match=r"model\.onnx\.data is another file"):
+        bone_fx.verify_export(out)
+
+
+def test_a_missing_file(folder: Path, tmp_path: Path) -> None:
+    out = copy_of(folder / "out", tmp_path / "out")
+    (out / "genai_config.json").unlink()
+    with pytest.raises(VerificationError, match=r"genai_config\.json is missing"):
+        bone_fx.verify_export(out)
+
+
+def test_other_adapters(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match="adapters are not those"):
+        bone_fx.verify_export(folder / "out", base=folder / "base")
+    other = tiny_adapter(tmp_path / "other", std=0.3)
+    with pytest.raises(VerificationError, match="adapters are not those"):
+        bone_fx.verify_export(folder / "out", base=folder / "base", adapters=[other])
+
+
+def test_another_base(folder: Path, tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", initializer_range=0.1)
+    with pytest.raises(VerificationError, match="of the base is another file"):
+        bone_fx.verify_export(folder / "out", base=base, adapters=[folder / "adapter"])
+
+
+def test_no_output_of_ours(folder: Path) -> None:
+    with pytest.raises(UsageError, match="no output of an export"):
+        bone_fx.verify_export(folder / "base")
+
+
+def test_a_folded_checkpoint(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "folded"
+    bone_fx.fold_checkpoint(folder / "base", adapters=[folder / "adapter"], output=out)
+    assert bone_fx.verify_export(out).verification is None
+    (out / "config.json").write_text("{}")
+    with pytest.raises(VerificationError, match=r"config\.json is another file"):
+        bone_fx.verify_export(out)
+
+
+def test_samples_of_no_text(folder: Path, tmp_path: Path) -> None:
+    done = run(folder / "base", "-o", tmp_path / "out", "--samples", tmp_path / "none")
+    assert done.returncode == 2
+    assert "is no file" in done.stderr

@@ -1,0 +1,74 @@
+"""Cases that are chosen from a model, and tokens whose experts rounding decides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config
+
+from bone_fx.verify.cases import MORE, SHORT, decoder_cases, edges, rows_of
+from bone_fx.verify.decoder.routes import Routes
+from bone_fx.verify.parity import Parity, difference
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 8,
+}
+
+
+def test_lengths_that_a_configuration_names() -> None:
+    gemma = Gemma3TextConfig(sliding_window=37, max_position_embeddings=64)
+    assert 37 in edges(gemma, 64)
+    assert 37 not in edges(gemma, 37)
+    assert edges(LlamaConfig(), None) == []
+    phi = Phi3Config(
+        rope_parameters=LONGROPE, original_max_position_embeddings=8, max_position_embeddings=64,
+        hidden_size=64, num_attention_heads=4, pad_token_id=0,
+    )  # fmt: skip
+    assert edges(phi, 64) == [8]
+
+
+def test_cases_that_a_context_holds() -> None:
+    whole = decoder_cases(LlamaConfig(), 4096, short=False)
+    assert whole == [*SHORT, *MORE]
+    assert decoder_cases(LlamaConfig(), 4096, short=True) == list(SHORT)
+    assert all(case.tokens <= 12 for case in decoder_cases(LlamaConfig(), 12, short=False))
+
+
+def test_no_case_crosses_an_original_context() -> None:
+    config = LlamaConfig(original_max_position_embeddings=6)
+    for case in decoder_cases(config, 4096, short=False):
+        assert case.tokens <= 6 or min(case.lengths) > 6
+
+
+def test_real_text_stands_in_rows_of_its_own() -> None:
+    text = list(range(200))
+    assert rows_of(MORE[1], 99, 3, text) == [text[:66]]
+    random = rows_of(SHORT[1], 99, 1, text)
+    assert [len(row) for row in random] == [14, 7, 10]
+    assert random[0][0] == 98
+
+
+@pytest.mark.parametrize(("gap", "decided"), [(0.5, 4), (1e-3, 2)])
+def test_tokens_before_one_that_rounding_sends_elsewhere(gap: float, decided: int) -> None:
+    scores = torch.tensor([[3.0, 2.0, 1.0]] * 4)
+    scores[2] = torch.tensor([3.0, 3.0 - gap, 1.0])
+    with Routes(4, 1e-2) as routes:
+        torch.topk(scores, 1, dim=-1)
+        scores.topk(3)
+        torch.topk(torch.zeros(7, 5), 1)
+    assert routes.decided == decided
+
+
+def test_small_outputs_are_compared_by_their_own_size() -> None:
+    probabilities = torch.full((1, 1000), 1e-3)
+    assert difference(torch.zeros_like(probabilities), probabilities) == 1.0
+    assert difference(torch.zeros(3), torch.zeros(3)) == 0.0
+    assert difference(torch.full((3,), 1e-8), torch.zeros(3)) > 1
+    parity = Parity(2e-2, floor=2.0**-14)
+    parity.compare(
+        "pair", "a difference below fp16's numbers", torch.full((3,), 1e-8), torch.zeros(3)
+    )
