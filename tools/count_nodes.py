@@ -178,7 +178,7 @@ def run_of(name: str) -> tuple[float, str]:
     """
     import onnx_ir as ir
 
-    from bone_fx.deploy.genai_config import write_genai_folder
+    from bone_fx.deploy.genai_config import CONFIG_FILE, genai_config
 
     model = model_of(name, MANY)
     capture = _tests.capture_of(model)
@@ -189,7 +189,8 @@ def run_of(name: str) -> tuple[float, str]:
     model.config.eos_token_id = min(set(range(model.config.vocab_size)) - set(expected))
     with TemporaryDirectory() as folder:
         ir.save(graph, Path(folder) / "model.onnx")
-        write_genai_folder(Path(folder), model.config, capture, Path(folder) / "nowhere")
+        content = genai_config(model.config, capture, {})
+        (Path(folder) / CONFIG_FILE).write_text(json.dumps(content))
         ours = genai_tokens(Path(folder), expected[:PROMPT])
     return round(furthest, 8), "equal" if ours == expected else f"{ours} for {expected}"
 

@@ -23,7 +23,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from operator import add
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -65,14 +67,14 @@ class Defect:
     Attributes:
         name: What is wrong.
         model: Row of the tests' tables, or `tiny` for a Llama with an adapter and a tokenizer.
-        seed: Damages a folder; returns False if the model has no such place.
+        seed: Damages a folder.
         names: What the message must hold: a layer, or a file and a field.
         dtype: Dtype of the export.
     """
 
     name: str
     model: str
-    seed: Callable[[Path], object]
+    seed: Callable[[Path], None]
     names: tuple[str, ...]
     dtype: str = "fp32"
 
@@ -97,16 +99,15 @@ def nodes(graph: onnx.GraphProto, *kinds: str) -> list[onnx.NodeProto]:
 def attribute(kind: str, place: int, name: str, change: Callable[[Any], Any]) -> Any:
     """A defect: an attribute of a node of a kind has another value."""
 
-    def seed(folder: Path) -> object:
+    def seed(folder: Path) -> None:
         with graph_of(folder) as graph:
             node = nodes(graph, kind)[place]
             for each in node.attribute:
                 if each.name == name:
                     value = onnx.helper.get_attribute_value(each)
                     each.CopyFrom(onnx.helper.make_attribute(name, change(value)))
-                    return True
+                    return
             node.attribute.append(onnx.helper.make_attribute(name, change(None)))
-        return True
 
     return seed
 
@@ -114,7 +115,7 @@ def attribute(kind: str, place: int, name: str, change: Callable[[Any], Any]) ->
 def operator(kind: str, place: int, new: str) -> Any:
     """A defect: a node computes something else."""
 
-    def seed(folder: Path) -> object:
+    def seed(folder: Path) -> None:
         with graph_of(folder) as graph:
             nodes(graph, kind)[place].op_type = new
 
@@ -124,7 +125,7 @@ def operator(kind: str, place: int, new: str) -> Any:
 def exchange_attributes(kind: str, first: int, second: int) -> Any:
     """A defect: two nodes have each other's attributes, as layers of two kinds exchanged."""
 
-    def seed(folder: Path) -> object:
+    def seed(folder: Path) -> None:
         with graph_of(folder) as graph:
             one, other = (nodes(graph, kind)[place] for place in (first, second))
             kept = list(one.attribute)
@@ -139,7 +140,7 @@ def exchange_attributes(kind: str, first: int, second: int) -> Any:
 def exchange_inputs(kind: str, place: int, first: int, second: int) -> Any:
     """A defect: a node has two of its inputs exchanged."""
 
-    def seed(folder: Path) -> object:
+    def seed(folder: Path) -> None:
         with graph_of(folder) as graph:
             inputs = nodes(graph, kind)[place].input
             inputs[first], inputs[second] = inputs[second], inputs[first]
@@ -150,7 +151,7 @@ def exchange_inputs(kind: str, place: int, first: int, second: int) -> Any:
 def rename_input(old: str, new: str, of_kind: str, place: int) -> Any:
     """A defect: a node reads another value."""
 
-    def seed(folder: Path) -> object:
+    def seed(folder: Path) -> None:
         with graph_of(folder) as graph:
             node = nodes(graph, of_kind)[place]
             node.input[:] = [new if name == old else name for name in node.input]
@@ -179,7 +180,7 @@ def ignore_the_mask(folder: Path) -> None:
 def constant(name: str, change: Callable[[np.ndarray], Any]) -> Any:
     """A defect: a constant has other values; a name may begin with a star."""
 
-    def seed(folder: Path) -> object:
+    def seed(folder: Path) -> None:
         with graph_of(folder) as graph:
             matching = (t for t in graph.initializer if _matches(t.name, name))
             if (tensor := next(matching, None)) is None:
@@ -195,7 +196,7 @@ def constant(name: str, change: Callable[[np.ndarray], Any]) -> Any:
 def exchange_constants(first: str, second: str) -> Any:
     """A defect: two constants have each other's values."""
 
-    def seed(folder: Path) -> object:
+    def seed(folder: Path) -> None:
         with graph_of(folder) as graph:
             tensors = {t.name: t for t in graph.initializer}
             one, other = tensors[first], tensors[second]
@@ -245,7 +246,7 @@ def add_bits(index: Any, bits: int) -> Callable[[np.ndarray], None]:
 def field(name: str, value: Any) -> Any:
     """A defect: a field of genai_config.json, by its path, has another value."""
 
-    def seed(folder: Path) -> object:
+    def seed(folder: Path) -> None:
         path = folder / "genai_config.json"
         content = json.loads(path.read_text())
         *parents, last = name.split(".")
@@ -261,7 +262,7 @@ def field(name: str, value: Any) -> Any:
 def tokenizer(change: Callable[[Any], None]) -> Any:
     """A defect: another tokenizer."""
 
-    def seed(folder: Path) -> object:
+    def seed(folder: Path) -> None:
         path = folder / "tokenizer.json"
         content = json.loads(path.read_text())
         change(content)
@@ -312,7 +313,7 @@ def _attention() -> list[Defect]:
     windows = {"mistral": "layers.0.", "gemma3_text": "layers.0.", "gpt_oss": "layers.0."}
     for model, layer in windows.items():
         for change, by in (("narrower", -1), ("wider", 1)):
-            seed = attribute(GQA, 0, "local_window_size", lambda w, by=by: w + by)
+            seed = attribute(GQA, 0, "local_window_size", partial(add, by))
             defects.append(Defect(f"window one {change}", model, seed, (layer,)))
     return [
         *defects,
@@ -551,6 +552,7 @@ def effect_of(out: Path, damaged: Path) -> float:
             other = 0 if is_past else 16
             shape = [sizes.get(d, other) if isinstance(d, str) else d for d in value.shape]
             dtype = kinds[value.type]
+            array: Any
             if "mask" in value.name:
                 array = np.ones(shape)
             elif np.issubdtype(dtype, np.integer):
@@ -559,7 +561,8 @@ def effect_of(out: Path, damaged: Path) -> float:
                 array = generator.normal(size=shape)
             feeds.setdefault(value.name, array.astype(dtype))
         outputs.append(session.run(None, feeds)[0])
-    return difference(*(torch.from_numpy(o) for o in outputs[::-1]))
+    sound, changed = (torch.from_numpy(output) for output in outputs)
+    return difference(changed, sound)
 
 
 def clean(names: list[str]) -> Iterator[tuple[str, str, str]]:

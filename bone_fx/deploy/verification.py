@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from bone_fx.deploy.checkpoint_inputs import CheckpointInputs
@@ -91,7 +92,8 @@ def verify_checkpoint(
     compared = verify_constants(folder, model, adapters)
     tables = verify_rotary_tables(folder, model, compared.others)
     config = inputs.config.get_text_config()
-    written, dtype = None, exported.activations
+    written: Written | None = None
+    dtype = exported.activations
     if exported.twin is not None:
         written, dtype = RoundedWeights(folder), "fp32"
     elif exported.quantized:
@@ -171,5 +173,5 @@ def _sample_texts(
             found=str(error),
         ) from error
     most = getattr(inputs.config.get_text_config(), "max_position_embeddings", None)
-    pieces = ids.split(min(_SAMPLE, int(most or _SAMPLE)))
+    pieces = torch.split(ids, min(_SAMPLE, int(most or _SAMPLE)))
     return tuple(tuple(piece.tolist()) for piece in pieces if len(piece) > 1)

@@ -132,7 +132,7 @@ def _longer(
         try:
             model(**feeds)
         except Exception as error:  # noqa: BLE001 - a model may refuse a length in any way
-            parity.skip(case, f"the model refuses it: {error or type(error).__name__}")
+            parity.skip(case, f"the model refuses it: {str(error) or type(error).__name__}")
         else:
             taken[case] = feeds
     return taken

@@ -158,7 +158,12 @@ def _layouts(constant: str, parts: list[Tensor], actual: Tensor) -> Iterator[Ten
         if whole.dim() > 1:
             yield whole.transpose(-1, -2).to(actual.dtype)
         if whole.dim() == 3 and whole.shape[1] % 2 == 0:  # gate and up of experts, row by row
-            yield whole.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).to(actual.dtype)
+            yield (
+                whole.view(len(whole), 2, -1, whole.shape[2])
+                .transpose(1, 2)
+                .reshape_as(whole)
+                .to(actual.dtype)
+            )
         if len(parts) == 1 and order is None:
             return
 

@@ -135,7 +135,7 @@ def _forward(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, steps: Step
     for _, block_RM in steps[last_bat + 1 :]:
         rank, width = block_RM.shape
         padded = nn.functional.pad(x_TI, (0, -x_TI.shape[-1] % rank))
-        product_TM = padded.unflatten(-1, (-1, rank)).sum(-2) @ block_RM
+        product_TM = padded.view(*padded.shape[:-1], -1, rank).sum(-2) @ block_RM
         result = result + torch.cat([product_TM] * (result.shape[-1] // width), -1)
     return result
 

@@ -188,7 +188,10 @@ class _Runs:
                     **past,
                 }
                 inputs = {value.name for value in session.get_inputs()}
-                return session.run(None, {k: v for k, v in feeds.items() if k in inputs})
+                arrays: list[Any] = session.run(
+                    None, {k: v for k, v in feeds.items() if k in inputs}
+                )
+                return arrays
 
             where = first_difference(
                 self.graph, edits, self.model, run, lambda: alone(self.model, [ids]), tolerance

@@ -114,7 +114,8 @@ class _FirstLayers:
 
         The cut is tried on a short text: the parts are those whose sum is the reference's.
         """
-        config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        whole: Any = model.config
+        config = whole.get_text_config()
         layers = LayerList.of(model)
         if layers is None:
             return None
@@ -124,12 +125,12 @@ class _FirstLayers:
             return None
         edits = (*edits, cut_at(outputs))
         session = graph.session(*edits)
-        whole = cls(graph, edits, session, (), model, layers, count, int(config.hidden_size))
-        leaving, expected = whole.values(_SHORT_IDS), whole.expected(_SHORT_IDS)
+        all_parts = cls(graph, edits, session, (), model, layers, count, int(config.hidden_size))
+        leaving, expected = all_parts.values(_SHORT_IDS), all_parts.expected(_SHORT_IDS)
         for size in range(len(leaving), 0, -1):
             for parts in combinations(leaving, size):
                 if _alike(torch.stack([leaving[name] for name in parts]).sum(0), expected):
-                    return replace(whole, parts=parts)
+                    return replace(all_parts, parts=parts)
         return None
 
     def takes_a_past(self) -> bool:
@@ -179,7 +180,8 @@ class _FirstLayers:
 
     def most_positions(self) -> int:
         """Positions of the longest past within the bound on its bytes."""
-        config: Any = self.model.config.get_text_config()
+        whole: Any = self.model.config
+        config = whole.get_text_config()
         [key, _], *_ = self._short_cache()
         heads = max(key.shape[1], int(getattr(config, "num_attention_heads", None) or 1))
         a_position = 2 * self.count * heads * key.shape[3] * 4
@@ -225,7 +227,8 @@ class _FirstLayers:
     def _cache(self, past: Past | None) -> Any:
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self.model.config)
+        config: Any = self.model.config
+        cache = DynamicCache(config=config)
         for number, (key, value) in enumerate(past or ()):
             cache.update(key.clone(), value.clone(), number)
         return cache

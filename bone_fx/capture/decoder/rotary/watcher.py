@@ -63,9 +63,7 @@ class RotaryWatcher:
         self._probing = False
         self._functions = _functions_with_cos_and_sin(model)
 
-    def begin(
-        self, positions: Tensor, valid_B: Tensor, total: tuple[Tensor, int | SymInt]
-    ) -> None:
+    def begin(self, positions: Tensor, valid_B: Tensor, total: tuple[Tensor, int | SymInt]) -> None:
         """A forward begins.
 
         Args:
