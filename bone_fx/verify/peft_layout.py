@@ -17,6 +17,9 @@ BAT = "bat"
 _PREFIX = "base_model.model."
 _LEAVES = {"BONE": "bone_block", "MISS": "miss_block"}
 _BASE_LAYER = ".base_layer."
+_WRAPPED = ".modules_to_save."
+"""In a second copy of a module that PEFT saves with its embeddings."""
+_NOT_READ = {*_LEAVES.values(), "original_module"}
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,13 @@ class PeftAdapter:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         leaf = f".{_LEAVES[config['peft_type']]}"
         blocks, parameters = {}, {}
-        for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        for key, tensor in sorted(load_file(folder / "adapter_model.safetensors").items()):
             name = key.removeprefix(_PREFIX)
             if name.endswith(leaf):
                 blocks[name.removesuffix(leaf)] = tensor.float()
-            elif not any(part in name.split(".") for part in _LEAVES.values()):
-                parameters[name.replace(_BASE_LAYER, ".")] = tensor.float()
+            elif not {*name.split(".")} & _NOT_READ:
+                plain = name.replace(_BASE_LAYER, ".").replace(_WRAPPED, ".")
+                if plain == name or plain not in parameters:
+                    parameters[plain] = tensor.float()
         kind = BAT if config.get("init_weights") == BAT else "bone"
         return cls(folder, kind, blocks, parameters)

@@ -198,7 +198,7 @@ def test_shards_of_one_name_in_folders(tmp_path: Path) -> None:
     assert len(moved) > 2
     weights = [name for name in result.manifest["files"] if name.endswith(".safetensors")]
     assert sorted(weights) == sorted(moved.values())
-    assert sorted(result.manifest["base"]["files"]) == sorted(moved.values())
+    assert set(result.manifest["base"]["files"]) >= set(moved.values())
     written = {key for place in moved.values() for key in load_file(out / place)}
     assert written == set(places)
 
