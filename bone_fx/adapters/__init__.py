@@ -20,6 +20,7 @@ METHODS: dict[str, Method] = {
         term=bone.term,
         delta=bone.delta,
         part=bone.part,
+        delta_squares=bone.delta_squares,
     ),
     "mini": Method(
         "mini",
@@ -31,6 +32,7 @@ METHODS: dict[str, Method] = {
         term=mini.term,
         delta=mini.delta,
         part=mini.part,
+        delta_squares=bone.delta_squares,  # a part of a mini block is a Bone block
     ),
     "bat": Method(
         "bat",

@@ -53,6 +53,13 @@ def part(d_RO: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tenso
     return d_RO[:, slice(*rows)].roll(-columns[0], 0)
 
 
+def delta_squares(d_RO: Tensor, in_features: int) -> float:
+    """`‖W' - W‖²` of a weight with so many inputs: each row of D acts on every R-th of them."""
+    r = d_RO.shape[0]
+    times_R = torch.arange(in_features + r - 1, in_features - 1, -1) // r
+    return float(d_RO.square().sum(1, dtype=torch.float64).cpu() @ times_R.double())
+
+
 def shard_sums(x_TI: Tensor, r: int, dtype: torch.dtype | None = None) -> Tensor:
     """S(x) `[..., R]`.
 

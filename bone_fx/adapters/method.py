@@ -14,6 +14,7 @@ BlockShape = Callable[[int, int, int, int], tuple[int, ...]]
 Refusal = Callable[[int, int, int, int], str | None]
 Fold = Callable[[Tensor, Tensor], Tensor]
 Term = Callable[[Tensor, Tensor, int], Tensor]
+Squares = Callable[[Tensor, int], float]
 Part = Callable[[Tensor, tuple[int, int], tuple[int, int]], Tensor]
 
 
@@ -36,6 +37,8 @@ class Method:
         part: `(block, rows, columns) -> block` that does to those rows and columns of the weight
             what the whole block does to all of it; first index and the one behind the last. A
             method that is not additive takes multiples of R and all columns.
+        delta_squares: `(part, I) -> ‖W' - W‖²` of a part of a block with so many inputs; None for
+            methods that act on the weight.
     """
 
     name: str
@@ -47,3 +50,4 @@ class Method:
     term: Term | None
     delta: Fold
     part: Part
+    delta_squares: Squares | None = None

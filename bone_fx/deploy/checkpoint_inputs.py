@@ -25,6 +25,7 @@ from bone_fx.deploy.trained_heads import (
 )
 from bone_fx.errors import AdapterError
 from bone_fx.sites import LinearSite
+from bone_fx.weights.recipes.change import Change
 from bone_fx.weights.recipes.recipe import Recipe, rounded
 from bone_fx.weights.recipes.rounding import Rounding
 
@@ -97,9 +98,10 @@ class CheckpointInputs:
         left_out = account_for_unused(
             *shell, self.checkpoint.tensors, self.allow_unused, self.checkpoint.unread
         )
-        recipes = fold_recipes(recipes, sites, self.adapters, rounding=rounding)
+        change = Change()
+        recipes = fold_recipes(recipes, sites, self.adapters, rounding, change)
         notes = (*self.notes, *left_out)
-        return FoldedCheckpoint(self, shell, sites, recipes, rounding, notes)
+        return FoldedCheckpoint(self, shell, sites, recipes, rounding, change, notes)
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class FoldedCheckpoint:
         recipes: Recipe by parameter name, the adapters folded in.
         rounding: What the cast of the folded weights costs; None where it costs nothing, or where
             it is not asked for.
+        change: How far the adapters move each weight.
         notes: What a person should know: tensors that are left out.
     """
 
@@ -121,6 +124,7 @@ class FoldedCheckpoint:
     sites: Mapping[str, LinearSite]
     recipes: Mapping[str, Recipe]
     rounding: Rounding | None
+    change: Change
     notes: tuple[str, ...] = ()
 
     def rounded_to(self, dtype: torch.dtype) -> FoldedCheckpoint:

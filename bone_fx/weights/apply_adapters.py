@@ -11,6 +11,7 @@ from bone_fx.adapters import METHODS
 from bone_fx.config import BoneConfig
 from bone_fx.errors import AdapterError
 from bone_fx.sites import LinearSite
+from bone_fx.weights.recipes.change import Change
 from bone_fx.weights.recipes.fold_recipe import Fold, FoldStep
 from bone_fx.weights.recipes.recipe import Recipe, without_cast
 from bone_fx.weights.recipes.rounding import Rounding
@@ -33,6 +34,7 @@ def fold_recipes(
     sites: Mapping[str, LinearSite],
     adapters: Sequence[tuple[str, Adapter]],
     rounding: Rounding | None = None,
+    change: Change | None = None,
 ) -> dict[str, Recipe]:
     """Recipes with adapters folded in; the given ones stay as they are.
 
@@ -46,6 +48,7 @@ def fold_recipes(
         adapters: Name and content of each adapter, in the order in which they act (bat depends on
             it).
         rounding: Told what the cast of each folded weight costs.
+        change: Told how far the adapters move each weight.
 
     Raises:
         AdapterError: A block has no site, a site no block, a shape differs, or the weight belongs
@@ -67,7 +70,7 @@ def fold_recipes(
             if name in adapter.blocks
         )
         folded[site.weight_name] = Fold(
-            without_cast(base), steps, site.transposed, base.dtype, name, rounding
+            without_cast(base), steps, site.transposed, base.dtype, name, rounding, change
         )
     return folded
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bone_fx.adapters import METHODS
 from bone_fx.errors import FoldError
+from bone_fx.weights.recipes.change import Change, squares
 from bone_fx.weights.recipes.recipe import BAND_BYTES, Recipe, dtype_name, is_finite
 from bone_fx.weights.recipes.rounding import Rounding
 from bone_fx.weights.storage.boxes import Box, bands, sizes
@@ -56,6 +57,11 @@ class FoldPart:
         return box[::-1] if self.transposed else box
 
     @property
+    def corner(self) -> tuple[int, int]:
+        """First output and input."""
+        return self.outputs[0], self.inputs[0]
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Number of outputs and of inputs."""
         return self.outputs[1] - self.outputs[0], self.inputs[1] - self.inputs[0]
@@ -78,6 +84,7 @@ class Fold(Recipe):
         to: Dtype of the result.
         site: Name of the layer, for errors.
         rounding: Told what the cast costs, if it is to the dtype that it is for.
+        change: Told how far the blocks move the weight.
     """
 
     base: Recipe
@@ -86,6 +93,7 @@ class Fold(Recipe):
     to: torch.dtype
     site: str
     rounding: Rounding | None = None
+    change: Change | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102 - documented on Recipe
@@ -148,10 +156,7 @@ class Fold(Recipe):
             sample = slice(-(-part.shape[0] // _SAMPLED))
             measures = self.rounding is not None and self.rounding.to == self.to
             before = w_OI[sample].clone() if measures else None
-            for step in self.steps:
-                METHODS[step.method].fold_(
-                    w_OI, part.of_block(step.method, step.block.detach()).to(self._exact)
-                )
+            self._fold_blocks(part, w_OI)
             result.copy_(w_OI)
             if not is_finite(result):
                 raise FoldError(
@@ -161,8 +166,27 @@ class Fold(Recipe):
                     next_step="check the adapter's training, or export in fp32",
                 )
             if before is not None and self.rounding is not None:
-                corner = (part.outputs[0], part.inputs[0])
+                corner = part.corner
                 self.rounding.measure(self.site, corner, before, w_OI[sample], result[sample])
+
+    def _fold_blocks(self, part: FoldPart, w_OI: Tensor) -> None:
+        """Fold the blocks into a part in place, and tell `change` how far they move it."""
+        methods = [METHODS[step.method] for step in self.steps]
+        blocks = [part.of_block(step.method, step.block.detach()) for step in self.steps]
+        measures = self.change is not None
+        delta_squares = methods[0].delta_squares if len(methods) == 1 else None
+        before = squares(w_OI) if measures else 0.0
+        kept = w_OI.clone() if measures and delta_squares is None else None
+        for method, block in zip(methods, blocks, strict=True):
+            method.fold_(w_OI, block.to(self._exact))
+        if self.change is None:
+            return
+        if kept is not None:
+            moved = squares(torch.sub(w_OI, kept, out=kept))
+        else:
+            assert delta_squares is not None
+            moved = delta_squares(blocks[0], part.shape[1])
+        self.change.measure(self.site, part.corner, moved, before)
 
     def _read(self, part: FoldPart, w_OI: Tensor) -> None:
         """Read a part `[outputs, inputs]` of the weight before the fold."""
