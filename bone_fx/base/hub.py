@@ -9,7 +9,7 @@ from bone_fx.errors import BaseModelError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _TEXTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.tiktoken"]
-_WANTED = ["*.safetensors", *_TEXTS, "*.gguf"]
+_WANTED = ["*.safetensors", *_TEXTS, "*.gguf", "README.md", "LICENSE*"]
 # Folders whose names begin with a digit are modules of sentence-transformers, such as 2_Dense.
 _UNWANTED = ["[!0-9]*/*.safetensors", "*/*.gguf", "onnx/*", "openvino/*"]
 

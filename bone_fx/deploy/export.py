@@ -17,8 +17,9 @@
 
 5. The model is written, recipe by recipe, and what stands beside it (`Build.write`).
 6. What was written is compared with torch (`Build.verify`).
-7. The manifest is written and the folder moved to the output (`deploy.manifest.export_manifest`,
-   `Staging.publish`). Nothing is visible before.
+7. The manifest, a model card and a page are written (`deploy.manifest.export_manifest`,
+   `deploy.report.write_reports`) and the folder is moved to the output (`Staging.publish`).
+   Nothing is visible before.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from bone_fx.adapter_folder import read_adapters
 from bone_fx.deploy.checkpoint_inputs import Adapters
 from bone_fx.deploy.input_files import files_read
 from bone_fx.deploy.options import NO_CALIBRATION, Dtype, ExportOptions, Part, Provider, Verify
+from bone_fx.deploy.report import write_failure, write_reports
+from bone_fx.deploy.report.timing import Timed
 from bone_fx.deploy.staging import staged
-from bone_fx.errors import UsageError
+from bone_fx.errors import UsageError, VerificationError
 from bone_fx.progress import PUBLISH, Progress, Silent
 from bone_fx.verify.parity import Parity
 
@@ -94,8 +97,8 @@ def export(
     Args:
         base: A Hugging Face folder, a GGUF file or a hub id; or a module, GraphModule or
             ExportedProgram of your own, which needs `example_inputs`.
-        output: Folder to publish: `model.onnx`, one `model.onnx.data`, `bone_export.json`; for
-            decoders also what onnxruntime-genai needs.
+        output: Folder to publish: `model.onnx`, one `model.onnx.data`, `bone_export.json`,
+            `report.html`, `README.md`; for decoders also what onnxruntime-genai needs.
         adapters: Adapter folders in PEFT's layout, in the order in which they apply; only with a
             checkpoint.
         dtype: Dtype of weights and activations, `"fp32"` by default; `"int4"` and `"int8"` quantize
@@ -181,6 +184,7 @@ def export_with(
     with staged(output, overwrite=options.overwrite, inputs=inputs) as staging:
         from bone_fx.deploy.manifest import export_manifest
 
+        progress = timed = Timed(progress)
         progress.stage("read the inputs")
         folders = read_adapters(adapters)
         if options.verify != "off":
@@ -190,11 +194,19 @@ def export_with(
         build = _build(base, folders, options, progress)
         progress.stage("write the model")
         written = build.write(staging.folder, progress)
-        parity = _verify(build, staging.folder, options, progress)
+
+        def manifest_with(parity: Parity | None) -> dict[str, Any]:
+            return export_manifest(
+                build, written, parity, adapters=folders, options=options, folder=staging.folder
+            )
+
+        try:
+            parity = _verify(build, staging.folder, options, progress)
+        except VerificationError as error:
+            write_failure(staging.folder, manifest_with(None), timed, str(error))
+            raise
         progress.stage(PUBLISH)
-        manifest = export_manifest(
-            build, written, parity, adapters=folders, options=options, folder=staging.folder
-        )
+        manifest = write_reports(staging.folder, manifest_with(parity), timed)
         staging.publish(manifest)
     notes = [*manifest["notes"], *([UNVERIFIED] if parity is None else parity.warnings)]
     return ExportResult(staging.output, parity is not None, manifest, tuple(notes))

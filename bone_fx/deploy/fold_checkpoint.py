@@ -12,8 +12,8 @@ and written one at a time; no model is built with weights.
 5. Every folded weight is read back and compared with torch's own fold (`_verify`), every head with
    the adapter's, and transformers says which tensor each of them gets when the folder is loaded
    (`deploy.changed_tensors.check_names`).
-6. The manifest is written and the folder moved to the output (`deploy.manifest.manifest_of`,
-   `Staging.publish`).
+6. The manifest, a model card and a page are written (`deploy.manifest.manifest_of`,
+   `deploy.report.write_reports`) and the folder is moved to the output (`Staging.publish`).
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from bone_fx.deploy.companions.checkpoint_folder import INDEX_SUFFIX, copy_the_r
 from bone_fx.deploy.companions.choice import hashes_beside_weights
 from bone_fx.deploy.input_files import files_read
 from bone_fx.deploy.manifest import files_of, manifest_of
+from bone_fx.deploy.origin import read_origin
+from bone_fx.deploy.report import write_reports
+from bone_fx.deploy.report.timing import Timed
 from bone_fx.deploy.staging import staged
 from bone_fx.errors import ExportError, UsageError, VerificationError
 from bone_fx.passes.fold import fold_weight
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from bone_fx.base.loading import BaseCheckpoint
 
 
+_HEADS = "{} other tensors, read back: the adapter's, or the base's that they were tied to"
 _VERIFIED_BYTES = 4 << 20
 """A weight is verified in parts that take as much in float32: they stay in a core's caches."""
 
@@ -92,7 +96,8 @@ def fold_checkpoint(
     Args:
         base: A Hugging Face folder, a GGUF file or a hub id.
         adapters: Adapter folders in PEFT's layout, in the order in which they apply.
-        output: Folder to publish: the base's files with other weights, and `bone_export.json`.
+        output: Folder to publish: the base's files with other weights, `bone_export.json`,
+            `report.html` and a model card.
         overwrite: Replace an earlier output.
         trust_remote_code: Run Python files that come with the base, and copy them.
         revision: Branch, tag or commit of a hub id.
@@ -116,7 +121,7 @@ def fold_checkpoint(
     """
     if not adapters:
         raise UsageError("there is nothing to fold", expected="one adapter or more")
-    progress = progress or Silent()
+    progress = timed = Timed(progress or Silent())
     with staged(output, overwrite=overwrite, inputs=files_read(base, adapters)) as staging:
         progress.stage("read the inputs")
         inputs = open_checkpoint(
@@ -137,14 +142,18 @@ def fold_checkpoint(
         progress.stage("verify")
         _verify(files, recipes, inputs.adapters)
         check_names(staging.folder, folded, changes)
+        names = tuple(key for key, recipe in recipes.items() if isinstance(recipe, Fold))
+        rounded = [] if rounding is None else rounding.warnings()
         progress.stage(PUBLISH)
         manifest = manifest_of(
             "checkpoint",
             architecture=inputs.architecture.__name__,
             base_name=Path(inputs.checkpoint.origin).name,
             base_files=inputs.checkpoint.sha256() | hashes_beside_weights(inputs.checkpoint.folder),
+            base_origin=read_origin(inputs.checkpoint.origin, inputs.checkpoint.folder),
             adapters=inputs.adapters,
             entries={
+                "change": folded.change.report(),
                 "rounding": None if rounding is None else rounding.report(),
                 "files": files_of(
                     staging.folder,
@@ -153,13 +162,20 @@ def fold_checkpoint(
                         for path, sha256 in files.items()
                     },
                 ),
-                "notes": [*folded.notes, *notes],
+                "verified": True,
+                "verification": {
+                    "ran": [
+                        f"{len(names)} folded weights, read back: torch's own fold, bit for bit",
+                        *([_HEADS.format(heads)] if (heads := len(recipes) - len(names)) else []),
+                        "the names, as transformers loads them",
+                    ]
+                },
+                "notes": [*folded.notes, *notes, *rounded],
             },
         )
+        manifest = write_reports(staging.folder, manifest, timed)
         staging.publish(manifest)
-    names = tuple(key for key, recipe in recipes.items() if isinstance(recipe, Fold))
-    warnings = [*folded.notes, *notes, *([] if rounding is None else rounding.warnings())]
-    return FoldResult(staging.output, names, manifest, tuple(warnings))
+    return FoldResult(staging.output, names, manifest, tuple(manifest["notes"]))
 
 
 def _usual_dtype(checkpoint: BaseCheckpoint) -> torch.dtype:

@@ -13,11 +13,17 @@ from bone_fx.config import CONFIG_NAME
 from bone_fx.deploy.checkpoint_inputs import Adapters
 from bone_fx.deploy.companions.choice import hashes_beside_weights
 from bone_fx.deploy.options import ExportOptions
+from bone_fx.deploy.origin import read_origin
 from bone_fx.verify.parity import Parity
 from bone_fx.weights.storage.safetensors_file import file_sha256
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from bone_fx.deploy.builds import Build, Written
+
+_NUMPY = {"FLOAT": "float32", "DOUBLE": "float64", "BFLOAT16": "bfloat16"}
+"""Names of dtypes that are not ONNX's in small letters."""
 
 _PACKAGES = (
     "bone_fx",
@@ -37,6 +43,7 @@ def manifest_of(
     architecture: str,
     base_name: str,
     base_files: Mapping[str, str],
+    base_origin: Mapping[str, Any],
     adapters: Adapters,
     entries: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -49,6 +56,7 @@ def manifest_of(
         architecture: Class name of the model.
         base_name: Name of the base, without its path.
         base_files: SHA-256 of the base's weight files by name.
+        base_origin: Licence and base of the base, as its files state them.
         adapters: The adapters by name, in the order in which they apply.
         entries: What only this kind of output has.
     """
@@ -56,7 +64,7 @@ def manifest_of(
         "format": 1,
         "kind": kind,
         "architecture": architecture,
-        "base": {"name": base_name, "files": dict(base_files)},
+        "base": {"name": base_name, "files": dict(base_files), **base_origin},
         "adapters": [adapter_entry(name, adapter) for name, adapter in adapters],
         **entries,
         "versions": versions(),
@@ -89,15 +97,18 @@ def export_manifest(
         architecture=build.architecture,
         base_name=build.base_name,
         base_files=build.base_files(),
+        base_origin=build.origin(),
         adapters=adapters,
         entries={
             "dtype": build.dtype,
             "activations": build.activations,
             "quantization": build.quantization,
+            "change": written.change or None,
             "rounding": written.rounding,
             "placement": None if build.placement is None else build.placement.report(),
             "provider": options.provider,
             "opset": OPSET,
+            "graph": _signature(build.model),
             "operators": operator_counts(folder / "model.onnx"),
             "files": files_of(folder, written.sha256),
             "verified": parity is not None,
@@ -146,6 +157,7 @@ def adapter_entry(name: str, adapter: AdapterFolder) -> dict[str, Any]:
     """What a manifest says of an adapter."""
     return {
         "name": name,
+        "folder": adapter.path.name,
         "peft_type": adapter.config.peft_type,
         "method": adapter.config.method,
         "r": adapter.config.r,
@@ -155,7 +167,34 @@ def adapter_entry(name: str, adapter: AdapterFolder) -> dict[str, Any]:
             **{file: file_sha256(adapter.path / file) for file in (CONFIG_NAME, WEIGHTS_NAME)},
             **hashes_beside_weights(adapter.path),
         },
+        **_adapter_origin(adapter),
     }
+
+
+def _adapter_origin(adapter: AdapterFolder) -> dict[str, Any]:
+    """Licence and base of an adapter; PEFT notes the base in its configuration."""
+    origin = read_origin(adapter.path)
+    named = adapter.config.base_model_name_or_path
+    return {**({"base_model": [named]} if named else {}), **origin}
+
+
+def _signature(model: ir.Model) -> dict[str, dict[str, str]]:
+    """Inputs and outputs of a graph by name, such as `int64[batch, 3]`."""
+    graph = model.graph
+    return {
+        kind: {str(value.name): _kind_of(value) for value in values}
+        for kind, values in (("inputs", graph.inputs), ("outputs", graph.outputs))
+    }
+
+
+def _kind_of(value: ir.Value) -> str:
+    dtype = "" if value.dtype is None else _NUMPY.get(value.dtype.name, value.dtype.name.lower())
+    dims = (
+        ()
+        if value.shape is None
+        else (str(d) if isinstance(d, int) else str(d.value) for d in value.shape)
+    )
+    return f"{dtype}[{', '.join(dims)}]"
 
 
 def operator_counts(model: Path) -> dict[str, int]:

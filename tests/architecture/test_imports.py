@@ -55,6 +55,10 @@ MAY_KNOW: dict[str, set[str]] = {
 HOMES: dict[str, set[str]] = {
     "transformers": {"base", "capture", "train", "verify"},
     "huggingface_hub": {"base"},
+    "jinja2": {"deploy"},
+    "markupsafe": {"deploy"},
+    "packaging": {"deploy"},
+    "yaml": {"deploy"},
     "gguf": {"base"},
     "onnx": {"onnx", "deploy", "runtime", "verify"},
     "onnx_ir": {"onnx", "deploy", "verify"},

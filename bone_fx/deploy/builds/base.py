@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ class Written:
         sha256: SHA-256 by name of the files that were hashed while they were written.
         rounding: What the cast to a half dtype costs the adapters, for the manifest; None for other
             exports.
+        change: `‖ΔW‖ / ‖W‖` of each adapted layer; empty without adapters.
         notes: What a person should know.
     """
 
     sha256: dict[str, str]
     rounding: dict[str, Any] | None = None
+    change: Mapping[str, float | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -60,6 +63,10 @@ class Build(ABC):
     @abstractmethod
     def base_files(self) -> dict[str, str]:
         """SHA-256 of the base's weight files by name."""
+
+    def origin(self) -> dict[str, Any]:
+        """Licence and base of the base, as its own files state them."""
+        return {}
 
     @abstractmethod
     def write(self, folder: Path, progress: Progress) -> Written:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -23,9 +24,11 @@ from bone_fx.deploy.companions.choice import Companions, choose_companions, hash
 from bone_fx.deploy.companions.copying import copy_companions
 from bone_fx.deploy.companions.left_out import files_left_out, sentence_notes
 from bone_fx.deploy.options import NO_CALIBRATION, ExportOptions
+from bone_fx.deploy.origin import read_origin
 from bone_fx.progress import Progress
 from bone_fx.sites import LinearSite
 from bone_fx.verify.parity import Parity
+from bone_fx.weights.recipes.change import Change
 from bone_fx.weights.recipes.rounding import Rounding
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -42,6 +45,7 @@ class CheckpointBuild(Build):
         graph: What was captured.
         companions: What goes beside the model.
         provider: What the graph is written for.
+        change: Measures, while weights are written, how far the adapters move each weight.
         rounding: Measures, while weights are written, what the cast to a half dtype costs the
             adapters; None for other exports.
         twin: The same graph in fp32 with the weights rounded to bf16, to verify where there are no
@@ -53,6 +57,7 @@ class CheckpointBuild(Build):
     graph: DecoderGraph | ForwardGraph
     companions: Companions
     provider: str
+    change: Change
     rounding: Rounding | None
     twin: ir.Model | None
 
@@ -61,6 +66,11 @@ class CheckpointBuild(Build):
         return self.inputs.checkpoint.sha256() | hashes_beside_weights(
             self.inputs.checkpoint.folder
         )
+
+    def origin(self) -> dict[str, Any]:
+        """Licence and base of the base, as its own files state them."""
+        checkpoint = self.inputs.checkpoint
+        return read_origin(checkpoint.origin, checkpoint.folder)
 
     def write(self, folder: Path, progress: Progress) -> Written:
         """Write the model; for a decoder also what onnxruntime-genai needs to run the folder."""
@@ -81,7 +91,7 @@ class CheckpointBuild(Build):
             if not self.companions.tokenizer and not self.companions.processors:
                 notes.append("the base folder has no tokenizer; the output has none either")
         report = self.rounding.report() if self.rounding is not None else None
-        return Written(sha256, report, tuple(notes))
+        return Written(sha256, report, self.change.report(), tuple(notes))
 
     def verify(
         self, folder: Path, provider: str, level: str, samples: str | Path | None = None
@@ -156,6 +166,7 @@ def build_checkpoint(
         graph=graph,
         companions=companions,
         provider=options.provider,
+        change=folded.change,
         rounding=folded.rounding,
         twin=twin,
     )
