@@ -36,8 +36,8 @@ from bone_fx.deploy.companions.checkpoint_folder import INDEX_SUFFIX, copy_the_r
 from bone_fx.deploy.companions.choice import hashes_beside_weights
 from bone_fx.deploy.input_files import files_read
 from bone_fx.deploy.manifest import files_of, manifest_of
-from bone_fx.deploy.origin import read_origin
 from bone_fx.deploy.report import write_reports
+from bone_fx.deploy.report.origin import read_origin
 from bone_fx.deploy.report.timing import Timed
 from bone_fx.deploy.staging import staged
 from bone_fx.errors import ExportError, UsageError, VerificationError

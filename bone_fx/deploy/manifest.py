@@ -13,7 +13,7 @@ from bone_fx.config import CONFIG_NAME
 from bone_fx.deploy.checkpoint_inputs import Adapters
 from bone_fx.deploy.companions.choice import hashes_beside_weights
 from bone_fx.deploy.options import ExportOptions
-from bone_fx.deploy.origin import read_origin
+from bone_fx.deploy.report.origin import read_origin
 from bone_fx.verify.parity import Parity
 from bone_fx.weights.storage.safetensors_file import file_sha256
 

@@ -12,9 +12,9 @@ import pytest
 from markdown_it import MarkdownIt
 
 import bone_fx
-from bone_fx.deploy.origin import read_origin
 from bone_fx.deploy.report.card import card
 from bone_fx.deploy.report.heat_map import heat_map
+from bone_fx.deploy.report.origin import read_origin
 from bone_fx.deploy.report.page import page
 from bone_fx.errors import VerificationError
 from bone_fx.verify import constants

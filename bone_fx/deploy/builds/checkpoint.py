@@ -24,7 +24,7 @@ from bone_fx.deploy.companions.choice import Companions, choose_companions, hash
 from bone_fx.deploy.companions.copying import copy_companions
 from bone_fx.deploy.companions.left_out import files_left_out, sentence_notes
 from bone_fx.deploy.options import NO_CALIBRATION, ExportOptions
-from bone_fx.deploy.origin import read_origin
+from bone_fx.deploy.report.origin import read_origin
 from bone_fx.progress import Progress
 from bone_fx.sites import LinearSite
 from bone_fx.verify.parity import Parity
