@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from bone_fx.cli.settings import HELP_FLAGS, SETTINGS
 from bone_fx.cli.signals import Signals
 from bone_fx.cli.terminal import answer, answer_json, note
+from bone_fx.cli.views import VIEWS
 from bone_fx.deploy.options import (
     BLOCK_SIZE,
     DTYPE,
@@ -39,6 +41,8 @@ EPILOG = """\b
 Commands:
   bone-export fold BASE --adapter DIR -o OUT   (a checkpoint, no ONNX; bone-export fold --help)
   bone-export verify OUT --base BASE --adapter DIR   (an output again; bone-export verify --help)
+  bone-export inspect ADAPTER                  (what an adapter is; bone-export inspect --help)
+  bone-export doctor                           (what is wrong with the environment)
 
 \b
 Examples:
@@ -100,18 +104,12 @@ Debug = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
-_SETTINGS: dict[str, Any] = {
-    "add_completion": False,
-    "rich_markup_mode": None,
-    "pretty_exceptions_enable": False,
-}
-_HELP_FLAGS = {"help_option_names": ["-h", "--help"]}
-app = typer.Typer(**_SETTINGS)
-fold_app = typer.Typer(**_SETTINGS)
-verify_app = typer.Typer(**_SETTINGS)
+app = typer.Typer(**SETTINGS)
+fold_app = typer.Typer(**SETTINGS)
+verify_app = typer.Typer(**SETTINGS)
 
 
-@app.command(epilog=EPILOG, context_settings=_HELP_FLAGS)
+@app.command(epilog=EPILOG, context_settings=HELP_FLAGS)
 def bone_export(
     context: typer.Context,
     base: Base,
@@ -166,7 +164,7 @@ def bone_export(
     _report(result, figures, as_json=as_json)
 
 
-@fold_app.command(epilog=FOLD_EPILOG, context_settings=_HELP_FLAGS)
+@fold_app.command(epilog=FOLD_EPILOG, context_settings=HELP_FLAGS)
 def bone_export_fold(
     context: typer.Context,
     base: Base,
@@ -197,7 +195,7 @@ def bone_export_fold(
     _report(result, f"{len(result.folded)} weights folded and read back", as_json=as_json)
 
 
-@verify_app.command(epilog=VERIFY_EPILOG, context_settings=_HELP_FLAGS)
+@verify_app.command(epilog=VERIFY_EPILOG, context_settings=HELP_FLAGS)
 def bone_export_verify(
     context: typer.Context,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Output of an export or a fold.")],
@@ -282,7 +280,7 @@ def _report(result: ExportResult | FoldResult, summary: str, *, as_json: bool) -
         answer(f"{result.output}: {summary}")
 
 
-COMMANDS = {"fold": fold_app, "verify": verify_app}
+COMMANDS = {"fold": fold_app, "verify": verify_app, **VIEWS}
 """Every command besides the export, by name."""
 
 

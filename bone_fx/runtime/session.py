@@ -73,7 +73,7 @@ def require_provider(provider: str) -> None:
         options.log_severity_level = _FATAL_ONLY
         try:
             session = ort.InferenceSession(
-                _tiny_model(), options, providers=[wanted, PROVIDERS["cpu"]]
+                tiny_model(), options, providers=[wanted, PROVIDERS["cpu"]]
             )
         except Exception as error:
             raise _not_here(provider) from error
@@ -90,7 +90,8 @@ def _not_here(provider: str) -> ProviderError:
     )
 
 
-def _tiny_model() -> bytes:
+def tiny_model() -> bytes:
+    """A model with one node, to see whether a provider runs any."""
     import onnx
     from onnx import TensorProto, helper
 

@@ -13,7 +13,7 @@ import typer
 
 import bone_fx
 from bone_fx import cli, errors
-from bone_fx.cli import commands
+from bone_fx.cli import commands, views
 
 PUBLIC = {
     "AdaptedModule",
@@ -71,6 +71,15 @@ FOLD_OPTIONS = {
         "help",
     )
 }
+INSPECT_OPTIONS = {
+    "adapter": [],
+    "base": ["--base"],
+    **{
+        name: OPTIONS[name]
+        for name in ("revision", "allow_unused", "trust_remote_code", "as_json", "debug", "help")
+    },
+}
+DOCTOR_OPTIONS = {name: OPTIONS[name] for name in ("as_json", "debug", "help")}
 CHOICES = {
     "dtype": (None, ["fp32", "fp16", "bf16", "int4", "int8"]),
     "provider": ("cpu", ["cpu", "cuda"]),
@@ -135,7 +144,13 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_command_line_options() -> None:
-    for app, expected in ((commands.app, OPTIONS), (commands.fold_app, FOLD_OPTIONS)):
+    commands_and_options = (
+        (commands.app, OPTIONS),
+        (commands.fold_app, FOLD_OPTIONS),
+        (views.inspect_app, INSPECT_OPTIONS),
+        (views.doctor_app, DOCTOR_OPTIONS),
+    )
+    for app, expected in commands_and_options:
         assert _options(app) == {name: sorted(options) for name, options in expected.items()}
 
 

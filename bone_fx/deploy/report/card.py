@@ -42,7 +42,7 @@ def card(manifest: Mapping[str, Any]) -> str:
     figures = verification.get("figures", {})
     return (
         markdown_templates()
-        .get_template("card.md.j2")
+        .get_template("card.j2")
         .render(
             manifest=manifest,
             base=base,

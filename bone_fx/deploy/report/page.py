@@ -52,7 +52,7 @@ def page(
     warnings = [*verification.get("warnings", ()), *manifest["notes"]]
     return (
         html_templates()
-        .get_template("report.html.j2")
+        .get_template("page.j2")
         .render(
             manifest=manifest,
             title=_title(manifest),
