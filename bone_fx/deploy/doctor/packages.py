@@ -56,9 +56,9 @@ def _installed(path: Sequence[str]) -> dict[str, list[Distribution]]:
 
     found: dict[str, list[Distribution]] = {}
     for distribution in distributions(path=list(path)):
-        name = distribution.metadata.get("Name")
-        if name and distribution.metadata.get("Version"):
-            found.setdefault(canonicalize_name(name), []).append(distribution)
+        metadata = distribution.metadata
+        if "Name" in metadata and "Version" in metadata:
+            found.setdefault(canonicalize_name(metadata["Name"]), []).append(distribution)
     return found
 
 

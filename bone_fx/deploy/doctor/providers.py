@@ -35,18 +35,20 @@ open_session(tiny_model(), "cpu")
 _CUDA = """
 import ctypes, pathlib
 import onnxruntime as ort
-ort.preload_dlls()
-folder = pathlib.Path(ort.__file__).parent / "capi"
-answer["missing"] = None
-for name in ("shared", "cuda"):
-    try:
-        ctypes.CDLL(str(folder / f"libonnxruntime_providers_{name}.so"), mode=ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        answer["missing"] = str(error)
-say()
 from bone_fx.runtime.session import require_provider
-require_provider("cuda")
-answer["runs"] = True
+try:
+    require_provider("cuda")
+    answer["runs"] = True
+except Exception as error:
+    answer["error"] = str(error).splitlines()[0]
+    say()
+    folder = pathlib.Path(ort.__file__).parent / "capi"
+    for name in ("shared", "cuda"):
+        try:
+            library = str(folder / f"libonnxruntime_providers_{name}.so")
+            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+        except OSError as missing:
+            answer["missing"] = str(missing)
 """
 _PROGRAM = """
 import json, os, sys, warnings
@@ -104,7 +106,7 @@ def try_program(body: str, seconds: float = _SECONDS) -> dict[str, Any]:
     lines = done.stdout.decode("utf-8", "replace").splitlines()
     answer: dict[str, Any] = json.loads(lines[-1]) if lines else {}
     if done.returncode != 0:
-        answer["error"] = f"it ends its process: {_ending(done.returncode)}"
+        answer.setdefault("error", f"it ends its process: {_ending(done.returncode)}")
     return answer
 
 

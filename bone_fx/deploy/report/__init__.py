@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,4 +43,5 @@ def write_failure(folder: Path, manifest: Mapping[str, Any], timed: Timed, error
     """Write the page of a build that failed verification, which is kept beside the output."""
     from bone_fx.deploy.report.page import page
 
-    (folder / PAGE).write_text(page(manifest, timed.stages(), error), encoding="utf-8")
+    with suppress(OSError):  # what is wrong with the build matters more
+        (folder / PAGE).write_text(page(manifest, timed.stages(), error), encoding="utf-8")

@@ -71,16 +71,19 @@ def heat_map(values: Mapping[str, float | None]) -> HeatMap | None:
         places = {name: (p, i, re.sub(r"\d+", "*", c)) for name, (p, i, c) in places.items()}
     if not places:
         return None
-    stacks = list(dict.fromkeys(stack for stack, _, _ in places.values()))
+    in_order = dict.fromkeys(stack for stack, _, _ in places.values())
+    stacks = {stack: number for number, stack in enumerate(in_order)}
     rows = sorted(
         {(stack, index) for stack, index, _ in places.values()},
-        key=lambda row: (stacks.index(row[0]), row[1]),
+        key=lambda row: (stacks[row[0]], row[1]),
     )
     columns = list(dict.fromkeys(column for _, _, column in places.values()))
+    row_of = {row: number for number, row in enumerate(rows)}
+    column_of = {column: number for number, column in enumerate(columns)}
     shown: dict[tuple[int, int], tuple[str, float]] = {}
     left_out = 0
     for name, (stack, index, column) in places.items():
-        at = rows.index((stack, index)), columns.index(column)
+        at = row_of[stack, index], column_of[column]
         value = values[name] or 0.0
         if at[0] >= _MOST_ROWS or at[1] >= _MOST_COLUMNS:
             left_out += 1
