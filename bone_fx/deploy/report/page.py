@@ -22,6 +22,9 @@ _MEANING = {
     "rounded_activations": "what rounding activations alone changes",
     "long_texts": "the graph against torch on texts beyond windows and tables of positions",
     "greedy_tokens": "tokens chosen greedily: how far torch's choices lie below its best",
+    "nll_base": "negative log-likelihood a token of the samples: the base",
+    "nll_adapter": "the same: torch with the adapters",
+    "nll_export": "the same: the graph",
     "adapter_effect": "how far the adapters move the outputs of the base",
 }
 """What the figures of a verification compare."""
