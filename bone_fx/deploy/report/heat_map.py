@@ -10,7 +10,7 @@ _MOST_COLUMNS = 24
 _MOST_ROWS = 400
 _LABEL = 22
 """A label of a column is cut after so many characters."""
-_CELL, _ROW, _CHARACTER = 56, 20, 7
+_CELL, _ROW, _CHARACTER = 46, 20, 7
 """Width of a cell, height of a row and width of a character, in pixels of the drawing."""
 
 
