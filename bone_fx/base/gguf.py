@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from bone_fx.base.config_sizes import refuse_impossible_gguf
 from bone_fx.base.left_over import without_adapter
+from bone_fx.base.sizes.config_sizes import refuse_impossible_gguf
 from bone_fx.errors import BaseModelError
 from bone_fx.files.renames import rename_new
 from bone_fx.files.work_folder import dead_work_folders, make_work_folder

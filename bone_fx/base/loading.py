@@ -189,7 +189,7 @@ def open_base(
             next_step="download the model again",
         )
     from bone_fx.base.architectures import load_config
-    from bone_fx.base.config_sizes import refuse_impossible_sizes, refuse_kernels
+    from bone_fx.base.sizes.config_sizes import refuse_impossible_sizes, refuse_kernels
 
     shapes = [tensor.shape for tensor in tensors.values()]
     stored = sum(tensor.entry.nbytes for tensor in tensors.values())
@@ -227,7 +227,7 @@ def skeleton(
         BaseModelError: The model cannot be built.
     """
     from bone_fx.base.architectures import with_overrides
-    from bone_fx.base.config_sizes import BoundedMemory
+    from bone_fx.base.sizes.config_sizes import BoundedMemory
     from bone_fx.base.skeleton import complete, meta_model
 
     def stored_alike(plan: LoadPlan, one: str, other: str) -> bool:

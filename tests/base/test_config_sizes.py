@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from bone_fx.base.config_sizes import BoundedMemory
 from bone_fx.base.loading import open_base, skeleton
+from bone_fx.base.sizes.config_sizes import BoundedMemory
 from bone_fx.errors import BaseModelError
 from bone_fx.weights.load_plan import recipes_for
 from tests.capture.architectures import BY_NAME

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from bone_fx.base.config_sizes import refuse_impossible_gguf
-from bone_fx.base.gguf_header import read_head
+from bone_fx.base.sizes.config_sizes import refuse_impossible_gguf
+from bone_fx.base.sizes.gguf_header import read_head
 from bone_fx.errors import BaseModelError
 
 

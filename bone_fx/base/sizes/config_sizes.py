@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bone_fx.base.gguf_header import read_head
+from bone_fx.base.sizes.gguf_header import read_head
 from bone_fx.errors import BaseModelError
 
 _COUNTS = re.compile(r"layers?$|layers?_|depth|blocks?$|stages?$|experts?$|n_predict|repeats?$")

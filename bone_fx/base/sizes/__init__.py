@@ -1,0 +1,1 @@
+"""Sizes that configurations and headers claim, held against what the files hold."""
