@@ -254,7 +254,15 @@ def _padding(mask: Tensor, *, left: bool) -> Tensor:
 
 
 def _fields(output: Any, names: Sequence[str]) -> list[Tensor]:
-    return [getattr(output, name).float() for name in names]
+    """The fields of a model's output by name; `hidden_states.2` is the third of a field's."""
+    fields = []
+    for name in names:
+        first, *places = name.split(".")
+        value = getattr(output, first)
+        for place in places:
+            value = value[int(place)] if place.isdigit() else value[place]
+        fields.append(value.float())
+    return fields
 
 
 def _kept(mask: Tensor | None, actual: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

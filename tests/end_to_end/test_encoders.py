@@ -14,7 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+)
 
 import bone_fx
 from tests.end_to_end.zen import zen
@@ -101,3 +109,48 @@ def test_a_trained_head_is_exported(base_has_head: bool, tmp_path: Path) -> None
         assert float((plain(**feeds).logits - logits).abs().max()) > 1e-3
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert len(written["id2label"]) == expected["logits"].shape[-1]
+
+
+def test_windows_of_a_bidirectional_model(tmp_path: Path) -> None:
+    """Texts longer than a window see no more than it, forward and backward."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, use_bidirectional_attention=True,
+        sliding_window=9, layer_types=["sliding_attention", "full_attention"],
+        initializer_range=0.2, pad_token_id=0,
+    )  # fmt: skip
+    model = Gemma3TextModel(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    result = bone_fx.export(tmp_path / "base", output=tmp_path / "out")
+    lengths = {case.partition("]")[0] for case in result.manifest["verification"]["ran"]}
+    assert "input_ids [2, 64" in lengths
+    assert len([case for case in lengths if case.startswith("input_ids [2, ")]) > 1
+    ids = torch.randint(3, 99, (2, 41), generator=torch.Generator().manual_seed(1))
+    feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        expected = model(**feeds).last_hidden_state
+        config.sliding_window = 4000
+        everything = Gemma3TextModel(config).eval()
+        everything.load_state_dict(model.state_dict())
+        without = everything(**feeds).last_hidden_state
+    found = run(tmp_path / "out", feeds)["last_hidden_state"]
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (without - expected).abs().max() > 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("field", ["output_hidden_states", "output_attentions"])
+def test_outputs_that_a_configuration_asks_for(field: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=99, intermediate_size=48, **sizes)
+    BertModel(config).save_pretrained(tmp_path / "base")
+    content = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**content, field: True}))
+    result = bone_fx.export(tmp_path / "base", output=tmp_path / "out")
+    assert result.verified
+    ones = torch.ones(1, 5, dtype=torch.long)
+    outputs = run(tmp_path / "out", {"input_ids": ones, "attention_mask": ones})
+    assert sum(name.startswith("hidden_states") for name in outputs) == (
+        3 if "hidden" in field else 0
+    )

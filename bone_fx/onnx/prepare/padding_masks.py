@@ -98,6 +98,10 @@ def _longer_than_windows(graph_module: GraphModule, needed: list[Node]) -> int |
     for node in needed:
         if node.op == "get_attr":
             tensor = getattr(graph_module, str(node.target))
+            if isinstance(tensor, pytree.TreeSpec):  # of a function's arguments: no number
+                continue
+            if not isinstance(tensor, Tensor):
+                return None
             numbers |= set(tensor.shape)
             leaves = tensor.flatten().tolist() if tensor.numel() <= _LONGEST else []
         else:
