@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from tools.seeding import (
+from seeding import (
     add_at,
     add_bits,
     attribute,

@@ -5,10 +5,10 @@ of the written folder (a node's attribute, a byte of a weight, a field, the toke
 verification of the export is run on it. A defect in a layer must be named with its layer, one
 beside the graph with its file and field.
 
-    python -m tools.defects                    # every defect
-    python -m tools.defects window rope        # those whose names hold a word
-    python -m tools.defects --clean            # no defect: 15 architectures in four dtypes
-    python -m tools.defects --json
+    python tools/defects.py                    # every defect
+    python tools/defects.py window rope        # those whose names hold a word
+    python tools/defects.py --clean            # no defect: 15 architectures in four dtypes
+    python tools/defects.py --json
 
 Exits with 1 if a defect is published, or an export without one is refused.
 """
@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from defect_table import DEFECTS, Defect
 from rich.console import Console
 from rich.table import Table
 
@@ -40,8 +41,8 @@ from bone_fx.deploy.verify_export import exported_of
 from bone_fx.errors import BoneFxError, VerificationError
 from bone_fx.runtime.session import open_session
 from bone_fx.verify.parity import TOLERANCE, difference
-from tools.defect_table import DEFECTS, Defect
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 _decoders: Any = import_module("tests.capture.decoder.decoders")
 _architectures: Any = import_module("tests.capture.architectures")
 _tiny: Any = import_module("tests.end_to_end.tiny")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-defects: Any = import_module("tools.defects")
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+defects: Any = import_module("defects")
 
 SAMPLE = [
     ("norm epsilon", "llama"),
