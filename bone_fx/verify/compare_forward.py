@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from bone_fx.errors import VerificationError
 from bone_fx.verify.cases import LONGEST, edges
 from bone_fx.verify.compare_quantized import ROUNDED_ACTIVATIONS, Written
-from bone_fx.verify.graph import WrittenGraph, keep_activations
+from bone_fx.verify.graph import Edit, WrittenGraph, keep_activations
+from bone_fx.verify.locate import first_difference, located
 from bone_fx.verify.parity import SMALLEST, TOLERANCE, Parity, check_effect
 from bone_fx.verify.ranges import within_range
 from bone_fx.verify.reference import Adapters, fold_in_place, load_parameters, unmerged
@@ -62,7 +64,7 @@ def verify_model(
     names = [output.name for output in session.get_outputs()]
 
     def run() -> list[list[Tensor]]:
-        return [_fields(model(**feeds), names) for feeds in cases.values()]
+        return [_outputs(model, case, feeds, names) for case, feeds in cases.items()]
 
     with torch.no_grad():
         if not short:
@@ -77,29 +79,30 @@ def verify_model(
             written.load_into(model)
             quantized = run()
     free = parity.tolerance if written is None else math.inf
-    runs = {"onnx_vs_written": (session, parity.tolerance)}
-    if graph.rounds_activations():
-        runs["onnx_vs_written"] = (graph.session(keep_activations), parity.tolerance)
-        runs["rounded_activations"] = (session, ROUNDED_ACTIVATIONS)
-    for number, (case, feeds) in enumerate(cases.items()):
-        outputs = run_session(session, feeds)
-        for name, actual, one, other in zip(
-            names, outputs, reference[number], folded[number], strict=True
-        ):
-            keep = feeds.get(_MASK)
-            parity.compare(
-                "unmerged_vs_folded", f"{case}: {name}", *_kept(keep, other, one), TOLERANCE["fp32"]
-            )
-            parity.compare("onnx_vs_unmerged", f"{case}: {name}", *_kept(keep, actual, one), free)
-            parity.compare("onnx_vs_folded", f"{case}: {name}", *_kept(keep, actual, other), free)
-        if written is None:
-            continue
-        for pair, (run_of, tolerance) in runs.items():
-            for name, actual, one in zip(
-                names, run_session(run_of, feeds), quantized[number], strict=True
-            ):
-                both = _kept(feeds.get(_MASK), actual, one)
-                parity.compare(pair, f"{case}: {name}", *both, tolerance)
+    compared: list[tuple[str, tuple[Edit, ...], list[list[Tensor]], float]] = [
+        ("onnx_vs_unmerged", (), reference, free),
+        ("onnx_vs_folded", (), folded, free),
+    ]
+    if written is not None:
+        edits = (keep_activations,) if graph.rounds_activations() else ()
+        compared.append(("onnx_vs_written", edits, quantized, parity.tolerance))
+        if edits:
+            compared.append(("rounded_activations", (), quantized, ROUNDED_ACTIVATIONS))
+    for (case, feeds), ones, others in zip(cases.items(), folded, reference, strict=True):
+        for name, one, other in zip(names, ones, others, strict=True):
+            both = _kept(feeds.get(_MASK), one, other)
+            parity.compare("unmerged_vs_folded", f"{case}: {name}", *both, TOLERANCE["fp32"])
+    for pair, edits, expected, tolerance in compared:
+        edited = graph.session(*edits) if edits else session
+        for (case, feeds), values in zip(cases.items(), expected, strict=True):
+            outputs = run_session(edited, feeds)
+            for name, actual, value in zip(names, outputs, values, strict=True):
+                both = _kept(feeds.get(_MASK), actual, value)
+                try:
+                    parity.compare(pair, f"{case}: {name}", *both, tolerance)
+                except VerificationError as error:
+                    where = _where(graph, edits, model, feeds, tolerance)
+                    raise located(error, where) from None
     pairs = [
         (a, b)
         for one, other in zip(base, reference, strict=False)
@@ -107,6 +110,32 @@ def verify_model(
     ]
     check_effect(parity, pairs)
     return parity
+
+
+def _outputs(model: nn.Module, case: str, feeds: Feeds, names: Sequence[str]) -> list[Tensor]:
+    try:
+        return _fields(model(**feeds), names)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise VerificationError(
+            f"verification failed: the model itself refuses {case}",
+            expected="inputs that both can be run on",
+            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            next_step="--verify off publishes without a comparison, and says so",
+        ) from error
+
+
+def _where(
+    graph: WrittenGraph, edits: Sequence[Edit], model: nn.Module, feeds: Feeds, tolerance: float
+) -> str | None:
+    """The first layer that differs in a case."""
+    return first_difference(
+        graph,
+        edits,
+        model,
+        lambda session: [value.numpy() for value in run_session(session, feeds)],
+        lambda: model(**feeds),
+        tolerance,
+    )
 
 
 def _longer(

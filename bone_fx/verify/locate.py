@@ -30,6 +30,8 @@ Run = Callable[["onnxruntime.InferenceSession"], Sequence[Any]]
 
 _SHARES = (1.0, 0.3, 0.1)
 """Parts of the tolerance at which an output is looked for: what differs first may differ less."""
+_OF_MODULES = ("MatMul", "Gemm", "Gather", "Conv", "Norm", "MoE")
+"""What stands in the name of an operator that computes a module's output."""
 _PRODUCTS = ("MatMul", "FusedMatMul")
 _BATCH_TOKENS_FEATURES = 3
 _SUFFIXES = (".T", "_plus_one", ".codes", ".8")
@@ -134,7 +136,7 @@ def _products(graph: onnx.GraphProto, model: nn.Module) -> Iterator[_Product]:
     for node in graph.node:
         named = (n for n in node.input if n in constants and "." in n)
         constant = next((n for n in named if not n.endswith(".bias")), None)
-        if constant is None or node.op_type in ("Add", "Reshape"):
+        if constant is None or not any(word in node.op_type for word in _OF_MODULES):
             continue
         plain = constant
         for suffix in _SUFFIXES:
