@@ -102,7 +102,7 @@ def captures_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """`adapt` captures equal transformers models once a process, each over weights of its own.
 
     For tests of what comes after the capture. Equal: the class, the configuration, dtypes and
-    devices, and the names, shapes and dtypes of the example inputs.
+    devices, what is tied, and the names, shapes and dtypes of the example inputs.
     """
     monkeypatch.setattr(adapting, "capture_training", _capture_once)
 
@@ -114,7 +114,11 @@ def _capture_once(model: Any, example_inputs: Any, **options: Any) -> TrainingCa
     if not isinstance(model, PreTrainedModel) or any(options.values()):
         return capture_training(model, example_inputs, **options)
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    state = tuple((name, tensor.dtype, tensor.device, tensor.shape) for name, tensor in named)
+    first: dict[int, str] = {}
+    state = tuple(
+        (name, first.setdefault(id(tensor), name), tensor.dtype, tensor.device, tensor.shape)
+        for name, tensor in named
+    )
     inputs = tuple(
         (name, value.shape, value.dtype) if isinstance(value, Tensor) else (name, repr(value))
         for name, value in dict(example_inputs).items()
