@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,8 +124,9 @@ def _capture_once(model: Any, example_inputs: Any, **options: Any) -> TrainingCa
         (name, value.shape, value.dtype) if isinstance(value, Tensor) else (name, repr(value))
         for name, value in dict(example_inputs).items()
     )
-    config = model.config.to_json_string(use_diff=False), model.config._attn_implementation
-    key = (type(model), config, state, inputs)
+    fields = {**model.config.to_dict(), "_name_or_path": ""}  # which says where it was loaded from
+    config = json.dumps(fields, sort_keys=True, default=str)
+    key = (type(model), config, model.config._attn_implementation, state, inputs)
     if key not in _CAPTURES:
         _CAPTURES[key] = capture_training(model, example_inputs)
     capture = _CAPTURES[key]
