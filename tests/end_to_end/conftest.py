@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 import bone_fx
 import bone_fx.train.adapt as adapting
 from bone_fx.base.loading import open_base
-from bone_fx.capture.training.capture_training import TrainingCapture, capture_training
-from bone_fx.capture.training.loss import loss_for
-from bone_fx.capture.training.state import mount_state
 from bone_fx.errors import BaseModelError, BoneFxError
-from bone_fx.passes.frame import copy_module
+from tests.captures import capture_once
 from tests.end_to_end.zen import zen_batch
 
 
@@ -102,35 +94,6 @@ def _train_on_the_zen(smollm2: Path, folder: Path) -> None:
 def captures_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """`adapt` captures equal transformers models once a process, each over weights of its own.
 
-    For tests of what comes after the capture. Equal: the class, the configuration, dtypes and
-    devices, what is tied, and the names, shapes and dtypes of the example inputs.
+    For tests of what comes after the capture.
     """
-    monkeypatch.setattr(adapting, "capture_training", _capture_once)
-
-
-_CAPTURES: dict[tuple[object, ...], TrainingCapture] = {}
-
-
-def _capture_once(model: Any, example_inputs: Any, **options: Any) -> TrainingCapture:
-    if not isinstance(model, PreTrainedModel) or any(options.values()):
-        return capture_training(model, example_inputs, **options)
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    first: dict[int, str] = {}
-    state = tuple(
-        (name, first.setdefault(id(tensor), name), tensor.dtype, tensor.device, tensor.shape)
-        for name, tensor in named
-    )
-    inputs = tuple(
-        (name, value.shape, value.dtype) if isinstance(value, Tensor) else (name, repr(value))
-        for name, value in dict(example_inputs).items()
-    )
-    fields = {**model.config.to_dict(), "_name_or_path": ""}  # which says where it was loaded from
-    config = json.dumps(fields, sort_keys=True, default=str)
-    key = (type(model), config, model.config._attn_implementation, state, inputs)
-    if key not in _CAPTURES:
-        _CAPTURES[key] = capture_training(model, example_inputs)
-    capture = _CAPTURES[key]
-    graph_module = copy_module(capture.graph_module)
-    mount_state(graph_module, model)
-    graph_module.recompile()
-    return replace(capture, graph_module=graph_module, loss=loss_for(model))
+    monkeypatch.setattr(adapting, "capture_training", capture_once)

@@ -118,7 +118,7 @@ def test_adapter_for_another_width(work: Path) -> None:
 
 
 def test_unknown_dtype(work: Path) -> None:
-    refused(process(work / "base", "-o", work / "out", "--dtype", "fp8"), 2, "fp8", "fp16")
+    refused(run(work / "base", "-o", work / "out", "--dtype", "fp8"), 2, "fp8", "fp16")
     assert not (work / "out").exists()
 
 
