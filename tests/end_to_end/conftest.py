@@ -13,10 +13,8 @@ import pytest
 import torch
 
 import bone_fx
-import bone_fx.train.adapt as adapting
 from bone_fx.base.loading import open_base
 from bone_fx.errors import BaseModelError, BoneFxError
-from tests.captures import capture_once
 from tests.end_to_end.zen import zen_batch
 
 
@@ -88,12 +86,3 @@ def _train_on_the_zen(smollm2: Path, folder: Path) -> None:
     if losses[-1] > 0.9 * losses[0]:
         raise BoneFxError(f"the adapter did not learn: {losses}")
     adapted.save_pretrained(folder)
-
-
-@pytest.fixture
-def captures_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`adapt` captures equal transformers models once a process, each over weights of its own.
-
-    For tests of what comes after the capture.
-    """
-    monkeypatch.setattr(adapting, "capture_training", capture_once)
