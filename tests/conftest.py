@@ -24,6 +24,18 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def captures_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`adapt` captures equal transformers models once a process, each over weights of its own.
+
+    For tests of what comes after the capture.
+    """
+    import bone_fx.train.adapt as adapting
+    from tests.captures import capture_once
+
+    monkeypatch.setattr(adapting, "capture_training", capture_once)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     # PyTorch 2.13's cache of shapes checks every entry by making it anew: among symbolic sizes it

@@ -19,7 +19,8 @@ from torch import Tensor
 
 import bone_fx
 import bone_fx.train.adapt as adapting
-from bone_fx.capture.training.capture_training import TrainingCapture, capture_training
+from bone_fx.capture.training.capture_training import TrainingCapture
+from tests.captures import capture_once
 from tests.tolerances import assert_agrees
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -68,7 +69,7 @@ class Flow:
     @verb
     def capture(self) -> None:
         """The model as a graph to train."""
-        self.captured = captured = capture_training(self.model, self.batch)
+        self.captured = captured = capture_once(self.model, self.batch)
         self._call = lambda: self._logits(captured)
 
     @verb

@@ -158,6 +158,16 @@ def tree(folder: Path) -> dict[str, str]:
 
 def import_everything() -> None:
     """What a run imports, so that a forked one need not."""
+    import bone_fx.cli.failures
+    import bone_fx.cli.run
+    import bone_fx.deploy.builds
+    import bone_fx.deploy.export
+    import bone_fx.deploy.fold_checkpoint
+    import bone_fx.deploy.genai_config
+    import bone_fx.deploy.manifest
+    import bone_fx.onnx.writer
+    import bone_fx.runtime.session
+    import bone_fx.verify.decoder.compare_decoder  # noqa: F401
 
 
 def make_inputs(folder: Path) -> None:

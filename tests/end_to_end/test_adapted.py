@@ -24,6 +24,8 @@ import bone_fx
 from bone_fx.adapter_folder import write_adapter
 from bone_fx.errors import AdapterError, CaptureError, FoldError, SiteError, UsageError
 
+pytestmark = pytest.mark.usefixtures("captures_once")
+
 Q = "model.layers.0.self_attn.q_proj"
 CONFIG = bone_fx.BoneConfig(r=20, target_modules=["q_proj", "down_proj"])
 BAT = bone_fx.BoneConfig(r=8, target_modules=["q_proj", "v_proj"], init_weights="bat")

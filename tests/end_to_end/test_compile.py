@@ -37,7 +37,7 @@ def compiled(adapted: bone_fx.AdaptedModule, **options: Any) -> Any:
     return torch.compile(adapted, backend="aot_eager", **options)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["bone", pytest.param("bat", marks=pytest.mark.slow)])
 def test_a_compiled_step_is_the_eager_one_without_a_graph_break(method: str) -> None:
     config = bone_fx.BoneConfig(target_modules="all-linear", **METHODS[method])
     adapted = bone_fx.adapt(llama(), config, inputs()).train()

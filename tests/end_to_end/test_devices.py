@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -14,6 +15,8 @@ from bone_fx.train.mounting import with_parameters
 from tests.capture.architectures import BY_NAME
 from tests.elsewhere import call_on_cuda
 from tests.end_to_end.test_adapted import CONFIG, inputs, llama, stir
+
+pytestmark = pytest.mark.usefixtures("captures_once")
 
 
 def runs_on_cuda(module: Any) -> bool:

@@ -17,6 +17,8 @@ from bone_fx.errors import UsageError
 from tests.end_to_end.test_adapted import CONFIG, inputs, llama, logits, stir
 from tests.tolerances import assert_agrees
 
+pytestmark = pytest.mark.usefixtures("captures_once")
+
 
 def tiny(**changes: Any) -> Any:
     return llama(num_hidden_layers=1, **changes)

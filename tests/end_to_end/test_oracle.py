@@ -15,6 +15,8 @@ from torch.nn import functional
 
 import bone_fx
 
+pytestmark = pytest.mark.usefixtures("captures_once")
+
 ORACLE = Path(__file__).parents[1] / "oracle"
 CASES = [
     (path.parent, expected)

@@ -174,7 +174,9 @@ def layer(name: str) -> str:
     return ".".join(match.groups())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["bone", *(pytest.param(m, marks=pytest.mark.slow) for m in ("bat", "mini"))]
+)
 @pytest.mark.parametrize(
     ("layers", "steps"), [(4, 6), pytest.param(30, 20, marks=pytest.mark.slow)]
 )

@@ -15,6 +15,8 @@ from bone_fx.operators import HeadInputs
 from bone_fx.operators.loss.linear_cross_entropy import CHUNK
 from tests.end_to_end.test_adapted import BAT, CONFIG, Headed, inputs, llama, logits, stir
 
+pytestmark = pytest.mark.usefixtures("captures_once")
+
 
 def _step(adapted: bone_fx.AdaptedModule) -> tuple[Tensor, dict[str, Tensor]]:
     torch.manual_seed(5)

@@ -20,6 +20,8 @@ from tests.tolerances import assert_agrees
 aten = torch.ops.aten
 BATCH, GROUPS, HEADS, TOKENS, SIZE = 2, 3, 6, 5, 8
 
+pytestmark = pytest.mark.usefixtures("captures_once")
+
 
 def repeat(x: Tensor, dim: int = 2) -> Tensor:
     count = HEADS // GROUPS

@@ -17,6 +17,8 @@ from tests.capture.architectures import BY_NAME
 from tests.framed import modifies
 from tests.tolerances import assert_agrees
 
+pytestmark = pytest.mark.usefixtures("captures_once")
+
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 

@@ -18,6 +18,8 @@ from tests.end_to_end.test_adapted import BAT, inputs, llama, stir
 from tests.framed import modifies
 from tests.tolerances import assert_agrees
 
+pytestmark = pytest.mark.usefixtures("captures_once")
+
 BONE = bone_fx.BoneConfig(r=20, target_modules="all-linear")
 ALL_BAT = bone_fx.BoneConfig(r=8, target_modules="all-linear", init_weights="bat")
 SITES = 14

@@ -17,6 +17,8 @@ from bone_fx.train.called_graph import LayerGraph, LeanLayerGraph
 from tests.end_to_end.test_adapted import inputs, llama, stir
 from tests.operators.saved import kept
 
+pytestmark = pytest.mark.usefixtures("captures_once")
+
 WIDTH = 8
 aten = torch.ops.aten
 LINEAR = aten.linear.default

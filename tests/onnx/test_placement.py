@@ -66,8 +66,8 @@ def built(name: str) -> PreTrainedModel:
         ("llama", "int4"),
         ("gemma", "fp32"),
         ("gpt2", "bf16"),
-        ("bert", "fp16"),
         ("bert", "bf16"),
+        pytest.param("bert", "fp16", marks=pytest.mark.slow),
     ],
 )
 def test_an_export_says_where_each_node_runs(name: str, dtype: Any, tmp_path: Path) -> None:

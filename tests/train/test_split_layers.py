@@ -11,6 +11,7 @@ from bone_fx.capture.training.capture_training import capture_training
 from bone_fx.graphs import copy_module
 from bone_fx.train.split_layers import layers_of, split_in_place
 from tests.capture.architectures import ARCHITECTURES, Architecture
+from tests.captures import capture_once
 from tests.tiers import tiered
 
 ROWS = [row for row in ARCHITECTURES if row.name in ("llama", "gpt2", "t5")]
@@ -28,7 +29,7 @@ def _losses(gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dic
 
 @pytest.mark.parametrize("row", tiered(ROWS, {"llama", "gpt2"}))
 def test_split_and_recomputed_layers_are_the_model(row: Architecture) -> None:
-    capture = capture_training(row.build(), row.inputs(3, 12))
+    capture = capture_once(row.build(), row.inputs(3, 12))
     graph = capture.graph_module
     inputs = capture.signature.bind(**row.inputs(2, 7))
     loss, gradients = _losses(graph, inputs)
@@ -57,7 +58,7 @@ def test_split_and_recomputed_layers_are_the_model(row: Architecture) -> None:
 
 def test_a_layer_owns_its_parameters_and_they_stay_the_same_objects() -> None:
     row = ROWS[0]
-    graph = copy_module(capture_training(row.build(), row.inputs(3, 12)).graph_module)
+    graph = copy_module(capture_once(row.build(), row.inputs(3, 12)).graph_module)
     before = dict(graph.named_parameters(remove_duplicate=False))
     split_in_place(graph)
     after = dict(graph.named_parameters(remove_duplicate=False))

@@ -81,10 +81,11 @@ def test_gemma3_has_a_table_for_each_kind_of_layer() -> None:
         "gemma2",
         "gpt_neox_quarter",
         "gpt2",
-        "llama_head_20",
-        "phi3",
         "bloom",
-        "falcon_alibi",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("llama_head_20", "phi3", "falcon_alibi")
+        ),
     ],
 )
 def test_half_precision_is_captured_in_half_precision(name: str) -> None:
@@ -232,7 +233,13 @@ def test_fixed_tables_serve_a_rotary_function_that_is_not_recognised(
     assert max(found.values()) <= TOLERANCE, found
 
 
-@pytest.mark.parametrize("name", ["bloom", "falcon", "falcon_alibi", "falcon_new"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bloom", "falcon_new"),  # with ALiBi, and with rotary embeddings
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("falcon", "falcon_alibi")),
+    ],
+)
 @pytest.mark.parametrize("unfused", [None, "written out for the test"])
 def test_attention_of_its_own_in_other_forms(name: str, unfused: str | None) -> None:
     size = {"hidden_size": 80} if unfused is None else {}

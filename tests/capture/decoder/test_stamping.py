@@ -52,7 +52,11 @@ def content(capture: DecoderCapture) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("row", tiered(DECODERS, CORE), scope="session")
+# Layers of these are equal, as those of other rows of every run.
+ALIKE = {"llama_head_20", "phi3_longrope_long", "cohere", "gpt_neox"}
+
+
+@pytest.mark.parametrize("row", tiered(DECODERS, {*CORE} - ALIKE), scope="session")
 def test_the_graph_is_that_of_a_full_trace(row: Decoder) -> None:
     model, once = captured(row.name)
     whole = capture_decoder(skeleton_of(model), stamp=False)
