@@ -164,10 +164,11 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
     Token ids over the whole vocabulary, floats from a normal distribution.
     """
+    from bone_fx.capture.trace.config_sizes import size_in
     from bone_fx.capture.trace.default_inputs import default_inputs
 
     generator = torch.Generator().manual_seed(0)
-    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 2))
+    vocabulary = size_in(model.config.get_text_config(), "vocab_size") or 2
     inputs = {}
     for name, value in default_inputs(model).items():
         if value.is_floating_point():
