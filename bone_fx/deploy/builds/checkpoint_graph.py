@@ -125,7 +125,7 @@ def _capture_forward(
 ) -> ForwardGraph:
     from bone_fx.capture.forward import capture_forward
     from bone_fx.capture.trace.default_inputs import default_inputs
-    from bone_fx.onnx.forward_model import forward_model
+    from bone_fx.deploy.builds.forward_model import forward_model
 
     model = folded.skeleton.model
     capture = capture_forward(model, default_inputs(model))
