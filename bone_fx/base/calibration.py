@@ -231,7 +231,8 @@ def token_ids(base: BaseCheckpoint, text: Text, folder: Path) -> Tensor:
         raise CalibrationError(
             f"the base's tokenizer cannot be read ({type(error).__name__})"
         ) from error
-    if len(ids) < 2 or int(ids.max()) >= int(base.config.get_text_config().vocab_size):
+    vocabulary = getattr(base.config.get_text_config(), "vocab_size", None)
+    if len(ids) < 2 or (vocabulary is not None and int(ids.max()) >= int(vocabulary)):
         raise CalibrationError("the tokenizer's ids are not the model's")
     return ids
 

@@ -10,8 +10,8 @@ After:
     MoE(x [N, H], scores, …) normalize_routing_weights=1
 
 A softmax of the chosen scores is the same as chosen probabilities divided by their sum. Without
-that division the attribute is 0. Any other routing keeps its node, which nothing translates: who
-captured the model has to write the experts out instead.
+that division the attribute is 0. Any other routing keeps its node, which nothing translates: a
+capture asks `is_known_routing` first, and writes the experts out where it is not known.
 
 `x` stays flat: where ONNX Runtime 1.31 knows that input and output are of one size, as it does for
 [B, S, H], its kernel for the CPU writes over the input while it still reads it.
@@ -50,9 +50,9 @@ def absorb_routing(graph: Graph) -> Outcome:
     return Outcome(modified=changed > 0)
 
 
-def has_routed_experts(graph: Graph) -> bool:
-    """Whether a mixture of experts is left that has no operator."""
-    return any(is_operator(node, DOMAIN, ROUTED) for node in graph.nodes)
+def is_known_routing(chosen: Node | None, weights: Node | None) -> bool:
+    """Whether a RoutedExperts of these operands would become a MoE."""
+    return weights is not None and _routing(chosen, weights) is not None
 
 
 def _absorb(graph: Graph, node: Node) -> bool:

@@ -12,14 +12,20 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrain
 from transformers.pytorch_utils import Conv1D
 
 from bone_fx.adapter_folder import read_adapters
-from bone_fx.base.calibration import CalibrationError, built_in_text, run_in_pieces
+from bone_fx.base.calibration import (
+    CalibrationError,
+    Text,
+    built_in_text,
+    run_in_pieces,
+    token_ids,
+)
 from bone_fx.base.loading import open_base, skeleton
 from bone_fx.deploy.checkpoint_inputs import adapted_sites
 from bone_fx.passes.fold import fold_weight
 from bone_fx.weights.apply_adapters import fold_recipes
 from bone_fx.weights.load_plan import recipes_for
 from bone_fx.weights.recipes.recipe import Recipe
-from tests.end_to_end.tiny import tiny_adapter, tiny_base
+from tests.end_to_end.tiny import tiny_adapter, tiny_base, tiny_tokenizer
 
 IDS = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(3))
 
@@ -93,6 +99,19 @@ def test_model_that_refuses_the_ids(tmp_path: Path) -> None:
     model, recipes, _ = pieces(tiny_base(tmp_path), None)
     with pytest.raises(CalibrationError, match="piece by piece"):
         run_in_pieces(model, recipes, IDS + 128)
+
+
+def test_a_configuration_may_leave_the_size_of_the_vocabulary_open(tmp_path: Path) -> None:
+    base = open_base(tiny_base(tmp_path))
+    tokenizer = tiny_tokenizer(tmp_path)
+    text = Text("a text", "one text of a few words")
+    ids = token_ids(base, text, tokenizer)
+    # As in a configuration of code that came with a checkpoint, whose fields nobody checks.
+    base.config.__dict__.update(vocab_size=None)
+    assert torch.equal(token_ids(base, text, tokenizer), ids)
+    base.config.vocab_size = int(ids.max())
+    with pytest.raises(CalibrationError, match="ids are not the model's"):
+        token_ids(base, text, tokenizer)
 
 
 def test_built_in_text_is_packaged() -> None:

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from bone_fx.capture.forward import capture_forward
-from bone_fx.onnx.forward_model import forward_model
+from bone_fx.deploy.builds.forward_model import forward_model
 from bone_fx.onnx.writer import write_model
 from tests.capture.test_forward import _IMAGE, _PAIR, _TEXT, inputs_for
 from tests.onnx.models import ops, run

@@ -14,8 +14,8 @@ from torch.export import Dim, export
 from bone_fx.base.loading import open_base, skeleton
 from bone_fx.base.skeleton import skeleton_from_config
 from bone_fx.capture.forward import capture_forward
+from bone_fx.deploy.builds.forward_model import forward_model
 from bone_fx.errors import CaptureError, UsageError
-from bone_fx.onnx.forward_model import forward_model
 from bone_fx.onnx.translate import DECOMPOSED
 from bone_fx.onnx.writer import write_model
 from bone_fx.weights.load_plan import recipes_for

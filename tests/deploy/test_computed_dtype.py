@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import bone_fx
 from bone_fx.capture.forward import capture_forward
+from bone_fx.deploy.builds.forward_model import forward_model
 from bone_fx.deploy.builds.module import computed_dtype
-from bone_fx.onnx.forward_model import forward_model
 
 
 class Mixed(nn.Module):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bone_fx.capture.forward import capture_forward
+from bone_fx.deploy.builds.forward_model import forward_model
 from bone_fx.onnx.cleanup.fuse_bias_gelu import FuseBiasGelu
 from bone_fx.onnx.cleanup.fuse_skip_norms import FuseSkipNorms
-from bone_fx.onnx.forward_model import forward_model
 from tests.onnx.models import ops, write_and_run
 from tests.tolerances import assert_agrees
 

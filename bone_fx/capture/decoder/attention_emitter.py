@@ -19,7 +19,7 @@ import torch
 from torch import SymInt, Tensor, nn
 
 from bone_fx.capture.decoder.kv_cache import PassThroughCache, concatenated
-from bone_fx.capture.decoder.masks import MaskKind, MaskRecogniser, UnknownMask
+from bone_fx.capture.decoder.masks import MaskKind, UnknownMask
 from bone_fx.capture.decoder.ort_operators import Attribute, group_query_attention
 from bone_fx.capture.trace.replacements import configured
 from bone_fx.errors import CaptureError
@@ -245,22 +245,22 @@ def causal_bias(
 
 @contextmanager
 def attention_interface(
-    model: nn.Module, attend: Callable[..., Any], horizon: int
+    model: nn.Module, attend: Callable[..., Any], mask: Callable[..., Any]
 ) -> Iterator[None]:
-    """While open, a model's attention is `attend`, and its masks are recognised, not built.
+    """While open, a model's attention is `attend`, and `mask` makes its masks.
 
     Args:
         model: A transformers model; the configurations of all its parts are switched, and switched
             back.
         attend: What transformers calls for each attention.
-        horizon: Highest position the model will see.
+        mask: What transformers calls for each mask.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     attentions, masks = ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS
     attentions.register(IMPLEMENTATION, attend)
-    masks.register(IMPLEMENTATION, MaskRecogniser(horizon))
+    masks.register(IMPLEMENTATION, mask)
     try:
         with configured(model, "_attn_implementation_internal", IMPLEMENTATION):
             yield

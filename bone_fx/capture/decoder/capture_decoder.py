@@ -4,13 +4,12 @@ Nothing is looked up by architecture: what is replaced is recognised by what it 
 is not recognised stays as the model wrote it. A model of which the graph would not be true is
 refused. The flow:
 
-1. `ModelFacts` says what a trace has to know beforehand: the shapes of the cache, whether the model
-   attends by itself, how experts are written. At first it is what the configuration says.
+1. `find_facts` runs the model on a short text and says what a trace has to know beforehand: the
+   shapes of the cache, whether the model attends by itself, which layers are equal.
 2. A `CaptureSession` replaces attention, masks, norms, activations, rotary embeddings, cache, head
    and repeated layers of the model by what emits ONNX Runtime's operators (its table of
    `replacements` names each, with the reason).
-3. `torch.export` traces the model once. A trace that contradicts the facts gives better ones, and
-   the model is traced again with those.
+3. `torch.export` traces the model, once. A trace that contradicts the facts is an error.
 4. Tables and buffers get names (`name_constants`), the passes of `bone_fx.lower` tighten the graph
    (`lower`), and equal layers are copied from the one that was traced.
 5. `DecoderCapture` holds the graph and what its translation and onnxruntime-genai need to know.
@@ -21,31 +20,22 @@ heads, D head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from bone_fx.capture.decoder.attention_emitter import AttentionLayer
-from bone_fx.capture.decoder.experts import BATCHED, OtherRoutingError
-from bone_fx.capture.decoder.interface import axis_names, input_names, output_names, shapes_from
+from bone_fx.capture.decoder.facts import find_facts
+from bone_fx.capture.decoder.interface import axis_names, input_names, output_names
 from bone_fx.capture.decoder.lower_program import columns, constant_names, lower, name_constants
 from bone_fx.capture.decoder.norms import Derived
 from bone_fx.capture.decoder.own_attention import compute_bfloat16_in_float32
-from bone_fx.capture.decoder.session import (
-    CaptureSession,
-    ModelFacts,
-    OtherFactsError,
-    SessionOptions,
-)
+from bone_fx.capture.decoder.session import CaptureSession, SessionOptions
 from bone_fx.capture.trace.config_sizes import size_in
 from bone_fx.collector import old_objects_left_alone
 from bone_fx.errors import CaptureError
-
-TRACES = 6
-"""Most traces of a model: each of its three facts may be another one than assumed, and the shapes
-of the cache again once the other two are known."""
 
 
 @dataclass
@@ -122,21 +112,9 @@ def capture_decoder(
         stamp=stamp,
         last_token_logits=last_token_logits,
     )
-    facts = ModelFacts(tuple(shapes_from(text_config)))
-    what = ""
-    for _ in range(TRACES):
-        try:
-            with old_objects_left_alone():
-                return _capture(CaptureSession(model, text_config, facts, options))
-        except OtherFactsError as other:
-            facts, what = other.facts, other.what
-        except OtherRoutingError:
-            facts, what = replace(facts, experts=BATCHED), "the routing of experts"
-    raise CaptureError(
-        f"{type(model).__name__} changes from trace to trace: {what}",
-        expected="a model that is the same in every forward",
-        found=str(facts),
-    )
+    with old_objects_left_alone():
+        facts = find_facts(model, text_config)
+        return _capture(CaptureSession(model, text_config, facts, options))
 
 
 def _capture(session: CaptureSession) -> DecoderCapture:

@@ -9,29 +9,28 @@ Shape letters: N tokens, X experts, C chosen experts a token, H hidden width, I 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
 from bone_fx.capture.decoder.ort_operators import Attribute, routed_experts
 from bone_fx.capture.trace.outside_trace import untraced
 from bone_fx.capture.trace.replacements import configured
+from bone_fx.lower.absorb_routing import is_known_routing
 
 BATCHED = "batched_mm"
 """The form of transformers' mixtures of experts that is ATen operators without a loop over data."""
 
-FUSED = "bone_fx_experts"
+IMPLEMENTATION = "bone_fx_experts"
 
 _INNER = 64
 _FAR = 1e6
-
-
-class OtherRoutingError(Exception):
-    """A mixture of experts routes in a way that ONNX Runtime's operator does not know."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,8 @@ def experts_forward(
         or experts._is_expert_parallel
         or getattr(experts, "has_post_expert_norm", False)
     )
-    gate = None if unusual else recognise_gate(experts)
+    known = not unusual and is_known_routing(_node_of(index_NC), _node_of(weights_NC))
+    gate = recognise_gate(experts) if known else None
     if gate is None:
         output: Tensor = ALL_EXPERTS_FUNCTIONS[BATCHED](experts, hidden_NH, index_NC, weights_NC)
         return output
@@ -154,14 +154,28 @@ def _interleaved(stacked: Tensor) -> Tensor:
     return pairs.reshape(experts, rows, *rest)
 
 
+def _node_of(tensor: Tensor) -> Node | None:
+    """The node whose value a tensor is in the graph that is being traced."""
+    mode = get_proxy_mode()
+    slot = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
+    return None if slot is None else slot.proxy.node
+
+
 @contextmanager
-def experts_interface(model: nn.Module, implementation: str) -> Iterator[None]:
-    """While open, a model's mixtures of experts are written as `FUSED` or `BATCHED` says."""
+def experts_interface(model: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """While open, a model's mixtures of experts are what `forward` makes of them.
+
+    Args:
+        model: A transformers model; the configurations of all its parts are switched, and switched
+            back.
+        forward: What transformers calls with the experts, their input, the experts chosen for each
+            token and their weights.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(FUSED, experts_forward)
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
     try:
-        with configured(model, "_experts_implementation_internal", implementation):
+        with configured(model, "_experts_implementation_internal", IMPLEMENTATION):
             yield
     finally:
-        type(ALL_EXPERTS_FUNCTIONS)._global_mapping.pop(FUSED, None)
+        type(ALL_EXPERTS_FUNCTIONS)._global_mapping.pop(IMPLEMENTATION, None)

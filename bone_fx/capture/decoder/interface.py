@@ -5,10 +5,13 @@ The names are those of onnxruntime-genai.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
@@ -106,3 +109,21 @@ def example_inputs(
             "attention_mask": torch.ones(BATCH, PAST + NEW, dtype=torch.long),
             "past_key_values": pasts,
         }
+
+
+def model_inputs(
+    forward: Callable[..., Any],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    positions: Tensor,
+    cache: object,
+) -> dict[str, Any]:
+    """The arguments of a model's own forward; the positions only where it takes any."""
+    takes_positions = "position_ids" in inspect.signature(forward).parameters
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "past_key_values": cache,
+        "use_cache": True,
+        **({"position_ids": positions} if takes_positions else {}),
+    }

@@ -177,18 +177,5 @@ class PassThroughCache:
 
 def concatenated(past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Present key and value [B, K, P + S, D] from the past and the new ones."""
-    key, value = (
-        torch.cat((_of_shape(old, new), new), dim=2) for old, new in zip(past, new, strict=True)
-    )
+    key, value = (torch.cat(pair, dim=2) for pair in zip(past, new, strict=True))
     return key, value
-
-
-def _of_shape(past: Tensor, new: Tensor) -> Tensor:
-    """The past, or zeros where its heads were guessed wrong, so that the trace gets to the end.
-
-    What heads there are is known then, and the next trace has a past that fits.
-    """
-    batch, heads, _, size = new.shape
-    if past.shape[1] == heads and past.shape[3] == size:
-        return past
-    return new.new_zeros(batch, heads, past.shape[2], size)

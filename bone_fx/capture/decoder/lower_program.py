@@ -8,10 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 
-from bone_fx.capture.decoder.experts import OtherRoutingError
 from bone_fx.capture.decoder.pasts import SharedPasts, describe_call, spread_pasts
 from bone_fx.graphs import copy_graph
-from bone_fx.lower.absorb_routing import has_routed_experts
 from bone_fx.lower.constant_indices import slice_by_constants
 from bone_fx.lower.stamp import stamp
 from bone_fx.lower.table import LAYER_PASSES, PASSES
@@ -25,9 +23,6 @@ def lower(program: ExportedProgram, shared: SharedPasts | None = None) -> None:
     Args:
         program: The trace of a decoder.
         shared: How layers share the inputs of the trace; None if they do not.
-
-    Raises:
-        OtherRoutingError: The experts have to be written out.
     """
     for node in program.graph.find_nodes(
         op="call_function", target=torch.ops.aten._assert_tensor_metadata.default
@@ -39,8 +34,6 @@ def lower(program: ExportedProgram, shared: SharedPasts | None = None) -> None:
     program.graph_module.graph = copy_graph(program.graph)
     frame = Frame(program.graph, sweep=True)
     frame.run_table(LAYER_PASSES)
-    if has_routed_experts(program.graph):
-        raise OtherRoutingError
     if shared is not None:
         spread_pasts(program, shared)
     frame.run(stamp, _names(program))

@@ -6,10 +6,9 @@ heads, D head size.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +23,13 @@ from bone_fx.capture.decoder.attention_emitter import (
     attention_interface,
     why_plain,
 )
-from bone_fx.capture.decoder.experts import FUSED, experts_interface
-from bone_fx.capture.decoder.interface import KeyValueShape, dynamic_shapes, example_inputs
+from bone_fx.capture.decoder.experts import experts_forward, experts_interface
+from bone_fx.capture.decoder.facts import ModelFacts, not_captured
+from bone_fx.capture.decoder.interface import dynamic_shapes, example_inputs, model_inputs
 from bone_fx.capture.decoder.kv_cache import PassThroughCache
 from bone_fx.capture.decoder.last_tokens import head_of_last_tokens
+from bone_fx.capture.decoder.masks import MaskRecogniser
 from bone_fx.capture.decoder.norms import (
-    PLUS_ONE,
     derived_constants,
     norms_as_operators,
     recognise_norms,
@@ -46,39 +46,10 @@ from bone_fx.capture.trace.replacements import (
     graphs_compiled_when_called,
     without_remarks,
 )
-from bone_fx.errors import BoneFxError, CaptureError, first_line
+from bone_fx.errors import BoneFxError, CaptureError
 
 DEFAULT_POSITIONS = 1 << 15
 """Positions of the rotary tables where no configuration limits them."""
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a trace has to know of a model beforehand.
-
-    Attributes:
-        shapes: Heads, key columns and value columns of the cache, by layer.
-        own_attention: Whether the model attends by itself and does not ask transformers.
-        experts: transformers' name of how mixtures of experts are written.
-    """
-
-    shapes: tuple[KeyValueShape, ...]
-    own_attention: bool = False
-    experts: str = FUSED
-
-
-class OtherFactsError(Exception):
-    """A trace contradicts what was assumed about the model.
-
-    Attributes:
-        facts: What the trace says.
-        what: The fact that is another one, in words.
-    """
-
-    def __init__(self, facts: ModelFacts, what: str) -> None:
-        super().__init__(what)
-        self.facts = facts
-        self.what = what
 
 
 @dataclass(frozen=True)
@@ -115,12 +86,12 @@ class Replacement(NamedTuple):
 
 
 class CaptureSession:
-    """One trace of a model under facts that are assumed.
+    """One trace of a model.
 
     Args:
         model: The model; it is as it was after `trace`.
         config: The configuration of its text part.
-        facts: What is assumed about it; `trace` raises OtherFactsError where it is wrong.
+        facts: What is known about it beforehand.
         options: The caller's choices.
 
     Attributes:
@@ -139,7 +110,7 @@ class CaptureSession:
         self.model = model
         self.facts = facts
         self.options = options
-        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self.dtype = facts.dtype
         self.horizon = options.context_length or size_in(config, "n_positions") or DEFAULT_POSITIONS
         self.unfused = options.unfused or (OWN_ATTENTION if facts.own_attention else None)
         self.plain = self.unfused is not None or any(why_plain(k, v) for _, k, v in facts.shapes)
@@ -184,9 +155,9 @@ class CaptureSession:
             ),
             Replacement(
                 "mixtures of experts",
-                self.facts.experts,
+                "MoE, or batched products",
                 "transformers' own loop over experts depends on the data",
-                experts_interface(model, self.facts.experts),
+                experts_interface(model, experts_forward),
             ),
         ]
         if not self.facts.own_attention:
@@ -195,7 +166,7 @@ class CaptureSession:
                     "attention and masks",
                     "GroupQueryAttention, or plain operators",
                     "the operator joins past and new tokens in place",
-                    attention_interface(model, self._attend, self.horizon),
+                    attention_interface(model, self._attend, MaskRecogniser(self.horizon)),
                 )
             )
         if options.last_token_logits:
@@ -213,9 +184,7 @@ class CaptureSession:
                     "equal layers",
                     "one node each",
                     "a trace takes as long as its distinct layers",
-                    equal_layers_once(
-                        model, len(self.facts.shapes), self._current_emitter, {PLUS_ONE}
-                    ),
+                    equal_layers_once(self.facts.layers, self._current_emitter, traced=True),
                 )
             )
         table.append(
@@ -240,8 +209,7 @@ class CaptureSession:
         """Traces the model.
 
         Raises:
-            OtherFactsError: The model is not what the facts say.
-            CaptureError: It cannot be captured.
+            CaptureError: The model cannot be captured, or is not what the facts say.
         """
         mode = detect_fake_mode(list(self.model.parameters()))
         arguments = example_inputs(self._inputs, self.dtype, mode)
@@ -251,10 +219,10 @@ class CaptureSession:
                 return torch.export.export(
                     self.model, (), arguments, dynamic_shapes=shapes, strict=False
                 )
-        except OtherFactsError:
-            raise
         except Exception as error:  # whatever a model's own code may raise
-            raise self._reason(error) from error
+            if self.emitter is not None and not isinstance(error, BoneFxError):
+                self.emitter.cache.refuse_waiting()
+            raise not_captured(self.model, error) from error
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, past_key_values: list[Tensor]
@@ -286,19 +254,16 @@ class CaptureSession:
         self.last_tokens = valid_B - before_B - 1
         self.emitter = AttentionEmitter(cache, attention_mask, lengths, layers, self.unfused)
         self.rotary.begin(positions, valid_B, (lengths[1], total))
-        takes_positions = "position_ids" in inspect.signature(self._forward).parameters
-        output = self._forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            use_cache=True,
-            **({"position_ids": positions} if takes_positions else {}),
-        )
+        inputs = model_inputs(self._forward, input_ids, attention_mask, positions, cache)
+        output = self._forward(**inputs)
         presents = cache.finish()
         shapes = tuple((a.kv_heads, a.key_size, a.value_size) for a in self.layers)
         if shapes != self.facts.shapes:
-            facts = replace(self.facts, shapes=shapes)
-            raise OtherFactsError(facts, "the shapes of its key/value cache")
+            raise CaptureError(
+                f"{type(self.model).__name__} changes from run to run: the shapes of its cache",
+                expected=f"heads, key and value columns by layer: {self.facts.shapes}",
+                found=str(shapes),
+            )
         return (output.logits, *(t for pair in presents for t in pair))
 
     @property
@@ -322,17 +287,3 @@ class CaptureSession:
     def _current_last_tokens(self) -> Tensor:
         assert self.last_tokens is not None
         return self.last_tokens
-
-    def _reason(self, error: Exception) -> Exception:
-        """Why a trace failed: the model attends by itself, or cannot be captured at all."""
-        if self.emitter is not None and not self.emitter.called and not self.facts.own_attention:
-            facts = replace(self.facts, own_attention=True)
-            return OtherFactsError(facts, "whether it asks transformers for its attention")
-        if isinstance(error, BoneFxError):
-            return error
-        if self.emitter is not None:
-            self.emitter.cache.refuse_waiting()
-        return CaptureError(
-            f"{type(self.model).__name__} cannot be captured as a decoder: {first_line(error)}",
-            expected="a forward without decisions that depend on the data",
-        )

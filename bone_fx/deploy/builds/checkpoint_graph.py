@@ -125,7 +125,7 @@ def _capture_forward(
 ) -> ForwardGraph:
     from bone_fx.capture.forward import capture_forward
     from bone_fx.capture.trace.default_inputs import default_inputs
-    from bone_fx.onnx.forward_model import forward_model
+    from bone_fx.deploy.builds.forward_model import forward_model
 
     model = folded.skeleton.model
     capture = capture_forward(model, default_inputs(model))
@@ -164,10 +164,11 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
     Token ids over the whole vocabulary, floats from a normal distribution.
     """
+    from bone_fx.capture.trace.config_sizes import size_in
     from bone_fx.capture.trace.default_inputs import default_inputs
 
     generator = torch.Generator().manual_seed(0)
-    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 2))
+    vocabulary = size_in(model.config.get_text_config(), "vocab_size") or 2
     inputs = {}
     for name, value in default_inputs(model).items():
         if value.is_floating_point():

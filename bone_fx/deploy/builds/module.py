@@ -72,7 +72,7 @@ def build_module(base: object, options: ExportOptions, progress: Progress) -> Mo
         ExportError: For CUDA, an operator has no kernel there.
     """
     from bone_fx.capture.forward import capture_forward
-    from bone_fx.onnx.forward_model import forward_model
+    from bone_fx.deploy.builds.forward_model import forward_model
     from bone_fx.train.adapted_module import AdaptedModule
 
     progress.stage("capture")

@@ -63,15 +63,12 @@ def with_number(
     return replaced()
 
 
-def layer_key(
-    layer: nn.Module, places: Collection[Place], computed: Collection[nn.Module | str]
-) -> Hashable:
+def layer_key(layer: nn.Module, places: Collection[Place]) -> Hashable:
     """What a layer is, apart from its number and the values of its parameters.
 
     Args:
-        layer: The layer, as its forward will see it.
+        layer: The layer.
         places: Where its number stands.
-        computed: Names of buffers without a value of their own.
     """
     inside = {id(m): path for path, m in layer.named_modules()}
     tensors: dict[int, int] = {}
@@ -84,7 +81,7 @@ def layer_key(
         for name, buffer in module._buffers.items():
             parts.append((name, name in module._non_persistent_buffers_set))
             if buffer is not None:
-                parts.append(_form(buffer) if name in computed else _content(buffer))
+                parts.append(_content(buffer))
         for name, value in sorted(vars(module).items()):
             if name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
                 continue

@@ -8,7 +8,7 @@ that does more than turn one tensor into another through one attention is always
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,17 +41,60 @@ class _Traced:
     kept: object
 
 
+@dataclass(frozen=True)
+class LayerList:
+    """The layers of a model, in their order.
+
+    Attributes:
+        paths: Their paths.
+        layers: The layers.
+        places: Where each has its number.
+        keys: What each is, apart from its number; without those that share tensors with others.
+    """
+
+    paths: list[str]
+    layers: list[nn.Module]
+    places: list[Place]
+    keys: dict[int, Hashable]
+
+
+def layer_lists(model: nn.Module, count: int) -> list[LayerList]:
+    """The lists of so many layers in a model of which nothing is replaced yet."""
+    uses: dict[int, int] = {}
+    count_tensors(model, uses)
+    lists = []
+    for path, modules in model.named_modules():
+        if not isinstance(modules, nn.ModuleList) or len(modules) != count:
+            continue
+        layers = list(modules)
+        if len({id(layer) for layer in layers}) != count:
+            continue
+        places = numbers_of(layers)
+        keys = {
+            index: layer_key(layer, places)
+            for index, layer in enumerate(layers)
+            if "forward" not in vars(layer) and is_alone(layer, uses)
+        }
+        lists.append(LayerList([f"{path}.{i}" for i in range(count)], layers, places, keys))
+    return lists
+
+
 class _Stamper:
-    """Stands before the forward of each layer of one list."""
+    """Stands before the forward of each layer of one list.
+
+    Args:
+        of: The list.
+        emitter: Gives the emitter of the current forward.
+        traced: Whether there is a graph to mark layers in.
+    """
 
     def __init__(
-        self, paths: list[str], layers: list[nn.Module], emitter: Callable[[], AttentionEmitter]
+        self, of: LayerList, emitter: Callable[[], AttentionEmitter], *, traced: bool
     ) -> None:
-        self.paths = paths
-        self.layers = layers
-        self.places: list[Place] = numbers_of(layers)
+        self.paths, self.layers = of.paths, of.layers
+        self.places, self.keys = of.places, of.keys
         self.emitter = emitter
-        self.keys: dict[int, Hashable] = {}
+        self._mark = _mark if traced else _no_mark
         self._traced: dict[Hashable, _Traced] = {}
         self._last_emitter: AttentionEmitter | None = None
 
@@ -63,7 +106,7 @@ class _Stamper:
             self._last_emitter = emitter
             self._traced.clear()
         hidden = _hidden(args, kwargs)
-        if hidden is None or index not in self.keys:
+        if hidden is None:
             return run(layer, *args, **kwargs)
         alike = emitter.cache.pasts.like(index)
         others = pytree.tree_map(lambda x: None if x is hidden else x, (args, kwargs))
@@ -75,7 +118,9 @@ class _Stamper:
         traced = self._traced.get(key)
         if traced is not None:
             return self._stamped(traced, index, hidden)
-        entered = _mark(ENTRY, (hidden, *emitter.cache.pasts.of_layer(index)), self.paths[index])
+        entered = self._mark(
+            ENTRY, (hidden, *emitter.cache.pasts.of_layer(index)), self.paths[index]
+        )
         args, kwargs = pytree.tree_map(lambda x: entered if x is hidden else x, (args, kwargs))
         number = LayerNumber(index)
         before = len(emitter.layers)
@@ -93,7 +138,7 @@ class _Stamper:
             or set(emitter.cache.presents) - presents != {index}
         ):
             return output
-        left = _mark(EXIT, (tensors[0], *emitter.cache.presents[index]), self.paths[index])
+        left = self._mark(EXIT, (tensors[0], *emitter.cache.presents[index]), self.paths[index])
         output = pytree.tree_map(lambda x: left if x is tensors[0] else x, output)
         self._traced[key] = _Traced(index, output, (others, hidden))
         return output
@@ -101,14 +146,8 @@ class _Stamper:
     def _stamped(self, traced: _Traced, index: int, hidden: Tensor) -> Any:
         emitter = self.emitter()
         former = next(t for t in pytree.tree_leaves(traced.output) if t is not None)
-        output = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{LAYER}",
-            (hidden,),
-            {"of": self.paths[traced.number], "path": self.paths[index], "layer": index},
-            dtype=former.dtype,
-            shape=former.shape,
-            version=1,
-        )
+        of = self.paths[traced.number]
+        output = self._mark(LAYER, (hidden,), self.paths[index], like=former, of=of, layer=index)
         emitter.cache.refuse_waiting()
         emitter.cache.stamped.add(index)
         facts = next(f for f in emitter.layers if f.layer == traced.number)
@@ -124,47 +163,48 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return first if sum(x is first for x in pytree.tree_leaves((args, kwargs))) == 1 else None
 
 
-def _mark(kind: str, tensors: tuple[Tensor, ...], path: str) -> Tensor:
-    hidden = tensors[0]
+def _no_mark(
+    _kind: str, tensors: tuple[Tensor, ...], _path: str, like: Tensor | None = None, **_: int | str
+) -> Tensor:
+    return tensors[0] if like is None else like
+
+
+def _mark(
+    kind: str,
+    tensors: tuple[Tensor, ...],
+    path: str,
+    like: Tensor | None = None,
+    **more: int | str,
+) -> Tensor:
+    like = tensors[0] if like is None else like
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::{kind}",
         tensors,
-        {"path": path},
-        dtype=hidden.dtype,
-        shape=hidden.shape,
+        {"path": path, **more},
+        dtype=like.dtype,
+        shape=like.shape,
         version=1,
     )
 
 
 @contextmanager
 def equal_layers_once(
-    model: nn.Module, count: int, emitter: Callable[[], AttentionEmitter], computed: set[str]
+    lists: Sequence[LayerList], emitter: Callable[[], AttentionEmitter], *, traced: bool
 ) -> Iterator[None]:
-    """While open, the model's equal layers are traced once.
+    """While open, equal layers run once.
 
     Args:
-        model: The model, its norms already replaced.
-        count: Number of layers of the cache; only lists of that length are looked at.
+        lists: Those of the model.
         emitter: Gives the emitter of the current forward when a layer is called.
-        computed: Names in their modules of buffers that have no value of their own.
+        traced: Whether the model is traced, so that each layer leaves marks.
     """
-    uses: dict[int, int] = {}
-    count_tensors(model, uses)
     wrapped: list[nn.Module] = []
     try:
-        for path, modules in model.named_modules():
-            if not isinstance(modules, nn.ModuleList) or len(modules) != count:
-                continue
-            layers = list(modules)
-            if len({id(layer) for layer in layers}) != count:
-                continue
-            stamper = _Stamper([f"{path}.{i}" for i in range(count)], layers, emitter)
-            for index, layer in enumerate(layers):
-                if "forward" not in vars(layer) and is_alone(layer, uses):
-                    stamper.keys[index] = layer_key(layer, stamper.places, computed)
-            for index in stamper.keys:
-                vars(layers[index])["forward"] = _forward(stamper, index)
-                wrapped.append(layers[index])
+        for layers in lists:
+            stamper = _Stamper(layers, emitter, traced=traced)
+            for index in layers.keys:
+                vars(layers.layers[index])["forward"] = _forward(stamper, index)
+                wrapped.append(layers.layers[index])
         yield
     finally:
         for layer in wrapped:

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-from torch.export import ExportedProgram
 
-from bone_fx.onnx.dim_names import DimNames
 from bone_fx.onnx.translate import translate
 from bone_fx.weights.recipes.recipe import Recipe
 
-
-class CapturedForward(Protocol):
-    """What a capture says about itself (`bone_fx.capture.forward.ForwardCapture`)."""
-
-    @property
-    def program(self) -> ExportedProgram:
-        """Flat tensors in and out."""
-
-    @property
-    def input_names(self) -> Sequence[str]:
-        """Names of the inputs, in order."""
-
-    @property
-    def output_names(self) -> Sequence[str]:
-        """Names of the outputs, in order."""
-
-    @property
-    def dim_names(self) -> DimNames:
-        """Names of the dimensions that vary."""
+if TYPE_CHECKING:
+    from bone_fx.capture.forward import ForwardCapture
 
 
 def forward_model(
-    capture: CapturedForward,
+    capture: ForwardCapture,
     recipes: Mapping[str, Recipe] | None = None,
     *,
     skip_norms: bool = False,
