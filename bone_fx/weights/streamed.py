@@ -9,7 +9,7 @@ of one module are there at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -80,9 +80,9 @@ class StreamedWeight(nn.Parameter):
     # A tensor's class takes its arguments here; `nn.Parameter` has others.
     def __new__(  # noqa: D102 - documented on the class
         cls, shape: torch.Size, dtype: torch.dtype, load: Load, room: Room, module: str
-    ) -> StreamedWeight:
+    ) -> Self:
         make: Any = torch.Tensor._make_wrapper_subclass
-        weight: StreamedWeight = make(cls, shape, dtype=dtype, device="cpu", requires_grad=False)
+        weight: Self = make(cls, shape, dtype=dtype, device="cpu", requires_grad=False)
         weight._load, weight._room, weight._module, weight._key = load, room, module, object()
         return weight
 
