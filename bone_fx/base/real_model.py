@@ -1,10 +1,12 @@
 """The checkpoint with its weights, as transformers runs it.
 
-The reference that verification compares with.
+The reference that verification compares with. One that has no room in memory is made of weights
+that are read as they are used (`base.streamed_model`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,23 @@ if TYPE_CHECKING:
 
 logging: Any = _logging  # without annotations in transformers
 
+_SHARE = 0.5
+"""Part of the available memory that the weights of a reference may take: ONNX Runtime holds the
+export's own beside them."""
+
+
+def room_for(base: BaseCheckpoint, available: int | None) -> int | None:
+    """Bytes of weights that a model may keep in memory; None if it has room as a whole.
+
+    Args:
+        base: The base model.
+        available: Bytes of memory that can be used; None where that is not known.
+    """
+    whole = sum(4 * math.prod(tensor.shape) for tensor in base.tensors.values())
+    if available is None or whole <= _SHARE * available:
+        return None
+    return int(_SHARE * available)
+
 
 def load_model(
     base: BaseCheckpoint,
@@ -31,6 +50,7 @@ def load_model(
     overrides: Mapping[str, Any],
     heads: Mapping[str, Tensor],
     untied: Collection[str] = (),
+    room: int | None = None,
 ) -> PreTrainedModel:
     """The model in float32 and eval mode, with its real weights.
 
@@ -40,10 +60,15 @@ def load_model(
         overrides: Fields of the configuration to set.
         heads: Parameters that the adapters bring, which the model gets too.
         untied: Parameters that get a tensor of their own though the model ties them.
+        room: Bytes of weights that may stay in memory, the others are streamed; None for all.
 
     Raises:
         BaseModelError: A parameter has no bytes, in the base or in `heads`.
     """
+    if room is not None:
+        from bone_fx.base.streamed_model import streamed_model
+
+        return streamed_model(base, architecture, overrides, heads, untied, room)
     config = with_overrides(base.config, overrides)
     with quiet_loading(), without_adapter(base.folder) as folder:
         model, report = cast(Any, architecture).from_pretrained(

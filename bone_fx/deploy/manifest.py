@@ -144,6 +144,7 @@ def _verification_entry(parity: Parity, options: ExportOptions) -> dict[str, Any
 def figures_of(parity: Parity) -> dict[str, Any]:
     """What a comparison with torch found, as a manifest says it."""
     return {
+        "reference": parity.reference,
         "tolerance": parity.tolerance,
         "figures": {name: float(f"{value:.3g}") for name, value in parity.figures.items()},
         "cases": len(parity.cases),

@@ -1,6 +1,7 @@
 """The verification of an export of a checkpoint: right after it was written, or later.
 
-1. transformers loads the reference, and `verify.peft_layout` reads the adapters.
+1. transformers loads the reference, and `verify.peft_layout` reads the adapters. A reference that
+   is large beside the available memory is streamed (`base.streamed_model`), and that is recorded.
 2. Every constant of the graph is compared with the reference's parameters, and the tables of
    positions with its rotary modules (`verify.constants`, `verify.rotary_tables`).
 3. The graph is run beside the reference (`verify.decoder.compare_decoder`,
@@ -30,6 +31,10 @@ from bone_fx.verify.parity import Parity
 _TEXT_TOKENS = 128
 _SAMPLE, _SAMPLES = 256, 8
 """Tokens of a piece of the samples, and pieces that are run."""
+_STREAMED = (
+    "the reference had no room in memory: its weights were streamed through the exporter's own"
+    " reader, which a comparison on a larger machine would leave out"
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ def verify_checkpoint(
     provider: str,
     level: str,
     samples: str | Path | None = None,
+    memory: int | None = None,
 ) -> Parity:
     """Compare an export with the base under its adapters, unmerged and folded.
 
@@ -68,12 +74,14 @@ def verify_checkpoint(
         provider: ONNX Runtime's provider to run it on, `"cpu"` or `"cuda"`.
         level: `"full"` or `"fast"`.
         samples: A text whose likelihood is measured.
+        memory: Bytes that can be used; None asks the system.
 
     Raises:
         VerificationError: They disagree.
         UsageError: There are samples and no decoder, or no tokenizer.
     """
-    from bone_fx.base.real_model import load_model
+    from bone_fx.base.real_model import load_model, room_for
+    from bone_fx.base.sizes.memory import available_memory
     from bone_fx.verify.compare_forward import verify_model
     from bone_fx.verify.compare_quantized import RoundedWeights, Written
     from bone_fx.verify.constants import verify_constants
@@ -85,8 +93,9 @@ def verify_checkpoint(
 
     folder, short = exported.folder, level == "fast"
     texts = () if samples is None else _sample_texts(exported, inputs, Path(samples))
+    room = room_for(inputs.checkpoint, available_memory() if memory is None else memory)
     model: Any = load_model(
-        inputs.checkpoint, inputs.architecture, inputs.overrides, inputs.heads, inputs.untied
+        inputs.checkpoint, inputs.architecture, inputs.overrides, inputs.heads, inputs.untied, room
     )
     adapters = [PeftAdapter.read(each.path) for _, each in inputs.adapters]
     compared = verify_constants(folder, model, adapters)
@@ -121,6 +130,9 @@ def verify_checkpoint(
             )
             parity = verify_decoder(graph, model, adapters, checks, written)
     unnamed = [name for name in compared.others if name not in tables]
+    if room is not None:
+        parity.reference = "streamed"
+        parity.warnings.append(_STREAMED)
     parity.add_constants(len(compared.parameters) + len(tables), unnamed)
     if exported.examples is None:
         graph = WrittenGraph(folder / MODEL_FILE, provider)

@@ -6,8 +6,9 @@ float graph is; what the rounding itself costs is a figure beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from bone_fx.errors import VerificationError
 from bone_fx.onnx.packed_names import groups_of, parts_of
+from bone_fx.verify.graph import tensor_of
 from bone_fx.weights.recipes.nbits import QuantizedGroups, unpack
 from bone_fx.weights.recipes.reorder import row_order
+from bone_fx.weights.streamed import change, replacement
 
 LARGEST_ERROR = {4: 0.25, 8: 0.02}
 """Norm of a weight's rounding error by bits, relative to the weight's norm."""
@@ -46,10 +49,11 @@ class Written:
             VerificationError: A written weight is not the model's, rounded to nearest.
         """
         loaded = 0
-        written = _weights(self.folder / "model.onnx")
-        for name, gathered, groups, bits in _apart(written, model):
-            owner, attribute, weight = _parameter(model, name, gathered)
+        for written in _weights(self.folder / "model.onnx", model):
+            name, bits = written.name, written.bits
+            owner, attribute, weight = _parameter(model, name, gathered=written.gathered)
             stored = weight.detach().float()
+            groups = written.groups()
             values = groups.values()
             # A product's weight lies [N, K] in the file; the model may keep it [K, N].
             fits = [w for w in (stored, stored.t()) if w.shape == values.shape]
@@ -61,8 +65,8 @@ class Written:
                     found=wrong[0] if wrong else f"shape {list(values.shape)}",
                     next_step="nothing was published; the build is kept as <output>.rejected",
                 )
-            as_stored = values if fits[wrong.index("")] is stored else values.t()
-            setattr(owner, attribute, nn.Parameter(as_stored.contiguous(), requires_grad=False))
+            written = replace(written, transposed=fits[wrong.index("")] is not stored)
+            setattr(owner, attribute, replacement(weight, written.as_stored(values), written.read))
             loaded += 1
         return loaded
 
@@ -73,35 +77,67 @@ class RoundedWeights(Written):
     def load_into(self, model: nn.Module) -> int:
         """Round a folded model's weights as the written ones are; returns how many."""
         parameters = list(model.parameters())
-        with torch.no_grad():
-            for parameter in parameters:
-                parameter.copy_(parameter.bfloat16())
+        for parameter in parameters:
+            change(parameter, _rounded)
         return len(parameters)
 
 
-def _apart(
-    written: Iterable[tuple[str, bool, QuantizedGroups, int]], model: nn.Module
-) -> Iterator[tuple[str, bool, QuantizedGroups, int]]:
-    """Weights that were packed into one product, each by itself."""
-    for name, gathered, groups, bits in written:
-        parts = parts_of(name)
-        if (order := groups_of(name.partition(".codes")[0])) is not None:
-            back = torch.argsort(row_order(*order))
-            ordered = (tensor[back] for tensor in (groups.codes, groups.scales, groups.zeros))
-            yield name, gathered, QuantizedGroups(*ordered), bits
-            continue
-        if len(parts) == 1:
-            yield name, gathered, groups, bits
-            continue
-        rows = [_parameter(model, part, gathered)[2].shape[0] for part in parts]
-        tensors = (groups.codes, groups.scales, groups.zeros)
-        pieces = zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
-        for part, piece in zip(parts, pieces, strict=True):
-            yield part, gathered, QuantizedGroups(*piece), bits
+def _rounded(weight: Tensor) -> Tensor:
+    return weight.bfloat16().to(weight.dtype)
 
 
-def _weights(path: Path) -> Iterator[tuple[str, bool, QuantizedGroups, int]]:
-    """Name, whether rows are gathered, content and bits of each quantized weight."""
+@dataclass(frozen=True)
+class _Weight:
+    """A quantized weight in a file, or the rows of one that are a parameter's.
+
+    Attributes:
+        name: The parameter's name, or what begins with it.
+        gathered: Whether rows are gathered; else it is a product's.
+        bits: Of a code.
+        size: Values that share a scale.
+        codes: Packed codes.
+        scales: Their scales.
+        zeros: Their packed zero points; None for the middle code.
+        rows: Takes the parameter's rows, in its order, of a tensor.
+        transposed: Whether the parameter lies the other way round.
+    """
+
+    name: str
+    gathered: bool
+    bits: int
+    size: int
+    codes: ir.Value
+    scales: ir.Value
+    zeros: ir.Value | None
+    rows: Callable[[Tensor], Tensor] = torch.Tensor.contiguous
+    transposed: bool = False
+
+    def groups(self) -> QuantizedGroups:
+        """The content."""
+        scales_NG = self._content(self.scales)
+        zeros_NG = (
+            torch.full(scales_NG.shape, 1 << (self.bits - 1), dtype=torch.uint8)
+            if self.zeros is None
+            else unpack(self._content(self.zeros), self.bits, scales_NG.shape[1])
+        )
+        codes_NGB = unpack(self._content(self.codes), self.bits, self.size)
+        return QuantizedGroups(codes_NGB, scales_NG, zeros_NG)
+
+    def read(self) -> Tensor:
+        """The parameter that the codes stand for, in float32."""
+        return self.as_stored(self.groups().values())
+
+    def as_stored(self, values: Tensor) -> Tensor:
+        """Values as the parameter keeps them."""
+        return (values.t() if self.transposed else values).contiguous()
+
+    def _content(self, value: ir.Value) -> Tensor:
+        assert value.const_value is not None
+        return self.rows(tensor_of(value.const_value))
+
+
+def _weights(path: Path, model: nn.Module) -> Iterator[_Weight]:
+    """The quantized weights of a file; those that were packed into one product each by itself."""
     for node in ir.load(path).graph:
         gathered = node.op_type == "GatherBlockQuantized"
         if not gathered and node.op_type != "MatMulNBits":
@@ -114,25 +150,25 @@ def _weights(path: Path) -> Iterator[tuple[str, bool, QuantizedGroups, int]]:
             node.inputs[i] if i < len(node.inputs) else None for i in (second, second + 1)
         )
         bits, size = (node.attributes[n].as_int() for n in ("bits", "block_size"))
-        scales_NG = _content(scales)
-        count = scales_NG.shape[1]
-        zeros_NG = (
-            torch.full(scales_NG.shape, 1 << (bits - 1), dtype=torch.uint8)
-            if zeros is None
-            else unpack(_content(zeros), bits, count)
-        )
         assert codes is not None
-        codes_NGB = unpack(_content(codes), bits, size)
-        yield str(codes.name), gathered, QuantizedGroups(codes_NGB, scales_NG, zeros_NG), bits
+        assert scales is not None
+        whole = _Weight(str(codes.name), gathered, bits, size, codes, scales, zeros)
+        parts = parts_of(whole.name)
+        if (order := groups_of(whole.name.partition(".codes")[0])) is not None:
+            back = torch.argsort(row_order(*order))
+            yield replace(whole, rows=partial(torch.index_select, dim=0, index=back))
+        elif len(parts) == 1:
+            yield whole
+        else:
+            start = 0
+            for part in parts:
+                count = _parameter(model, part, gathered=gathered)[2].shape[0]
+                rows = partial(torch.narrow, dim=0, start=start, length=count)
+                yield replace(whole, name=part, rows=rows)
+                start += count
 
 
-def _content(value: ir.Value | None) -> Tensor:
-    assert value is not None
-    assert value.const_value is not None
-    return torch.from_numpy(value.const_value.numpy().copy())
-
-
-def _parameter(model: nn.Module, codes: str, gathered: bool) -> tuple[nn.Module, str, Tensor]:
+def _parameter(model: nn.Module, codes: str, *, gathered: bool) -> tuple[nn.Module, str, Tensor]:
     """The module, the attribute and the tensor that codes were made from.
 
     Of the names of a tied weight: an embedding's if rows are gathered, else another's.

@@ -98,8 +98,10 @@ def cut_at(names: Iterable[str]) -> Edit:
 
 
 def tensor_of(value: ir.TensorProtocol) -> Tensor:
-    """The content of a constant."""
+    """The content of a constant; of a file only what is asked for is in memory."""
     content = value.numpy().copy()
+    if isinstance(value, ir.ExternalTensor):
+        value.release()
     if value.dtype == ir.DataType.BFLOAT16:  # NumPy has no such dtype
         return torch.from_numpy(content.view("int16")).view(torch.bfloat16)
     return torch.from_numpy(content)

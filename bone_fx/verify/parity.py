@@ -42,6 +42,7 @@ class Parity:
         cases: Names of the comparisons that were made.
         skipped: Cases that could not be run, and why.
         warnings: What a person should know though it is no failure.
+        reference: Where the weights of the torch model were: `in memory`, or `streamed`.
     """
 
     tolerance: float
@@ -50,6 +51,7 @@ class Parity:
     cases: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    reference: str = "in memory"
 
     def compare(
         self,

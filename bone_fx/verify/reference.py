@@ -9,8 +9,9 @@ Shape letters: T tokens, I in_features, O out_features, R block size, M width of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from bone_fx.errors import VerificationError
 from bone_fx.passes.fold import fold_weight
 from bone_fx.verify.peft_layout import BAT, PeftAdapter
+from bone_fx.weights.streamed import change, replacement
 
 Adapters = Sequence[PeftAdapter]
 Steps = Sequence[tuple[str, Tensor]]
@@ -44,7 +46,7 @@ def load_parameters(model: nn.Module, adapters: Adapters) -> None:
                 )
             new: Tensor = tensor.clone()
             if isinstance(before, nn.Parameter):
-                new = nn.Parameter(new, requires_grad=False)
+                new = replacement(before, new, tensor.clone)
             setattr(model.get_submodule(owner), attribute, new)
 
 
@@ -63,25 +65,28 @@ def unmerged(model: nn.Module, adapters: Adapters) -> Iterator[None]:
 
 
 def fold_in_place(model: nn.Module, adapters: Adapters) -> None:
-    """Fold the adapters into a model's weights, in place."""
-    with torch.no_grad():
-        for layer in adapted_layers(adapters):
-            weight = model.get_submodule(layer).get_parameter("weight")
-            weight.copy_(folded_weight(model, layer, adapters))
+    """Fold the adapters into a model's weights, in place; into a streamed one as it is read."""
+    for layer in adapted_layers(adapters):
+        weight = model.get_submodule(layer).get_parameter("weight")
+        change(weight, _fold_of(model, layer, adapters))
 
 
 def folded_weight(model: nn.Module, layer: str, adapters: Adapters) -> Tensor:
     """A layer's weight with the adapters folded in, as the model keeps it: the eager fold."""
+    weight = model.get_submodule(layer).get_parameter("weight").detach()
+    return _fold_of(model, layer, adapters)(weight)
+
+
+def _fold_of(model: nn.Module, layer: str, adapters: Adapters) -> Callable[[Tensor], Tensor]:
+    """What folds the adapters into a layer's weight: a function from the weight to the folded."""
     module = model.get_submodule(layer)
-    weight = module.get_parameter("weight").detach()
     transposed = _is_transposed(module)
-    out_features = weight.shape[1 if transposed else 0]
+    out_features = module.get_parameter("weight").shape[1 if transposed else 0]
     methods = [
         (kind if kind == BAT or block.shape[1] == out_features else "mini", block)
         for kind, block in steps_of(layer, adapters)
     ]
-    with torch.no_grad():
-        return fold_weight(weight, methods, transposed=transposed, layer=layer)
+    return partial(fold_weight, steps=methods, transposed=transposed, layer=layer)
 
 
 def adapted_layers(adapters: Adapters) -> list[str]:

@@ -1,0 +1,73 @@
+"""The checkpoint with weights that are read as they are used, for a model larger than the memory.
+
+transformers' class runs in eager mode as it does whole. But transformers can only load a model
+whole: here the weights come through the exporter's own load plan and reader, so a mistake of these
+would be in both sides of a comparison. That is why whoever compares has to say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bone_fx.base.architectures import reference_attention, with_overrides
+from bone_fx.base.loading import BaseCheckpoint, skeleton
+from bone_fx.weights.load_plan import recipes_for
+from bone_fx.weights.streamed import Room, StreamedWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def streamed_model(
+    base: BaseCheckpoint,
+    architecture: type[PreTrainedModel],
+    overrides: Mapping[str, Any],
+    heads: Mapping[str, Tensor],
+    untied: Collection[str],
+    room: int,
+) -> PreTrainedModel:
+    """The model in float32 and eval mode; its matrices are `StreamedWeight`s.
+
+    Vectors, and what is no parameter, are in memory.
+
+    Args:
+        base: The base model.
+        architecture: The class to load.
+        overrides: Fields of the configuration to set.
+        heads: Parameters that the adapters bring, which the model gets too.
+        untied: Parameters that get a tensor of their own though the model ties them.
+        room: Bytes of weights that may stay in memory.
+
+    Raises:
+        BaseModelError: A parameter has no bytes, in the base or in `heads`.
+    """
+    config = with_overrides(base.config, overrides)
+    model, plan = skeleton(
+        base,
+        torch.float32,
+        architecture=architecture,
+        config_overrides=overrides,
+        attn_implementation=reference_attention(config),
+        untie=untied,
+    )
+    shared = Room(room)
+    by_recipe: dict[int, Tensor] = {}
+    for name, recipe in recipes_for(model, plan, base.tensors, extra=heads).items():
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if id(recipe) not in by_recipe:
+            is_parameter = attribute in owner._parameters
+            if is_parameter and len(recipe.shape) > 1:
+                shape = torch.Size(recipe.shape)
+                weight: Tensor = StreamedWeight(shape, recipe.dtype, recipe.evaluate, shared, path)
+            elif is_parameter:
+                weight = nn.Parameter(recipe.evaluate(), requires_grad=False)
+            else:
+                weight = recipe.evaluate()
+            by_recipe[id(recipe)] = weight
+        setattr(owner, attribute, by_recipe[id(recipe)])
+    return model
