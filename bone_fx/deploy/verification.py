@@ -82,6 +82,7 @@ def verify_checkpoint(
     """
     from bone_fx.base.real_model import load_model, room_for
     from bone_fx.base.sizes.memory import available_memory
+    from bone_fx.verify.cases import vocabulary_of
     from bone_fx.verify.compare_forward import verify_model
     from bone_fx.verify.compare_quantized import RoundedWeights, Written
     from bone_fx.verify.constants import verify_constants
@@ -122,7 +123,7 @@ def verify_checkpoint(
         else:
             checks = DecoderChecks(
                 dtype=dtype,
-                vocab_size=int(config.vocab_size),
+                vocab_size=vocabulary_of(model),
                 context_length=getattr(config, "max_position_embeddings", None),
                 short=short,
                 text=() if short else _real_text(inputs, exported.tokenizer),

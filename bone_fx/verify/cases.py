@@ -76,6 +76,11 @@ def decoder_cases(config: Any, context_length: int | None, *, short: bool) -> li
     ]
 
 
+def vocabulary_of(model: Any) -> int:
+    """How many tokens a transformers model has an embedding for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def edges(config: Any, limit: int | None) -> list[int]:
     """Lengths at which a configuration says that something changes, in order.
 

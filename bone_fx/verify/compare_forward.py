@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bone_fx.errors import VerificationError
-from bone_fx.verify.cases import LONGEST, edges
+from bone_fx.verify.cases import LONGEST, edges, vocabulary_of
 from bone_fx.verify.compare_quantized import ROUNDED_ACTIVATIONS, Written
 from bone_fx.verify.graph import Edit, WrittenGraph, keep_activations
 from bone_fx.verify.locate import first_difference, located
@@ -149,7 +149,7 @@ def _longer(
     ids = [name for name in examples if name.endswith("input_ids")]
     if not ids:
         return {}
-    vocabulary = int(config.get_text_config().vocab_size)
+    vocabulary = vocabulary_of(model)
     lengths = [n + 3 for n in edges(config, LONGEST)]
     cases = _cases(session, examples, [(1, 1), (2, 64), *((2, length) for length in lengths)])
     generator = torch.Generator().manual_seed(1)

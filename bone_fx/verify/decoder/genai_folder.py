@@ -49,7 +49,9 @@ def verify_genai_folder(
     folder = graph.path.parent
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     found = _flat(content["model"])
-    expected = {**_of_graph(graph), **_of_config(config), **_special_tokens(config, base, adapters)}
+    of_graph = _of_graph(graph)
+    tokens = _special_tokens(config, base, adapters, of_graph["vocab_size"])
+    expected = {**of_graph, **_of_config(config), **tokens}
     for field, value in expected.items():
         _check(field, found.get(field), value)
     context = found["context_length"]
@@ -147,7 +149,9 @@ def _of_config(config: Any) -> dict[str, Any]:
     }
 
 
-def _special_tokens(config: Any, base: Path, adapters: Sequence[Path]) -> dict[str, Any]:
+def _special_tokens(
+    config: Any, base: Path, adapters: Sequence[Path], vocab_size: int
+) -> dict[str, Any]:
     """Begin, end and padding of texts.
 
     An adapter's generation settings win over the base's, and where it has none, its tokenizer does
@@ -167,7 +171,7 @@ def _special_tokens(config: Any, base: Path, adapters: Sequence[Path]) -> dict[s
         is_told = with_settings in adapters and settings.get(field) is not None
         if trained is not None and trained != getattr(of_base, field, None) and not is_told:
             token = token if trained in _as_list(token) else trained
-        numbers = [n for n in _as_list(token) if 0 <= n < config.get_text_config().vocab_size]
+        numbers = [n for n in _as_list(token) if 0 <= n < vocab_size]
         tokens[field] = numbers[0] if len(numbers) == 1 else numbers or None
     if tokens["pad_token_id"] is None:
         tokens["pad_token_id"] = next(iter(_as_list(tokens["eos_token_id"])), None)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bone_fx.errors import VerificationError
-from bone_fx.verify.cases import LONGEST, edges
+from bone_fx.verify.cases import LONGEST, edges, vocabulary_of
 from bone_fx.verify.decoder.layers import LayerList, layer_outputs
 from bone_fx.verify.decoder.routes import ROUTED, UNDECIDED, Routes
 from bone_fx.verify.graph import Edit, WrittenGraph, cut_at
@@ -66,7 +66,7 @@ def verify_long_texts(
     if first is None:
         parity.skip("long texts", "the graph is not cut between layers")
         return
-    vocabulary = int(config.get_text_config().vocab_size)
+    vocabulary = vocabulary_of(model)
     for length in lengths:
         tokens = length + _NEW
         if tokens <= min(LONGEST, context_length or LONGEST):
