@@ -84,7 +84,7 @@ def verify_model(
         ("onnx_vs_folded", (), folded, free),
     ]
     if written is not None:
-        edits = (keep_activations,) if graph.rounds_activations() else ()
+        edits: tuple[Edit, ...] = (keep_activations,) if graph.rounds_activations() else ()
         compared.append(("onnx_vs_written", edits, quantized, parity.tolerance))
         if edits:
             compared.append(("rounded_activations", (), quantized, ROUNDED_ACTIVATIONS))

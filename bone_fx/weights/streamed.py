@@ -108,7 +108,7 @@ class StreamedWeight(nn.Parameter):
         return StreamedWeight(self.shape, self.dtype, load, self._room, self._module)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch types the disabled form of it
         cls,
         func: Any,
         types: Any,
