@@ -8,6 +8,7 @@ would be in both sides of a comparison. That is why whoever compares has to say 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from bone_fx.base.architectures import reference_attention, with_overrides
 from bone_fx.base.loading import BaseCheckpoint, skeleton
 from bone_fx.weights.load_plan import recipes_for
+from bone_fx.weights.recipes.recipe import Recipe
 from bone_fx.weights.streamed import Room, StreamedWeight
 
 if TYPE_CHECKING:
@@ -63,7 +65,10 @@ def streamed_model(
             is_parameter = attribute in owner._parameters
             if is_parameter and len(recipe.shape) > 1:
                 shape = torch.Size(recipe.shape)
-                weight: Tensor = StreamedWeight(shape, recipe.dtype, recipe.evaluate, shared, path)
+                rows = partial(_rows, recipe) if recipe.cuts(0) else None
+                weight: Tensor = StreamedWeight(
+                    shape, recipe.dtype, recipe.evaluate, shared, path, rows
+                )
             elif is_parameter:
                 weight = nn.Parameter(recipe.evaluate(), requires_grad=False)
             else:
@@ -71,3 +76,9 @@ def streamed_model(
             by_recipe[id(recipe)] = weight
         setattr(owner, attribute, by_recipe[id(recipe)])
     return model
+
+
+def _rows(recipe: Recipe, numbers: Tensor) -> Tensor:
+    """Some rows of a constant, in the order of their numbers."""
+    others = tuple((0, size) for size in recipe.shape[1:])
+    return torch.cat([recipe.part(((row, row + 1), *others)) for row in numbers.tolist()])

@@ -3,7 +3,7 @@
 A `StreamedWeight` stands in a module in the place of a parameter and knows its shape and dtype.
 Whatever operator takes it gets the weight itself, wherever in a model's code that is: nothing has
 to be known of the modules. As many weights stay in memory as there is room for; of the others those
-of one module are there at a time.
+of one module are there at a time, and of a table of embeddings the rows that are looked up.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 from bone_fx.errors import VerificationError
 
 Load = Callable[[], Tensor]
+Rows = Callable[[Tensor], Tensor]
+_LOOK_UP = torch.ops.aten.embedding.default
 
 
 class Room:
@@ -53,6 +55,10 @@ class Room:
             return loaded
         return self._passing[key]
 
+    def may_stay(self, key: object, nbytes: int) -> bool:
+        """Whether a weight stays in memory when it is loaded."""
+        return key in self._staying or nbytes <= self._free
+
     def drop(self, key: object) -> None:
         """Forget a weight, which is another from now on."""
         self._passing.pop(key, None)
@@ -70,23 +76,32 @@ class StreamedWeight(nn.Parameter):
         load: Reads the values; called again whenever they are needed and not in memory.
         room: The memory that it shares with other weights.
         module: Name of the module that it belongs to.
+        rows: Reads some rows of a table, of which no more is loaded then.
     """
 
     _load: Load
+    _rows: Rows | None
     _room: Room
     _module: str
     _key: object  # not the weight itself: tensors are equal by their values
 
     # A tensor's class takes its arguments here; `nn.Parameter` has others.
     def __new__(  # noqa: D102 - documented on the class
-        cls, shape: torch.Size, dtype: torch.dtype, load: Load, room: Room, module: str
+        cls,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        load: Load,
+        room: Room,
+        module: str,
+        rows: Rows | None = None,
     ) -> Self:
         make: Any = torch.Tensor._make_wrapper_subclass
         weight: Self = make(cls, shape, dtype=dtype, device="cpu", requires_grad=False)
-        weight._load, weight._room, weight._module, weight._key = load, room, module, object()
+        weight._load, weight._rows, weight._module = load, rows, module
+        weight._room, weight._key = room, object()
         return weight
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         pass
 
     def __repr__(self) -> str:  # type: ignore[override]  # of Tensor, which prints values
@@ -96,10 +111,17 @@ class StreamedWeight(nn.Parameter):
         """The values."""
         return self._room.tensor(self._key, self._module, self._load)
 
+    def looked_up(self, ids: Tensor) -> Tensor:
+        """The rows with these numbers."""
+        if self._rows is None or self._room.may_stay(self._key, self.numel() * self.itemsize):
+            return nn.functional.embedding(ids, self.loaded())
+        numbers, places = torch.unique(ids, return_inverse=True)
+        return nn.functional.embedding(places, self._rows(numbers))
+
     def change(self, make: Callable[[Tensor], Tensor]) -> None:
         """Give the weight other values: what a function makes of its own, whenever it is loaded."""
         before = self._load
-        self._load = lambda: make(before())
+        self._load, self._rows = lambda: make(before()), None
         self._room.drop(self._key)
 
     def replaced(self, load: Load) -> StreamedWeight:
@@ -121,6 +143,8 @@ class StreamedWeight(nn.Parameter):
             VerificationError: The operator writes into the weight.
         """
         del types
+        if func is _LOOK_UP and isinstance(args[0], StreamedWeight):
+            return args[0].looked_up(args[1])
         for place, argument in enumerate(func._schema.arguments):
             given = args[place] if place < len(args) else (kwargs or {}).get(argument.name)
             written = argument.alias_info is not None and argument.alias_info.is_write

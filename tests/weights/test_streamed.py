@@ -90,6 +90,26 @@ def test_what_comes_first_stays_where_there_is_room() -> None:
     assert [reader.reads for reader in readers] == [2, 1, 4, 3]
 
 
+def test_of_a_table_only_rows_that_are_looked_up_are_read() -> None:
+    asked = []
+
+    def rows(numbers: Tensor) -> Tensor:
+        asked.append(numbers.tolist())
+        return VALUES[numbers]
+
+    ids = torch.tensor([[3, 1, 3], [1, 1, 3]])
+    reader, other = Reader(VALUES), Reader(VALUES)
+    table = StreamedWeight(VALUES.shape, VALUES.dtype, reader, Room(0), "table", rows)
+    fits = StreamedWeight(VALUES.shape, VALUES.dtype, other, Room(1000), "table", rows)
+    for each in (table, fits, fits):
+        result = nn.functional.embedding(ids, each, padding_idx=1)
+        assert torch.equal(result, VALUES[ids])
+    assert (asked, reader.reads, other.reads) == ([[1, 3]], 0, 1)
+    change(table, torch.neg)
+    assert torch.equal(nn.functional.embedding(ids, table), -VALUES[ids])
+    assert (asked, reader.reads) == ([[1, 3]], 1)
+
+
 @pytest.mark.parametrize("room", [0, 1000])
 def test_changes_apply_whenever_it_is_read(room: int) -> None:
     in_memory = nn.Parameter(VALUES.clone(), requires_grad=False)
