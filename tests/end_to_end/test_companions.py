@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertCo
 import bone_fx
 from bone_fx.base.loading import open_base
 from bone_fx.base.real_model import load_model
-from bone_fx.errors import AdapterError, BaseModelError
+from bone_fx.errors import AdapterError, BaseModelError, InputRefusedError
 from tests.deploy.test_companions import PLAIN, VOCABULARY, tokenizer
 from tests.end_to_end.tiny import tiny_adapter, tiny_base
 
@@ -119,4 +119,11 @@ def test_refusals_say_what_to_do(folders: Path) -> None:
     for run in (bone_fx.export, bone_fx.fold_checkpoint):
         with pytest.raises(AdapterError, match="tokens that the model has not"):
             run(folders / "base", adapters=[folders / "tuned"], output=folders / "out")
+    assert not (folders / "out").exists()
+
+
+def test_a_tokenizer_that_transformers_does_not_load_is_refused(folders: Path) -> None:
+    (folders / "base" / "special_tokens_map.json").write_text("[1]")
+    with pytest.raises(InputRefusedError, match="does not load the tokenizer"):
+        bone_fx.export(folders / "base", output=folders / "out", verify="fast")
     assert not (folders / "out").exists()

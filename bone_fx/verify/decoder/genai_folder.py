@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, GenerationConfig
 
-from bone_fx.errors import VerificationError
+from bone_fx.errors import InputRefusedError, VerificationError
 from bone_fx.verify.decoder.running import empty_past, step_of
 from bone_fx.verify.graph import WrittenGraph
 from bone_fx.verify.parity import Parity
@@ -189,7 +189,14 @@ def _as_list(token: Any) -> list[int]:
 def _tokenizer(folder: Path | None) -> Any:
     if folder is None:
         return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise InputRefusedError(
+            f"transformers does not load the tokenizer of {folder}",
+            found=f"{type(error).__name__}: {error}",
+            next_step="save the tokenizer again, or take its files out of the folder",
+        ) from error
 
 
 def _verify_tokenizer(
