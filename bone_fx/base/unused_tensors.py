@@ -30,6 +30,8 @@ _HEAD = re.compile(
     r"^neck$|^(class|bbox)_embed$|^mtp|draft|^fc$|generator|discriminator|value|reward",
     re.IGNORECASE,
 )
+_OF_THE_BODY = re.compile(r"norm|scale|temperature", re.IGNORECASE)
+"""In the name of a module that looks like a head's, and changes what the body computes."""
 _TOWER = re.compile(
     r"vision|visual|image|audio|speech|video|tower|projector|multi_?modal|^mm_|connector|resampler|"
     r"qformer|perceiver|talker|token2wav|code2wav|vocoder|^text_(model|encoder|decoder)$",
@@ -70,14 +72,19 @@ def account_for_unused(
     given_up = set(matching([*plan.unexpected, *unread], allowed))
     left_out: dict[str, list[str]] = {}
     refused = {name: name for name in unread if name not in given_up}
+    doubtful: dict[str, str] = {}
     for key, name in plan.unexpected.items():
         if key in given_up or _is_harmless(key, stored[key]) or _is_copy(key, name, plan, stored):
             continue
         module = _absent_module(model, name)
-        if module is not None and (_HEAD.search(module) or _TOWER.search(module)):
-            left_out.setdefault(module, []).append(key)
-        else:
+        if module is None or not (_HEAD.search(module) or _TOWER.search(module)):
             refused[key] = name
+        elif _OF_THE_BODY.search(module):
+            doubtful[key] = name
+        else:
+            left_out.setdefault(module, []).append(key)
+    if not any(_TOWER.search(module) for module in left_out):  # `logit_scale` of two towers
+        refused |= doubtful
     for key, name in plan.ignored.items():
         module = _absent_module(model, name)
         if module is not None and _TOWER.search(module):

@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bone_fx.files.seal import is_sealed
 from bone_fx.weights.storage.safetensors_file import file_sha256
 
 MANIFEST = "bone_export.json"
 """The file by which an earlier export is known."""
 
 BESIDE = "also_written"
-"""Field of the manifest: files of the folder that it has no bytes of."""
+"""Field of the manifest: pages that it has no bytes of; each says its own checksum."""
 
 REJECTED = "rejected"
 """`kind` of a build that failed verification."""
@@ -65,7 +66,7 @@ def not_made_by_a_run(folder: Path) -> list[str]:
             path = (here / name).as_posix()
             if path not in made:
                 foreign.append(path)
-            elif _is_changed(folder / path, files.get(path)):
+            elif path != MANIFEST and _is_changed(folder / path, files.get(path)):
                 foreign.append(f"{path} (changed)")
     return sorted(foreign)
 
@@ -87,6 +88,18 @@ def delete_output(folder: Path) -> bool:
     return not os.path.lexists(folder)
 
 
+def entries_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a folder, by name."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": file_sha256(path),
+        }
+        for path in paths
+    }
+
+
 def _is_inside(name: str) -> bool:
     path = Path(name)
     return not path.is_absolute() and ".." not in path.parts
@@ -96,8 +109,8 @@ def _is_changed(path: Path, entry: Mapping[str, Any] | None) -> bool:
     status = os.lstat(path)
     if not stat.S_ISREG(status.st_mode):
         return True
-    if entry is None:
-        return False
+    if entry is None:  # a page that holds times, which the manifest has no bytes of
+        return status.st_size > _HASHED_BYTES or not is_sealed(path.read_bytes())
     if status.st_size != entry.get("bytes"):
         return True
     return status.st_size <= _HASHED_BYTES and file_sha256(path) != entry.get("sha256")

@@ -29,6 +29,7 @@ from bone_fx.deploy.earlier_output import (
     MANIFEST,
     REJECTED,
     delete_output,
+    entries_of,
     not_made_by_a_run,
     read_manifest,
 )
@@ -92,9 +93,8 @@ class Staging:
         """
         try:
             (self.folder / MANIFEST).unlink(missing_ok=True)
-            self._write_manifest(
-                {"format": 1, "kind": REJECTED, "verified": False, "error": reason, "files": {}}
-            )
+            content = {"format": 1, "kind": REJECTED, "verified": False, "error": reason}
+            self._write_manifest({**content, "files": entries_of(self.folder)})
             path = self._target.path
             for number in range(1, 100):
                 name = f"{path.name}.rejected" + (f"-{number}" if number > 1 else "")

@@ -29,6 +29,7 @@ ROUNDED_ACTIVATIONS = 1.0
 """Largest difference that products with activations in int8 may make; on random tokens it is far
 above that on a text, and the same graph without it is held to the tolerance of its dtype."""
 
+_ROWS_BLOCKS_BYTES = 3
 _NEAREST = 0.51  # of a step; a half, and what float32 leaves open
 
 
@@ -152,6 +153,14 @@ def _weights(path: Path, model: nn.Module) -> Iterator[_Weight]:
         bits, size = (node.attributes[n].as_int() for n in ("bits", "block_size"))
         assert codes is not None
         assert scales is not None
+        in_blocks = codes.shape is not None and len(codes.shape) == _ROWS_BLOCKS_BYTES
+        stored = int(codes.shape[-1]) * 8 // bits if in_blocks and codes.shape is not None else size
+        if bits not in LARGEST_ERROR or size != stored:
+            raise VerificationError(
+                f"verification failed: {codes.name}: its node reads codes of another size",
+                expected=" or ".join(f"{known} bits" for known in LARGEST_ERROR),
+                found=f"{bits} bits, {size} to a block",
+            )
         whole = _Weight(str(codes.name), gathered, bits, size, codes, scales, zeros)
         parts = parts_of(whole.name)
         if (order := groups_of(whole.name.partition(".codes")[0])) is not None:

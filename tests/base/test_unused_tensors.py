@@ -163,6 +163,15 @@ def test_a_bias_of_logits_belongs_to_the_head(tmp_path: Path) -> None:
     assert [note.split()[2] for note in notes] == ["final_logits_bias"]
 
 
+@pytest.mark.parametrize("name", ["model.pre_head_norm.weight", "logit_scale", "score_scale"])
+def test_what_is_named_like_a_head_and_changes_the_body(
+    name: str, llama: Path, tmp_path: Path
+) -> None:
+    folder = edited(llama, tmp_path / "base", lambda t: t.update({name: torch.ones(48)}))
+    with pytest.raises(BaseModelError, match=name.split(".")[0]):
+        notes_of(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "left_out"),
     [("BertModel", ["cls"]), ("BertForMaskedLM", ["pooler", "seq_relationship"])],

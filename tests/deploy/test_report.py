@@ -117,15 +117,18 @@ def test_the_card_holds_no_markup_of_the_inputs(folded: bone_fx.FoldResult) -> N
     assert front[:3] == ['license: "other"', "base_model:", '- "some/base"']
 
 
-def test_an_output_with_an_edited_page_is_replaced(tmp_path: Path) -> None:
+def test_an_output_with_an_edited_card_or_page_is_left_alone(tmp_path: Path) -> None:
     tiny_base(tmp_path / "base")
     tiny_adapter(tmp_path / "ad")
     arguments = ("fold", tmp_path / "base", "--adapter", tmp_path / "ad", "-o", tmp_path / "out")
     assert run(*arguments).returncode == 0
     assert run(*arguments, "--overwrite").returncode == 0
-    (tmp_path / "out" / "README.md").write_text("my own words")
-    assert run(*arguments, "--overwrite").returncode == 2
-    assert (tmp_path / "out" / "README.md").read_text() == "my own words"
+    for name in ("README.md", "report.html"):
+        written = (tmp_path / "out" / name).read_bytes()
+        (tmp_path / "out" / name).write_text("my own words")
+        assert run(*arguments, "--overwrite").returncode == 2
+        assert (tmp_path / "out" / name).read_text() == "my own words"
+        (tmp_path / "out" / name).write_bytes(written)
 
 
 def test_a_build_that_fails_has_a_page_that_says_why(

@@ -19,6 +19,7 @@ from bone_fx.deploy.manifest import files_of
 from bone_fx.deploy.staging import staged
 from bone_fx.errors import BoneFxError, ExportError, UsageError, VerificationError
 from bone_fx.files import renames
+from bone_fx.files.seal import sealed
 
 Meanwhile = Callable[[staging.Staging], object]
 
@@ -89,9 +90,14 @@ def test_an_earlier_output_is_replaced_whole(tmp_path: Path) -> None:
 def test_files_that_a_manifest_has_no_bytes_of_are_listed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with staged(out, overwrite=False) as stage:
-        (stage.folder / "report.html").write_text("it took 3 s")
+        (stage.folder / "report.html").write_bytes(sealed("it took 3 s"))
         stage.publish({"files": {}})
     assert json.loads((out / "bone_export.json").read_text())["also_written"] == ["report.html"]
+    written = (out / "report.html").read_bytes()
+    (out / "report.html").write_bytes(written.replace(b"3 s", b"4 s"))
+    with pytest.raises(UsageError, match=r"report\.html \(changed\)"):
+        export(out, overwrite=True)
+    (out / "report.html").write_bytes(written)
     export(out, overwrite=True)
     assert names(out) == ["bone_export.json", "inner", "model.onnx"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bone_fx.deploy.report.timing import Timed
+from bone_fx.files.seal import sealed
 
 PAGE = "report.html"
 CARD = "README.md"
@@ -35,7 +36,7 @@ def write_reports(folder: Path, manifest: Mapping[str, Any], timed: Timed) -> di
     entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     files = dict(sorted({**manifest["files"], CARD: entry}.items()))
     complete = {**manifest, "files": files}
-    (folder / PAGE).write_text(page(complete, timed.stages()), encoding="utf-8")
+    (folder / PAGE).write_bytes(sealed(page(complete, timed.stages())))
     return complete
 
 
@@ -44,4 +45,4 @@ def write_failure(folder: Path, manifest: Mapping[str, Any], timed: Timed, error
     from bone_fx.deploy.report.page import page
 
     with suppress(OSError):  # what is wrong with the build matters more
-        (folder / PAGE).write_text(page(manifest, timed.stages(), error), encoding="utf-8")
+        (folder / PAGE).write_bytes(sealed(page(manifest, timed.stages(), error)))

@@ -136,7 +136,11 @@ class _FirstLayers:
     def takes_a_past(self) -> bool:
         """Whether the cache lies in the graph as it does in the reference, on a short past."""
         past = self.past(len(_SHORT_IDS[0]), ())
-        return _alike(self.run(_SHORT_IDS, past), self.expected(_SHORT_IDS, past))
+        try:
+            expected = self.expected(_SHORT_IDS, past)
+        except RuntimeError:  # a window of one token: transformers' cache keeps all of them
+            return False
+        return _alike(self.run(_SHORT_IDS, past), expected)
 
     def compare(self, parity: Parity, case: str, ids: Tensor, past: Past | None = None) -> None:
         """Compare what leaves the last layer of both; an error names the first that differs."""
