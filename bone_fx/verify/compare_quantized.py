@@ -153,8 +153,8 @@ def _weights(path: Path, model: nn.Module) -> Iterator[_Weight]:
         bits, size = (node.attributes[n].as_int() for n in ("bits", "block_size"))
         assert codes is not None
         assert scales is not None
-        in_blocks = codes.shape is not None and len(codes.shape) == _ROWS_BLOCKS_BYTES
-        stored = int(codes.shape[-1]) * 8 // bits if in_blocks and codes.shape is not None else size
+        dims = () if codes.shape is None else codes.shape.numpy()
+        stored = dims[-1] * 8 // bits if len(dims) == _ROWS_BLOCKS_BYTES else size
         if bits not in LARGEST_ERROR or size != stored:
             raise VerificationError(
                 f"verification failed: {codes.name}: its node reads codes of another size",
