@@ -1,7 +1,7 @@
 """A staging folder beside the output: what is built becomes visible whole, or not at all.
 
 ```
-.OUT.staging-XXXXXXXX/    marked and locked (files/work_folder.py); gone at the end
+.OUT.staging-<random>/    marked and locked (files/work_folder.py); gone at the end
     bone_fx_run.json      the mark
     build/                what becomes OUT
     old/                  what was OUT, until it is deleted

@@ -60,7 +60,7 @@ class WorkFolder:
 
 
 def make_work_folder(parent: Path, name: str) -> WorkFolder:
-    """A new folder `.NAME.staging-XXXXXXXX`, with the permissions that the umask leaves.
+    """A new folder `.NAME.staging-<random>`, with the permissions that the umask leaves.
 
     Raises:
         OSError: It cannot be made.
