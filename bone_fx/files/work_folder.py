@@ -157,7 +157,9 @@ def _is_mark(descriptor: int, folder: Path, name: str) -> bool:
         content = json.loads(text)
     except ValueError:
         return False
-    return isinstance(content, dict) and content.get("tool") == "bone_fx" and content["for"] == name
+    if not isinstance(content, dict):
+        return False
+    return content.get("tool") == "bone_fx" and content.get("for") == name
 
 
 def _has_locks(locked: Path) -> bool:

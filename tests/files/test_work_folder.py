@@ -58,7 +58,8 @@ def test_one_that_is_removed_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
-    for number, mark in enumerate(["{", '{"tool": "bone_fx", "for": "b"}', '{"for": "out"}', "[]"]):
+    marks = ["{", '{"tool": "bone_fx", "for": "b"}', '{"tool": "bone_fx"}', '{"for": "out"}', "[]"]
+    for number, mark in enumerate(marks):
         folder = tmp_path / f".out.staging-0000000{number}"
         folder.mkdir()
         (folder / MARK).write_text(mark)
