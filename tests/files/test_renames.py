@@ -49,8 +49,8 @@ def test_what_has_the_name_stays(kind: str, tmp_path: Path) -> None:
 
 def test_two_folders_change_places(tmp_path: Path) -> None:
     one, other = folder(tmp_path / "a", "a"), folder(tmp_path / "b", "b")
-    if exchange(one, other):
-        assert ((one / "file").read_text(), (other / "file").read_text()) == ("b", "a")
+    expected = ("b", "a") if exchange(one, other) else ("a", "b")
+    assert ((one / "file").read_text(), (other / "file").read_text()) == expected
 
 
 @pytest.mark.skipif(renames._system_call() is None, reason="no renameat2 here")
