@@ -39,7 +39,7 @@ from bone_fx.files.renames import exchange, rename_new
 from bone_fx.files.work_folder import WorkFolder, dead_work_folders, make_work_folder
 
 _PUBLISHING = "publishing"
-_KEPT = "<output>.rejected"
+KEPT = "<output>.rejected"
 """How a message of a failed verification names the folder in which the build is kept."""
 
 
@@ -246,13 +246,10 @@ def _keep(folder: Path, target: Path) -> None:
 
 def _saying_where(error: VerificationError, kept: Path | None) -> VerificationError:
     """The error, with the folder in which the build is kept."""
-    step = error.next_step
-    if step is not None:
-        step = (
-            step.replace(_KEPT, str(kept))
-            if kept is not None
-            else "nothing was published, and the build could not be kept"
-        )
+    step = "nothing was published, and the build could not be kept"
+    if kept is not None:
+        step = error.next_step or f"nothing was published; the build is kept as {KEPT}"
+        step = step.replace(KEPT, str(kept))
     return type(error)(error.what, expected=error.expected, found=error.found, next_step=step)
 
 

@@ -23,6 +23,7 @@ from bone_fx.deploy.companions.choice import choose_companions
 from bone_fx.deploy.earlier_output import MANIFEST, read_manifest
 from bone_fx.deploy.manifest import adapter_entry, figures_of
 from bone_fx.deploy.options import Provider, Verify
+from bone_fx.deploy.staging import KEPT
 from bone_fx.deploy.verification import Exported, verify_checkpoint
 from bone_fx.errors import UsageError, VerificationError
 from bone_fx.onnx.writer import MODEL_FILE
@@ -122,8 +123,19 @@ def verify_export(
     _check_inputs(inputs, manifest)
     progress.stage(f"verify ({verify}, on {provider})")
     exported = exported_of(folder, manifest, inputs, provider)
-    parity = verify_checkpoint(exported, inputs, provider, verify, samples)
+    try:
+        parity = verify_checkpoint(exported, inputs, provider, verify, samples)
+    except VerificationError as error:
+        raise _of_a_published_folder(error) from error
     return VerifyResult(folder, files, figures_of(parity), tuple(parity.warnings))
+
+
+def _of_a_published_folder(error: VerificationError) -> VerificationError:
+    """The error without the advice for an export: there is no rejected build to look at."""
+    step = error.next_step
+    if step is None or KEPT in step:
+        step = "do not use the folder: export again"
+    return type(error)(error.what, expected=error.expected, found=error.found, next_step=step)
 
 
 def exported_of(
@@ -159,7 +171,11 @@ def _check_files(folder: Path, listed: Mapping[str, Any], of: str) -> int:
         if expected is None:
             continue
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
-            raise VerificationError(f"verification failed: {of}{name} is missing", found=str(path))
+            raise VerificationError(
+                f"verification failed: {of}{name} is missing",
+                expected=str(path),
+                next_step="copy the whole folder again, or export again",
+            )
         if file_sha256(path) != expected:
             raise VerificationError(
                 f"verification failed: {of}{name} is another file than {MANIFEST} says",
@@ -179,7 +195,9 @@ def _check_inputs(inputs: CheckpointInputs, manifest: Mapping[str, Any]) -> None
         raise VerificationError(
             f"verification failed: {', '.join(differ)} of the base is another file than was"
             " exported",
-            expected=f"the base {manifest['base']['name']}",
+            expected=f"the base {manifest['base']['name']}, as it was exported",
+            found=f"another in {inputs.checkpoint.folder}",
+            next_step="pass the --base (and --revision) that was exported",
         )
     given = [adapter_entry(name, adapter)["files"] for name, adapter in inputs.adapters]
     listed = [entry["files"] for entry in manifest["adapters"]]

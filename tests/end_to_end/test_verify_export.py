@@ -9,6 +9,7 @@ import pytest
 
 import bone_fx
 from bone_fx.errors import UsageError, VerificationError
+from bone_fx.weights.storage.safetensors_file import file_sha256
 from tests.command import run
 from tests.end_to_end.tiny import tiny_adapter, tiny_base, tiny_tokenizer
 
@@ -112,3 +113,20 @@ def test_samples_of_no_text(folder: Path, tmp_path: Path) -> None:
     done = run(folder / "base", "-o", tmp_path / "out", "--samples", tmp_path / "none")
     assert done.returncode == 2
     assert "is no file" in done.stderr
+
+
+def test_a_failure_of_a_published_folder_names_no_rejected_build(
+    folder: Path, tmp_path: Path
+) -> None:
+    out = copy_of(folder / "out", tmp_path / "out")
+    genai, manifest = out / "genai_config.json", out / "bone_export.json"
+    genai.write_text(genai.read_text().replace('"head_size": 16', '"head_size": 8'))
+    content = json.loads(manifest.read_text())
+    content["files"]["genai_config.json"]["sha256"] = file_sha256(genai)
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(VerificationError, match="head_size") as caught:
+        bone_fx.verify_export(
+            out, base=folder / "base", adapters=[folder / "adapter"], verify="fast"
+        )
+    assert "rejected" not in str(caught.value)
+    assert "export again" in str(caught.value)
