@@ -16,6 +16,8 @@ from bone_fx.errors import UsageError
 Dtype = Literal["fp32", "fp16", "bf16", "int4", "int8"]
 Provider = Literal["cpu", "cuda"]
 Verify = Literal["full", "fast", "off"]
+Compared = Literal["full", "fast"]
+"""How much `verify_export` compares."""
 Part = Literal["keep", "int4", "int8"]
 """What the head or the embeddings of a quantized model become."""
 

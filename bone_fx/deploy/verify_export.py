@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -20,9 +20,9 @@ from bone_fx.adapter_folder import read_adapters
 from bone_fx.deploy.builds.checkpoint_graph import random_inputs
 from bone_fx.deploy.checkpoint_inputs import CheckpointInputs, open_checkpoint
 from bone_fx.deploy.companions.choice import choose_companions
-from bone_fx.deploy.earlier_output import MANIFEST, read_manifest
+from bone_fx.deploy.earlier_output import MANIFEST, REJECTED, read_manifest
 from bone_fx.deploy.manifest import adapter_entry, figures_of
-from bone_fx.deploy.options import Provider, Verify
+from bone_fx.deploy.options import Compared, Provider
 from bone_fx.deploy.staging import KEPT
 from bone_fx.deploy.verification import Exported, verify_checkpoint
 from bone_fx.errors import UsageError, VerificationError
@@ -55,7 +55,7 @@ def verify_export(
     base: str | Path | None = None,
     adapters: Sequence[str | Path] = (),
     provider: Provider = "cpu",
-    verify: Verify = "full",
+    verify: Compared = "full",
     samples: str | Path | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -103,8 +103,20 @@ def verify_export(
         )
     if adapters and base is None:
         raise UsageError("adapters go with their base", next_step="pass --base too")
+    if verify not in get_args(Compared):
+        raise UsageError(f"verify={verify!r} compares nothing", expected="full or fast")
+    if manifest.get("kind") == REJECTED:
+        raise VerificationError(
+            f"{output} is a build that failed verification",
+            found=manifest.get("error"),
+            next_step="export again",
+        )
+    if manifest.get("kind") == "module" and base is not None:
+        raise UsageError(
+            f"{output} is an export of a module, which has no base", next_step="leave out --base"
+        )
     progress.stage("hash the files")
-    files = _check_files(folder, manifest["files"], "")
+    files = _check_files(folder, manifest["files"])
     if manifest.get("kind") == "checkpoint" or not (folder / MODEL_FILE).is_file():
         return VerifyResult(folder, files, None, ("a folded checkpoint: its files were hashed",))
     require_provider(provider)
@@ -163,24 +175,23 @@ def exported_of(
     )
 
 
-def _check_files(folder: Path, listed: Mapping[str, Any], of: str) -> int:
+def _check_files(folder: Path, listed: Mapping[str, Any]) -> int:
     """Hash the files of a folder that a manifest lists; returns how many."""
     for name, entry in listed.items():
         path = folder / name
-        expected = entry["sha256"] if isinstance(entry, dict) else entry
-        if expected is None:
-            continue
+        expected = entry.get("sha256")
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
             raise VerificationError(
-                f"verification failed: {of}{name} is missing",
+                f"verification failed: {name} is missing",
                 expected=str(path),
                 next_step="copy the whole folder again, or export again",
             )
-        if file_sha256(path) != expected:
+        found = file_sha256(path)
+        if found != expected:
             raise VerificationError(
-                f"verification failed: {of}{name} is another file than {MANIFEST} says",
+                f"verification failed: {name} is another file than {MANIFEST} says",
                 expected=f"SHA-256 {expected}",
-                found=f"SHA-256 {file_sha256(path)}",
+                found=f"SHA-256 {found}",
                 next_step="export again, or give the files that were exported",
             )
     return len(listed)

@@ -71,6 +71,12 @@ FOLD_OPTIONS = {
         "help",
     )
 }
+VERIFY_OPTIONS = {
+    **{name: found for name, found in FOLD_OPTIONS.items() if name != "overwrite"},
+    "output": [],
+    "base": ["--base"],
+    **{name: OPTIONS[name] for name in ("provider", "verify", "samples")},
+}
 INSPECT_OPTIONS = {
     "adapter": [],
     "base": ["--base"],
@@ -147,6 +153,7 @@ def test_command_line_options() -> None:
     commands_and_options = (
         (commands.app, OPTIONS),
         (commands.fold_app, FOLD_OPTIONS),
+        (commands.verify_app, VERIFY_OPTIONS),
         (views.inspect_app, INSPECT_OPTIONS),
         (views.doctor_app, DOCTOR_OPTIONS),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,3 +131,18 @@ def test_a_failure_of_a_published_folder_names_no_rejected_build(
         )
     assert "rejected" not in str(caught.value)
     assert "export again" in str(caught.value)
+
+
+def test_what_cannot_be_verified(folder: Path, tmp_path: Path) -> None:
+    assert run("verify", folder / "out", "--verify", "off").returncode == 2
+    with pytest.raises(UsageError, match="compares nothing"):
+        bone_fx.verify_export(folder / "out", verify="off")  # type: ignore[arg-type]
+    out = tmp_path / "out"
+    out.mkdir()
+    manifest: dict[str, Any] = {"kind": "rejected", "error": "they differ", "files": {}}
+    (out / "bone_export.json").write_text(json.dumps(manifest))
+    with pytest.raises(VerificationError, match="they differ"):
+        bone_fx.verify_export(out)
+    (out / "bone_export.json").write_text(json.dumps({**manifest, "kind": "module"}))
+    with pytest.raises(UsageError, match="no base"):
+        bone_fx.verify_export(out, base=folder / "base")
