@@ -19,7 +19,7 @@ import torch
 from bone_fx.adapter_folder import read_adapters
 from bone_fx.deploy.builds.checkpoint_graph import random_inputs
 from bone_fx.deploy.checkpoint_inputs import CheckpointInputs, open_checkpoint
-from bone_fx.deploy.companions.choice import choose_companions
+from bone_fx.deploy.companions.choice import choose_companions, hashes_beside_weights
 from bone_fx.deploy.earlier_output import MANIFEST, REJECTED, read_manifest
 from bone_fx.deploy.manifest import adapter_entry, figures_of
 from bone_fx.deploy.options import Compared, Provider
@@ -199,24 +199,32 @@ def _check_files(folder: Path, listed: Mapping[str, Any]) -> int:
 
 def _check_inputs(inputs: CheckpointInputs, manifest: Mapping[str, Any]) -> None:
     """Refuse another base or other adapters than those that were exported."""
-    hashes = inputs.checkpoint.sha256()
-    exported = {n: h for n, h in manifest["base"]["files"].items() if n in hashes}
-    if hashes != exported:
-        differ = [name for name in hashes if exported.get(name) != hashes[name]]
+    from bone_fx.base.loading import cache_root
+
+    checkpoint, exported = inputs.checkpoint, manifest["base"]["files"]
+    hashes = checkpoint.sha256()
+    # What stands beside a GGUF file's weights is written here, by this machine's transformers.
+    if checkpoint.folder.is_relative_to(cache_root()):
+        exported = {name: sha256 for name, sha256 in exported.items() if name in hashes}
+    else:
+        hashes |= hashes_beside_weights(checkpoint.folder)
+    names = sorted({*hashes, *exported})
+    differ = [name for name in names if exported.get(name) != hashes.get(name)]
+    if differ:
         raise VerificationError(
             f"verification failed: {', '.join(differ)} of the base is another file than was"
             " exported",
             expected=f"the base {manifest['base']['name']}, as it was exported",
-            found=f"another in {inputs.checkpoint.folder}",
+            found=f"another, or none, in {checkpoint.folder}",
             next_step="pass the --base (and --revision) that was exported",
         )
     given = [adapter_entry(name, adapter)["files"] for name, adapter in inputs.adapters]
     listed = [entry["files"] for entry in manifest["adapters"]]
     if given != listed:
-        names = [entry["name"] for entry in manifest["adapters"]]
+        labels = [entry["name"] for entry in manifest["adapters"]]
         raise VerificationError(
             "verification failed: the adapters are not those that were exported",
-            expected=", ".join(names) or "none",
+            expected=", ".join(labels) or "none",
             found=", ".join(name for name, _ in inputs.adapters) or "none",
             next_step="pass --adapter once for each, in their order",
         )

@@ -94,6 +94,11 @@ def test_another_base(folder: Path, tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base", initializer_range=0.1)
     with pytest.raises(VerificationError, match="of the base is another file"):
         bone_fx.verify_export(folder / "out", base=base, adapters=[folder / "adapter"])
+    for name in ("config.json", "tokenizer.json"):
+        other = copy_of(folder / "base", tmp_path / f"other {name}")
+        (other / name).write_text((other / name).read_text() + "\n")
+        with pytest.raises(VerificationError, match=rf"{name} of the base is another file"):
+            bone_fx.verify_export(folder / "out", base=other, adapters=[folder / "adapter"])
 
 
 def test_no_output_of_ours(folder: Path) -> None:
