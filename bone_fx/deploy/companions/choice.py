@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bone_fx.deploy.companions.chat_templates import read_templates, template_files
-from bone_fx.deploy.companions.reading import printable, read_object
+from bone_fx.deploy.companions.reading import read_object
 from bone_fx.deploy.companions.tokens import special_token, token_ids
-from bone_fx.errors import AdapterError, InputRefusedError
+from bone_fx.errors import AdapterError, InputRefusedError, printable
 from bone_fx.weights.storage.safetensors_file import file_sha256
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def choose_companions(base: Path, adapters: Sequence[tuple[str, AdapterFolder]] 
 
 def adapter_label(name: str, adapter: AdapterFolder) -> str:
     """How an adapter is called in notes: its name, or its folder's where it is the only one."""
-    return printable(adapter.path.resolve().name if name == "default" else name)
+    return printable(adapter.path.resolve().name if name == "default" else name, lines=False)
 
 
 def _with_adapter(
@@ -230,6 +230,7 @@ def configured_token(settings: Mapping[str, Any], config: Any, key: str) -> int 
             f"{key} of the base or of an adapter is no token",
             expected="a whole number or a list of them, in generation_config.json or config.json",
             found=repr(token)[:80],
+            next_step="correct it there",
         )
     return numbers[0] if len(numbers) == 1 else numbers or None
 

@@ -15,7 +15,8 @@ from bone_fx.deploy.companions.chat_templates import (
     write_templates,
 )
 from bone_fx.deploy.companions.choice import GENERATION_FILE, VOCABULARIES, Companions
-from bone_fx.deploy.companions.reading import printable, read_object, write_object
+from bone_fx.deploy.companions.reading import read_object, write_object
+from bone_fx.errors import printable
 
 if TYPE_CHECKING:
     from bone_fx.base.loading import BaseCheckpoint
@@ -49,7 +50,7 @@ def copy_for_genai(companions: Companions, checkpoint: BaseCheckpoint, folder: P
         return notes
     if DEFAULT not in companions.templates:
         others = ", ".join(companions.templates)
-        source = companions.adapter or printable(companions.base.name)
+        source = companions.adapter or printable(companions.base.name, lines=False)
         notes.append(
             f"{source} has no chat template"
             f"{f' called default, only {others}' if others else ''}: prompts are passed as they are"

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from bone_fx.base.left_over import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from bone_fx.deploy.companions.choice import adapter_label
-from bone_fx.deploy.companions.reading import printable, read_object
+from bone_fx.deploy.companions.reading import read_object
 from bone_fx.deploy.companions.sentence_model import sentence_note
+from bone_fx.errors import printable
 
 if TYPE_CHECKING:
     from bone_fx.adapter_folder import AdapterFolder
@@ -40,7 +41,7 @@ def files_left_out(
     for name, adapter in adapters:
         notes += _code(adapter.path, trusted=False)
         notes += _other_config(base, adapter.path, adapter_label(name, adapter))
-    return [printable(note) for note in notes]
+    return [printable(note, lines=False) for note in notes]
 
 
 def sentence_notes(base: Path, adapters: Sequence[tuple[str, AdapterFolder]]) -> list[str]:

@@ -8,13 +8,9 @@ from typing import Any
 
 from bone_fx.errors import InputRefusedError
 
+_AGAIN = "save it again with transformers, or copy it again"
 MOST_BYTES = 1 << 28
 """Largest file that is read whole; the largest tokenizers have a tenth of it."""
-
-
-def printable(text: str) -> str:
-    """A text with what is not printable in it, as a name on disk may be, written as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def read_text(path: Path) -> str:
@@ -27,12 +23,18 @@ def read_text(path: Path) -> str:
         size = path.stat().st_size
         if size > MOST_BYTES:
             raise InputRefusedError(
-                f"{path} is too large", expected=f"at most {MOST_BYTES:,} bytes", found=f"{size:,}"
+                f"{path} is too large",
+                expected=f"at most {MOST_BYTES:,} bytes",
+                found=f"{size:,}",
+                next_step=_AGAIN,
             )
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputRefusedError(
-            f"{path} cannot be read", expected="a text in UTF-8", found=str(error)
+            f"{path} cannot be read",
+            expected="a text in UTF-8",
+            found=str(error),
+            next_step=_AGAIN,
         ) from error
 
 
@@ -48,7 +50,7 @@ def read_value(path: Path) -> Any:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise InputRefusedError(
-            f"{path} cannot be read", expected="JSON", found=str(error)
+            f"{path} cannot be read", expected="JSON", found=str(error), next_step=_AGAIN
         ) from error
 
 
@@ -63,7 +65,10 @@ def read_object(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise InputRefusedError(
-            f"{path} cannot be read", expected="a JSON object", found=type(content).__name__
+            f"{path} cannot be read",
+            expected="a JSON object",
+            found=type(content).__name__,
+            next_step=_AGAIN,
         )
     return content
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from bone_fx.deploy.companions.reading import printable, read_object, read_value
+from bone_fx.deploy.companions.reading import read_object, read_value
+from bone_fx.errors import printable
 
 MODULES = "modules.json"
 SETTINGS = ("sentence_bert_config.json", "config_sentence_transformers.json")
@@ -87,5 +88,6 @@ def sentence_note(folder: Path) -> str | None:
     return printable(
         "the graph gives the model's own outputs, such as last_hidden_state; what "
         f"sentence-transformers does besides, as {folder.name} says, is left to the caller: "
-        + ", ".join(steps)
+        + ", ".join(steps),
+        lines=False,
     )
