@@ -240,7 +240,11 @@ class BoneConfig:
 def _require(name: str, value: object, ok: bool, allowed: str) -> None:
     if not ok:
         shown = reprlib.repr(value)
-        raise ConfigError(f"{name}={shown} is not allowed", expected=allowed, found=shown)
+        raise ConfigError(
+            f"{name}={shown} is not allowed",
+            expected=allowed,
+            next_step=f"correct {name} in the configuration",
+        )
 
 
 def _is_int(value: object) -> bool:

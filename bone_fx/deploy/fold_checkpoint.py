@@ -120,7 +120,7 @@ def fold_checkpoint(
         ('transformer.h.0.attn.c_attn.weight',)
     """
     if not adapters:
-        raise UsageError("there is nothing to fold", expected="one adapter or more")
+        raise UsageError("there is nothing to fold", next_step="pass one adapter or more")
     progress = timed = Timed(progress or Silent())
     with staged(output, overwrite=overwrite, inputs=files_read(base, adapters)) as staging:
         progress.stage("read the inputs")
@@ -237,7 +237,8 @@ def _verify(files: Iterable[Path], recipes: Mapping[str, Recipe], adapters: Adap
         if not isinstance(recipe, Fold):
             if not torch.equal(by_key[key].evaluate(), recipe.evaluate()):
                 raise VerificationError(
-                    f"verification failed: {key}: the written tensor is not the adapter's"
+                    f"verification failed: {key}: the written tensor is not what was to be written",
+                    expected=recipe.describe(),
                 )
             continue
         same = partial(_is_the_fold, by_key[key], recipe, adapters)

@@ -87,7 +87,7 @@ class ExportOptions:
                 raise UsageError(
                     f"{choice.name}={value!r} is not known",
                     expected=" or ".join(map(str, allowed)),
-                    found=repr(value),
+                    next_step="choose one of these",
                 )
         self._check_quantization()
         self._check_calibration()
@@ -163,7 +163,9 @@ class ExportOptions:
             )
         if not Path(self.samples).expanduser().is_file():
             raise UsageError(
-                f"samples={str(self.samples)!r} is no file", expected="a text file in UTF-8"
+                f"samples={str(self.samples)!r} is no file",
+                expected="a text file in UTF-8",
+                next_step="name a file, or leave it out",
             )
 
 

@@ -265,7 +265,11 @@ def _errors_of_writing(output: str | Path, target: Path) -> Iterator[None]:
         file = error.filename if isinstance(error.filename, str) else None
         ours = file is None or Path(file).is_relative_to(target.parent)
         if not ours and error.errno in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR):
-            raise InputRefusedError(f"{file} cannot be read", found=reason) from error
+            raise InputRefusedError(
+                f"{file} cannot be read",
+                found=reason,
+                next_step="check that it is there, and its permissions",
+            ) from error
         raise ExportError(
             f"the output {output} cannot be written",
             found=reason + (f": {file}" if file else ""),

@@ -184,6 +184,7 @@ def _sample_texts(
             f"{path} cannot be read as samples",
             expected="a text file in UTF-8, and a tokenizer",
             found=str(error),
+            next_step="name another file, or leave the samples out",
         ) from error
     most = getattr(inputs.config.get_text_config(), "max_position_embeddings", None)
     pieces = torch.split(ids, min(_SAMPLE, int(most or _SAMPLE)))

@@ -104,7 +104,7 @@ def verify_export(
     if adapters and base is None:
         raise UsageError("adapters go with their base", next_step="pass --base too")
     if verify not in get_args(Compared):
-        raise UsageError(f"verify={verify!r} compares nothing", expected="full or fast")
+        raise UsageError(f"verify={verify!r} compares nothing", next_step="pass full or fast")
     if manifest.get("kind") == REJECTED:
         raise VerificationError(
             f"{output} is a build that failed verification",

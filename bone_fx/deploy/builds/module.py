@@ -81,7 +81,7 @@ def build_module(base: object, options: ExportOptions, progress: Progress) -> Mo
     if not isinstance(base, nn.Module | ExportedProgram):
         raise UsageError(
             f"cannot export a {type(base).__name__}",
-            expected="a path, a module or an ExportedProgram",
+            next_step="give a path, a module or an ExportedProgram",
         )
     example = options.example_inputs
     if isinstance(base, ExportedProgram) and example is None:
