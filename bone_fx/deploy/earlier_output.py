@@ -88,15 +88,19 @@ def delete_output(folder: Path) -> bool:
     return not os.path.lexists(folder)
 
 
-def entries_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of a folder, by name."""
+def files_of(folder: Path, hashed: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Size and SHA-256 of every file of a folder by name.
+
+    Args:
+        folder: The folder.
+        hashed: SHA-256 of the files that were hashed while they were written.
+    """
+    hashed = hashed or {}
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path: path.relative_to(folder).as_posix() for path in paths}
     return {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": file_sha256(path),
-        }
-        for path in paths
+        name: {"bytes": path.stat().st_size, "sha256": hashed.get(name) or file_sha256(path)}
+        for path, name in names.items()
     }
 
 

@@ -34,8 +34,9 @@ from bone_fx.deploy.changed_tensors import changed_tensors, check_names
 from bone_fx.deploy.checkpoint_inputs import Adapters, open_checkpoint
 from bone_fx.deploy.companions.checkpoint_folder import INDEX_SUFFIX, copy_the_rest
 from bone_fx.deploy.companions.choice import hashes_beside_weights
+from bone_fx.deploy.earlier_output import files_of
 from bone_fx.deploy.input_files import files_read
-from bone_fx.deploy.manifest import files_of, manifest_of
+from bone_fx.deploy.manifest import manifest_of
 from bone_fx.deploy.report import write_reports
 from bone_fx.deploy.report.origin import read_origin
 from bone_fx.deploy.report.timing import Timed

@@ -12,6 +12,7 @@ from bone_fx.adapter_folder import WEIGHTS_NAME, AdapterFolder
 from bone_fx.config import CONFIG_NAME
 from bone_fx.deploy.checkpoint_inputs import Adapters
 from bone_fx.deploy.companions.choice import hashes_beside_weights
+from bone_fx.deploy.earlier_output import files_of
 from bone_fx.deploy.options import ExportOptions
 from bone_fx.deploy.report.origin import read_origin
 from bone_fx.verify.parity import Parity
@@ -116,21 +117,6 @@ def export_manifest(
             "notes": [*build.notes, *written.notes],
         },
     )
-
-
-def files_of(folder: Path, hashed: Mapping[str, str]) -> dict[str, Any]:
-    """Size and SHA-256 of every file of a folder by name.
-
-    Args:
-        folder: The folder.
-        hashed: SHA-256 of the files that were hashed while they were written.
-    """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = {path: path.relative_to(folder).as_posix() for path in paths}
-    return {
-        name: {"bytes": path.stat().st_size, "sha256": hashed.get(name) or file_sha256(path)}
-        for path, name in names.items()
-    }
 
 
 def _verification_entry(parity: Parity, options: ExportOptions) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from bone_fx.deploy.earlier_output import (
     MANIFEST,
     REJECTED,
     delete_output,
-    entries_of,
+    files_of,
     not_made_by_a_run,
     read_manifest,
 )
@@ -94,7 +94,7 @@ class Staging:
         try:
             (self.folder / MANIFEST).unlink(missing_ok=True)
             content = {"format": 1, "kind": REJECTED, "verified": False, "error": reason}
-            self._write_manifest({**content, "files": entries_of(self.folder)})
+            self._write_manifest({**content, "files": files_of(self.folder)})
             path = self._target.path
             for number in range(1, 100):
                 name = f"{path.name}.rejected" + (f"-{number}" if number > 1 else "")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bone_fx.deploy import output_checks, staging
-from bone_fx.deploy.manifest import files_of
+from bone_fx.deploy.earlier_output import files_of
 from bone_fx.deploy.staging import staged
 from bone_fx.errors import BoneFxError, ExportError, UsageError, VerificationError
 from bone_fx.files import renames
@@ -34,7 +34,7 @@ def export(out: Path, content: str = "new", meanwhile: Meanwhile = nothing, **op
     with staged(out, **options) as stage:
         build(stage, content)
         meanwhile(stage)
-        stage.publish({"format": 1, "kind": "module", "files": files_of(stage.folder, {})})
+        stage.publish({"format": 1, "kind": "module", "files": files_of(stage.folder)})
 
 
 def raising(error: BaseException) -> Meanwhile:
@@ -259,7 +259,7 @@ def test_the_next_run_clears_what_a_dead_one_left(moment: str, tmp_path: Path) -
     with staged(out, overwrite=True) as stage:
         build(stage, "new")
         if moment != "building":
-            stage._write_manifest({"files": files_of(stage.folder, {})})
+            stage._write_manifest({"files": files_of(stage.folder)})
             (stage._work.path / "publishing").touch()
         if moment == "exchanged":
             out.rename(stage._work.path / "third")
@@ -285,7 +285,7 @@ def test_what_a_dead_run_left_with_a_persons_file_in_it(tmp_path: Path) -> None:
         (stage._work.path / "publishing").touch()
         out.rename(stage._old)
         build(stage, "new")
-        stage._write_manifest({"files": files_of(stage.folder, {})})
+        stage._write_manifest({"files": files_of(stage.folder)})
         stage.folder.rename(out)
         stage._work.release()
         stage._work.path.rename(tmp_path / "aside")
