@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bone_fx.adapters import METHODS
 from bone_fx.config import CONFIG_NAME, BoneConfig
-from bone_fx.errors import AdapterError, UsageError
+from bone_fx.errors import AdapterError, UsageError, some
 from bone_fx.files.inputs import unsafe_entries
 from bone_fx.sites import LinearSite, Refusal, check_fit, select_sites
 
@@ -84,8 +84,8 @@ class AdapterFolder:
                 f"{self.path / WEIGHTS_NAME} does not fit this model: "
                 f"{len(missing)} of {len(chosen)} layers are missing a block, "
                 f"{len(foreign)} blocks have no layer",
-                expected=f"a block for {_some(missing)}" if missing else f"{len(chosen)} blocks",
-                found=f"blocks for {_some(foreign)}" if foreign else f"{len(self.blocks)} blocks",
+                expected=f"a block for {some(missing)}" if missing else f"{len(chosen)} blocks",
+                found=f"blocks for {some(foreign)}" if foreign else f"{len(self.blocks)} blocks",
                 next_step="check that the adapter is this base's and that its file is whole",
             )
         for site in chosen:
@@ -153,7 +153,7 @@ def read_adapter(directory: str | Path, name: str = "default") -> AdapterFolder:
         raise AdapterError(
             f"{path} holds no block",
             expected=f"keys that end in .{_BLOCK_OF_TYPE[str(config.peft_type)]}",
-            found=_some(list(tensors)),
+            found=some(list(tensors)),
             next_step="save the adapter again, or correct peft_type in its configuration",
         )
     for key, tensor in {**adapter.blocks, **adapter.modules_to_save}.items():
@@ -189,7 +189,7 @@ def _refuse_unsafe(folder: Path) -> None:
         raise AdapterError(
             f"{folder} holds links that leave it, or no regular files",
             expected="files, and links within the folder",
-            found=_some(unsafe),
+            found=some(unsafe),
             next_step="put the files themselves there, or take the links away",
         )
 
@@ -245,11 +245,6 @@ def _sorted(folder: Path, config: BoneConfig, tensors: Mapping[str, Tensor]) -> 
             if not copies.trains_copy_of(parameter):
                 in_base.add(parameter)
     return AdapterFolder(folder, config, blocks, saved, frozenset(in_base), tuple(unused))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(names[:3]) or "none") + more
 
 
 def read_adapters(paths: Sequence[str | Path]) -> list[tuple[str, AdapterFolder]]:

@@ -7,6 +7,8 @@ message and `exit_code`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 INTERNAL = 70
 """Exit status of a fault of our own (`EX_SOFTWARE` of sysexits.h)."""
 
@@ -118,6 +120,12 @@ def printable(text: str, *, lines: bool = True) -> str:
         c if c.isprintable() or (lines and c == "\n") else c.encode("unicode_escape").decode()
         for c in text
     )
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bone_fx.deploy.earlier_output import MANIFEST, not_made_by_a_run, read_manifest
-from bone_fx.errors import ExportError, UsageError
+from bone_fx.errors import ExportError, UsageError, some
 from bone_fx.files.work_folder import NAME_OVERHEAD
 
 _NAME_BYTES = 255
@@ -168,11 +168,10 @@ def _refuse_foreign(output: str | Path, target: Path) -> None:
             next_step=f"{_ANOTHER}; nothing was deleted",
         )
     if foreign := not_made_by_a_run(target):
-        more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
         raise UsageError(
             f"the output {output} holds what no run made, and it would be deleted",
             expected="an earlier export as it was written",
-            found=", ".join(foreign[:5]) + more,
+            found=some(foreign),
             next_step=f"move it away, or {_ANOTHER}; nothing was deleted",
         )
 

@@ -34,7 +34,7 @@ from bone_fx.deploy.earlier_output import (
     read_manifest,
 )
 from bone_fx.deploy.output_checks import Output, check_output
-from bone_fx.errors import ExportError, InputRefusedError, VerificationError
+from bone_fx.errors import ExportError, InputRefusedError, VerificationError, some
 from bone_fx.files.renames import exchange, rename_new
 from bone_fx.files.work_folder import WorkFolder, dead_work_folders, make_work_folder
 
@@ -213,12 +213,6 @@ def staged(
                 work.remove()
             for parent in reversed(made):
                 _rmdir(parent)
-
-
-def some(names: list[str]) -> str:
-    """A few of many names."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
 
 
 def _clear_dead_runs(target: Path) -> None:

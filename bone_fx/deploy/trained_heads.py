@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bone_fx.adapter_folder import WEIGHTS_NAME, AdapterFolder
 from bone_fx.base.unused_tensors import matching
-from bone_fx.errors import AdapterError
+from bone_fx.errors import AdapterError, some
 from bone_fx.sites import is_saved_module
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def without_unused(
                 f"{len(left)} tensors of {adapter.path / WEIGHTS_NAME} would be lost: {left[0]} is "
                 f"no part of a {adapter.config.peft_type} adapter",
                 expected="blocks of this kind, and modules that were trained whole",
-                found=", ".join(left[:4]) + (f" and {len(left) - 4} more" if left[4:] else ""),
+                found=some(left),
                 next_step="correct peft_type in its configuration, or "
                 f"--allow-unused '{left[0]}' if the adapter is right without it",
             )

@@ -10,7 +10,7 @@ from bone_fx.base.left_over import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from bone_fx.deploy.companions.choice import adapter_label
 from bone_fx.deploy.companions.reading import read_object
 from bone_fx.deploy.companions.sentence_model import sentence_note
-from bone_fx.errors import printable
+from bone_fx.errors import printable, some
 
 if TYPE_CHECKING:
     from bone_fx.adapter_folder import AdapterFolder
@@ -72,9 +72,8 @@ def _code(folder: Path, *, trusted: bool) -> list[str]:
         return []
     return [
         (
-            f"{folder.name} brings code that was neither run nor copied: {', '.join(names[:5])}"
-            f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; read it, and pass "
-            "--trust-remote-code if the model needs it"
+            f"{folder.name} brings code that was neither run nor copied: {some(names)}; "
+            "read it, and pass --trust-remote-code if the model needs it"
         )
     ]
 
