@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from bone_fx.cli.settings import HELP_FLAGS, SETTINGS
+from bone_fx.cli.settings import (
+    HELP_FLAGS,
+    SETTINGS,
+    AllowUnused,
+    AsJson,
+    Debug,
+    RemoteCode,
+    Revision,
+    option,
+)
 from bone_fx.cli.signals import Signals
 from bone_fx.cli.terminal import answer, answer_json, note
 from bone_fx.cli.views import VIEWS
@@ -17,7 +26,6 @@ from bone_fx.deploy.options import (
     BLOCK_SIZE,
     DTYPE,
     HEAD,
-    HELP,
     Compared,
     Dtype,
     ExportOptions,
@@ -78,11 +86,6 @@ Exit codes as for bone-export; nothing is written.
 """
 
 
-def _option(choice: str, *flags: str, **settings: Any) -> Any:
-    """An option of one of `ExportOptions`' choices, with its sentence."""
-    return typer.Option(*flags, help=HELP[choice], **settings)
-
-
 Base = Annotated[
     str, typer.Argument(metavar="BASE", help="Hugging Face folder, GGUF file or hub id.")
 ]
@@ -92,17 +95,7 @@ ADAPTER = typer.Option(
     metavar="DIR",
     help="Bone, BAT or MiSS adapter in PEFT's layout; repeat to apply several, in order.",
 )
-Overwrite = Annotated[bool, _option("overwrite", "--overwrite")]
-Revision = Annotated[str | None, _option("revision")]
-AllowUnused = Annotated[list[str] | None, _option("allow_unused", "--allow-unused", metavar="NAME")]
-RemoteCode = Annotated[bool, _option("trust_remote_code", "--trust-remote-code")]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print the result, or the error, as JSON on stdout.")
-]
-Debug = Annotated[
-    bool,
-    typer.Option("--debug", help="Write a report of a failure, with its traceback, to a file."),
-]
+Overwrite = Annotated[bool, option("overwrite", "--overwrite")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 app = typer.Typer(**SETTINGS)
@@ -116,21 +109,21 @@ def bone_export(
     base: Base,
     output: Output,
     adapter: Annotated[list[str] | None, ADAPTER] = None,
-    dtype: Annotated[Dtype | None, _option("dtype", show_default=DTYPE)] = None,
-    provider: Annotated[Provider, _option("provider")] = "cpu",
-    verify: Annotated[Verify, _option("verify")] = "full",
-    verify_on: Annotated[Provider | None, _option("verify_on")] = None,
-    samples: Annotated[str | None, _option("samples", metavar="FILE")] = None,
+    dtype: Annotated[Dtype | None, option("dtype", show_default=DTYPE)] = None,
+    provider: Annotated[Provider, option("provider")] = "cpu",
+    verify: Annotated[Verify, option("verify")] = "full",
+    verify_on: Annotated[Provider | None, option("verify_on")] = None,
+    samples: Annotated[str | None, option("samples", metavar="FILE")] = None,
     overwrite: Overwrite = False,
-    block_size: Annotated[int | None, _option("block_size", show_default=str(BLOCK_SIZE))] = None,
+    block_size: Annotated[int | None, option("block_size", show_default=str(BLOCK_SIZE))] = None,
     symmetric: Annotated[
         bool | None,
-        _option("symmetric", "--symmetric/--asymmetric", show_default="asymmetric"),
+        option("symmetric", "--symmetric/--asymmetric", show_default="asymmetric"),
     ] = None,
-    head: Annotated[Part | None, _option("head", show_default=HEAD)] = None,
-    embeddings: Annotated[Part | None, _option("embeddings")] = None,
-    last_token_logits: Annotated[bool, _option("last_token_logits", "--last-token-logits")] = False,
-    calibration: Annotated[str | None, _option("calibration", metavar="FILE")] = None,
+    head: Annotated[Part | None, option("head", show_default=HEAD)] = None,
+    embeddings: Annotated[Part | None, option("embeddings")] = None,
+    last_token_logits: Annotated[bool, option("last_token_logits", "--last-token-logits")] = False,
+    calibration: Annotated[str | None, option("calibration", metavar="FILE")] = None,
     revision: Revision = None,
     allow_unused: AllowUnused = None,
     trust_remote_code: RemoteCode = False,
@@ -204,9 +197,9 @@ def bone_export_verify(
         str | None, typer.Option("--base", metavar="BASE", help="The base that it was made from.")
     ] = None,
     adapter: Annotated[list[str] | None, ADAPTER] = None,
-    provider: Annotated[Provider, _option("provider")] = "cpu",
+    provider: Annotated[Provider, option("provider")] = "cpu",
     verify: Annotated[Compared, typer.Option(help="How much is compared with torch.")] = "full",
-    samples: Annotated[str | None, _option("samples", metavar="FILE")] = None,
+    samples: Annotated[str | None, option("samples", metavar="FILE")] = None,
     revision: Revision = None,
     allow_unused: AllowUnused = None,
     trust_remote_code: RemoteCode = False,

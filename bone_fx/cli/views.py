@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from bone_fx.cli.settings import HELP_FLAGS, SETTINGS
+from bone_fx.cli.settings import (
+    HELP_FLAGS,
+    SETTINGS,
+    AllowUnused,
+    AsJson,
+    Debug,
+    RemoteCode,
+    Revision,
+)
 from bone_fx.cli.terminal import answer, answer_json, note
 
 INSPECT_EPILOG = """\b
@@ -22,12 +30,6 @@ DOCTOR_EPILOG = """\b
 Exit code 0 if all is well, 7 if only the GPU's provider cannot be had, 5 for anything else.
 """
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Debug = Annotated[
-    bool,
-    typer.Option("--debug", help="Write a report of a failure, with its traceback, to a file."),
-]
-
 inspect_app = typer.Typer(**SETTINGS)
 doctor_app = typer.Typer(**SETTINGS)
 
@@ -39,17 +41,9 @@ def bone_export_inspect(
         str | None,
         typer.Option("--base", metavar="BASE", help="A base to match it with: folder, GGUF, id."),
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")
-    ] = None,
-    allow_unused: Annotated[
-        list[str] | None,
-        typer.Option("--allow-unused", metavar="NAME", help="As for an export."),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run Python files that come with the base."),
-    ] = False,
+    revision: Revision = None,
+    allow_unused: AllowUnused = None,
+    trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
