@@ -247,6 +247,10 @@ def _sorted(folder: Path, config: BoneConfig, tensors: Mapping[str, Tensor]) -> 
     return AdapterFolder(folder, config, blocks, saved, frozenset(in_base), tuple(unused))
 
 
+Adapters = Sequence[tuple[str, AdapterFolder]]
+"""Adapters by name, in the order in which they apply."""
+
+
 def read_adapters(paths: Sequence[str | Path]) -> list[tuple[str, AdapterFolder]]:
     """Several adapter folders with the names they go by.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bone_fx.adapter_folder import AdapterFolder
+from bone_fx.adapter_folder import Adapters
 from bone_fx.deploy.trained_heads import (
     TrainedHeads,
     brought_tensors,
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from bone_fx.base.loading import BaseCheckpoint, Skeleton
 
-Adapters = Sequence[tuple[str, AdapterFolder]]
 _HEAD_WEIGHTS = ("classifier.weight", "score.weight", "out_proj.weight")
 
 

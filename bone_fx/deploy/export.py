@@ -32,8 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from bone_fx.adapter_folder import read_adapters
-from bone_fx.deploy.checkpoint_inputs import Adapters
+from bone_fx.adapter_folder import Adapters, read_adapters
 from bone_fx.deploy.input_files import files_read
 from bone_fx.deploy.options import NO_CALIBRATION, Dtype, ExportOptions, Part, Provider, Verify
 from bone_fx.deploy.report import write_failure, write_reports

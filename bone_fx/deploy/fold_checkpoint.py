@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bone_fx.adapter_folder import read_adapters
+from bone_fx.adapter_folder import Adapters, read_adapters
 from bone_fx.deploy.changed_tensors import changed_tensors, check_names
-from bone_fx.deploy.checkpoint_inputs import Adapters, open_checkpoint
+from bone_fx.deploy.checkpoint_inputs import open_checkpoint
 from bone_fx.deploy.companions.checkpoint_folder import INDEX_SUFFIX, copy_the_rest
 from bone_fx.deploy.companions.choice import hashes_beside_weights
 from bone_fx.deploy.earlier_output import files_of

@@ -8,9 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bone_fx.adapter_folder import WEIGHTS_NAME, AdapterFolder
+from bone_fx.adapter_folder import WEIGHTS_NAME, AdapterFolder, Adapters
 from bone_fx.config import CONFIG_NAME
-from bone_fx.deploy.checkpoint_inputs import Adapters
 from bone_fx.deploy.companions.choice import hashes_beside_weights
 from bone_fx.deploy.earlier_output import files_of
 from bone_fx.deploy.options import ExportOptions

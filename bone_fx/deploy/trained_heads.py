@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bone_fx.adapter_folder import WEIGHTS_NAME, AdapterFolder
+from bone_fx.adapter_folder import WEIGHTS_NAME, AdapterFolder, Adapters
 from bone_fx.base.unused_tensors import matching
 from bone_fx.errors import AdapterError, some
 from bone_fx.sites import is_saved_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Adapters = Sequence[tuple[str, AdapterFolder]]
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,12 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from bone_fx.adapter_folder import Adapters
 from bone_fx.deploy.builds.base import Build, Written, cuda_placement, write_graph
 from bone_fx.deploy.builds.calibrate import Calibration, calibrate
 from bone_fx.deploy.builds.checkpoint_graph import DecoderGraph, ForwardGraph, capture_graph
 from bone_fx.deploy.builds.quantization import QuantizationReport, quantization_of, quantize
-from bone_fx.deploy.checkpoint_inputs import (
-    Adapters,
-    CheckpointInputs,
-    FoldedCheckpoint,
-    open_checkpoint,
-)
+from bone_fx.deploy.checkpoint_inputs import CheckpointInputs, FoldedCheckpoint, open_checkpoint
 from bone_fx.deploy.companions.choice import Companions, choose_companions, hashes_beside_weights
 from bone_fx.deploy.companions.copying import copy_companions
 from bone_fx.deploy.companions.left_out import files_left_out, sentence_notes

@@ -19,7 +19,7 @@ from bone_fx.errors import AdapterError, InputRefusedError, printable
 from bone_fx.weights.storage.safetensors_file import file_sha256
 
 if TYPE_CHECKING:
-    from bone_fx.adapter_folder import AdapterFolder
+    from bone_fx.adapter_folder import AdapterFolder, Adapters
 
 VOCABULARIES = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
@@ -143,7 +143,7 @@ def hashes_beside_weights(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
 
 
-def choose_companions(base: Path, adapters: Sequence[tuple[str, AdapterFolder]] = ()) -> Companions:
+def choose_companions(base: Path, adapters: Adapters = ()) -> Companions:
     """Choose the files that go beside a model's weights.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from bone_fx.deploy.companions.sentence_model import sentence_note
 from bone_fx.errors import printable, some
 
 if TYPE_CHECKING:
-    from bone_fx.adapter_folder import AdapterFolder
+    from bone_fx.adapter_folder import Adapters
     from bone_fx.base.loading import BaseCheckpoint
 
 _QUANTIZATION = ("quantize_config.json", "quant_config.json")
@@ -24,9 +23,7 @@ _IGNORED_FIELDS = {
 """Fields of a configuration that change nothing in a graph, or that other files decide."""
 
 
-def files_left_out(
-    checkpoint: BaseCheckpoint, adapters: Sequence[tuple[str, AdapterFolder]]
-) -> list[str]:
+def files_left_out(checkpoint: BaseCheckpoint, adapters: Adapters) -> list[str]:
     """Notes on files of the base and of the adapters that are not used.
 
     Raises:
@@ -44,7 +41,7 @@ def files_left_out(
     return [printable(note, lines=False) for note in notes]
 
 
-def sentence_notes(base: Path, adapters: Sequence[tuple[str, AdapterFolder]]) -> list[str]:
+def sentence_notes(base: Path, adapters: Adapters) -> list[str]:
     """A note on pooling, dense layers and norm, of the last folder that has any."""
     folders = [base, *(adapter.path for _, adapter in adapters)]
     notes = [note for folder in folders if (note := sentence_note(folder)) is not None]
