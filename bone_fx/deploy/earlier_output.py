@@ -6,13 +6,13 @@ What is not there, or has been changed since, is somebody's work and is never de
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bone_fx.files.json_file import NotJsonError, read_object
 from bone_fx.files.seal import is_sealed
 from bone_fx.weights.storage.safetensors_file import file_sha256
 
@@ -27,20 +27,18 @@ REJECTED = "rejected"
 
 _HASHED_BYTES = 64 << 20
 """Larger files are weights, which nobody edits: they are known by their size."""
-_MANIFEST_BYTES = 256 << 20
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of an earlier output; None if there is none, or none that a run wrote."""
     path = folder / MANIFEST
-    try:
-        status = os.lstat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MANIFEST_BYTES:
-            return None
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    if os.path.islink(path):
         return None
-    files = content.get("files") if isinstance(content, dict) else None
+    try:
+        content = read_object(path)
+    except (FileNotFoundError, NotJsonError):
+        return None
+    files = content.get("files")
     if not isinstance(files, dict) or not isinstance(content.get(BESIDE, []), list):
         return None
     return content if all(isinstance(entry, dict) for entry in files.values()) else None

@@ -13,7 +13,7 @@ _BYTES = 256 << 20
 
 
 class NotJsonError(Exception):
-    """A file that cannot be read as a JSON object; the text says why."""
+    """A file that cannot be read as JSON, or as a JSON object; the text says why."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -23,13 +23,26 @@ def read_object(path: Path) -> dict[str, Any]:
         FileNotFoundError: There is no file.
         NotJsonError: It is no regular file, cannot be read, or holds something else.
     """
+    content = read_value(path)
+    if not isinstance(content, dict):
+        raise NotJsonError(f"it holds no object but {type(content).__name__}")
+    return content
+
+
+def read_value(path: Path) -> Any:
+    """The JSON value that a file holds.
+
+    Raises:
+        FileNotFoundError: There is no file.
+        NotJsonError: It is no regular file, cannot be read, or is no JSON.
+    """
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise NotJsonError("it is no regular file")
         if status.st_size > _BYTES:
             raise NotJsonError(f"it has {status.st_size:,} bytes, more than {_BYTES:,}")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -38,6 +51,3 @@ def read_object(path: Path) -> dict[str, Any]:
         raise NotJsonError("it is nested too deeply") from error
     except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
         raise NotJsonError(str(error)) from error
-    if not isinstance(content, dict):
-        raise NotJsonError(f"it holds no object but {type(content).__name__}")
-    return content

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bone_fx.errors import InputRefusedError
+from bone_fx.files import json_file
+from bone_fx.files.json_file import NotJsonError
 
 _AGAIN = "save it again with transformers, or copy it again"
 MOST_BYTES = 1 << 28
@@ -47,8 +49,8 @@ def read_value(path: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
+        return json_file.read_value(path)
+    except NotJsonError as error:
         raise InputRefusedError(
             f"{path} cannot be read", expected="JSON", found=str(error), next_step=_AGAIN
         ) from error
