@@ -99,14 +99,22 @@ ROWS: list[tuple[bool, int, list[str] | None, list[str]]] = [
 ]
 
 
+def trained(
+    folder: Path, tied: bool, rows: int, saved: list[str] | None, targets: list[str]
+) -> tuple[Path, Path, Path]:
+    """A base, an adapter that PEFT trained on it, resized, and where an output may go."""
+    base, adapter = folder / "base", folder / "adapter"
+    tiny_base(base, tie_word_embeddings=tied)
+    fields = {"modules_to_save": saved, "task_type": "CAUSAL_LM"}
+    train(resized(base, rows), adapter, targets, **fields)
+    return base, adapter, folder / "out"
+
+
 @pytest.mark.parametrize(("tied", "rows", "saved", "targets"), ROWS)
 def test_a_fold_is_what_peft_runs(
     tied: bool, rows: int, saved: list[str] | None, targets: list[str], tmp_path: Path
 ) -> None:
-    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
-    tiny_base(base, tie_word_embeddings=tied)
-    fields = {"modules_to_save": saved, "task_type": "CAUSAL_LM"}
-    train(resized(base, rows), adapter, targets, **fields)
+    base, adapter, out = trained(tmp_path, tied, rows, saved, targets)
     bone_fx.fold_checkpoint(base, adapters=[adapter], output=out)
     folded, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(report.values())
@@ -121,10 +129,7 @@ def test_a_fold_is_what_peft_runs(
 def test_an_export_is_what_peft_runs(
     tied: bool, rows: int, saved: list[str] | None, targets: list[str], tmp_path: Path
 ) -> None:
-    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
-    tiny_base(base, tie_word_embeddings=tied)
-    fields = {"modules_to_save": saved, "task_type": "CAUSAL_LM"}
-    train(resized(base, rows), adapter, targets, **fields)
+    base, adapter, out = trained(tmp_path, tied, rows, saved, targets)
     bone_fx.export(base, adapters=[adapter], output=out, verify="fast")
     assert json.loads((out / "genai_config.json").read_text())["model"]["vocab_size"] == rows
     expected = logits(PeftModel.from_pretrained(resized(base, rows), adapter))
