@@ -150,7 +150,9 @@ def open_base(
     if path.is_dir() or path.is_file():
         if revision is not None:
             raise UsageError(
-                f"{base} is a local model and has no revisions", found=f"revision={revision!r}"
+                f"{base} is a local model and has no revisions",
+                found=f"revision={revision!r}",
+                next_step="leave out --revision, or give a hub id",
             )
         folder = path.resolve()
     elif os.path.lexists(path):
@@ -161,7 +163,9 @@ def open_base(
         )
     elif _looks_like_path(str(base)):
         raise BaseModelError(
-            f"{base} does not exist", expected="a model folder, a .gguf file or a hub id"
+            f"{base} does not exist",
+            expected="a model folder, a .gguf file or a hub id",
+            next_step="check the path",
         )
     else:
         from bone_fx.base.hub import download

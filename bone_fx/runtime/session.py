@@ -86,7 +86,8 @@ def _not_here(provider: str) -> ProviderError:
         f"ONNX Runtime has no {PROVIDERS[provider]} here",
         expected=f"a session that runs on {PROVIDERS[provider]}",
         found="it falls back to the CPU",
-        next_step="install bone_fx[gpu] on a machine with a GPU, or pass --verify-on cpu",
+        next_step="install bone_fx[gpu] on a machine with a GPU, or pass --verify-on cpu"
+        " (bone-export verify: --provider cpu)",
     )
 
 
