@@ -31,6 +31,8 @@ from bone_fx.progress import Progress, Silent
 from bone_fx.runtime.session import open_session, require_provider
 from bone_fx.weights.storage.safetensors_file import file_sha256
 
+_FOLDED = "a folded checkpoint: its files were hashed; only ONNX outputs are compared with a base"
+
 
 @dataclass(frozen=True)
 class VerifyResult:
@@ -118,7 +120,7 @@ def verify_export(
     progress.stage("hash the files")
     files = _check_files(folder, manifest["files"])
     if manifest.get("kind") == "checkpoint" or not (folder / MODEL_FILE).is_file():
-        return VerifyResult(folder, files, None, ("a folded checkpoint: its files were hashed",))
+        return VerifyResult(folder, files, None, (_FOLDED,))
     require_provider(provider)
     if base is None:
         progress.stage(f"run the graph on {provider}")
