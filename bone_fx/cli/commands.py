@@ -197,7 +197,7 @@ def bone_export_verify(
         str | None, typer.Option("--base", metavar="BASE", help="The base that it was made from.")
     ] = None,
     adapter: Annotated[list[str] | None, ADAPTER] = None,
-    provider: Annotated[Provider, option("provider")] = "cpu",
+    provider: Annotated[Provider, typer.Option(help="Provider to run the graph on.")] = "cpu",
     verify: Annotated[Compared, typer.Option(help="How much is compared with torch.")] = "full",
     samples: Annotated[str | None, option("samples", metavar="FILE")] = None,
     revision: Revision = None,
