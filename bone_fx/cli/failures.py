@@ -69,7 +69,7 @@ def _as_ours(error: BaseException) -> BoneFxError | None:
     ):
         return ExportError(
             "out of memory; nothing was published",
-            next_step="close other programs, or pass --verify off: building streams the weights",
+            next_step="close other programs; an export with --verify off loads no model",
         )
     if isinstance(error, OSError) and error.errno is not None:
         return ExportError(

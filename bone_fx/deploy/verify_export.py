@@ -117,6 +117,8 @@ def verify_export(
         raise UsageError(
             f"{output} is an export of a module, which has no base", next_step="leave out --base"
         )
+    if base is not None:
+        _check_fields(output, manifest)
     progress.stage("hash the files")
     files = _check_files(folder, manifest["files"])
     if manifest.get("kind") == "checkpoint" or not (folder / MODEL_FILE).is_file():
@@ -142,6 +144,25 @@ def verify_export(
     except VerificationError as error:
         raise _of_a_published_folder(error) from error
     return VerifyResult(folder, files, figures_of(parity), tuple(parity.warnings))
+
+
+def _check_fields(output: str | Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a manifest that does not say what it was made from, as one that was edited may."""
+    base, adapters = manifest.get("base"), manifest.get("adapters")
+    is_whole = (
+        {"kind", "activations", "quantization"} <= set(manifest)
+        and isinstance(base, dict)
+        and {"name", "files"} <= set(base)
+        and isinstance(base["files"], dict)
+        and isinstance(adapters, list)
+        and all(isinstance(a, dict) and {"name", "files"} <= set(a) for a in adapters)
+    )
+    if not is_whole and manifest.get("kind") != "checkpoint":
+        raise UsageError(
+            f"{MANIFEST} of {output} does not say what the output was made from",
+            expected="kind, activations, quantization, base and adapters, as they were written",
+            next_step="leave out --base to look at the files, or export again",
+        )
 
 
 def _of_a_published_folder(error: VerificationError) -> VerificationError:

@@ -101,6 +101,17 @@ def test_another_base(folder: Path, tmp_path: Path) -> None:
             bone_fx.verify_export(folder / "out", base=other, adapters=[folder / "adapter"])
 
 
+@pytest.mark.parametrize("field", ["activations", "quantization", "base", "adapters"])
+def test_a_manifest_that_lacks_a_field(field: str, folder: Path, tmp_path: Path) -> None:
+    out = copy_of(folder / "out", tmp_path / "out")
+    content = json.loads((out / "bone_export.json").read_text())
+    del content[field]
+    (out / "bone_export.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="does not say what the output was made from"):
+        bone_fx.verify_export(out, base=folder / "base", adapters=[folder / "adapter"])
+    assert bone_fx.verify_export(out).verification is None
+
+
 def test_no_output_of_ours(folder: Path) -> None:
     with pytest.raises(UsageError, match="no output of an export"):
         bone_fx.verify_export(folder / "base")
