@@ -63,6 +63,17 @@ def test_tokens_before_one_that_rounding_sends_elsewhere(gap: float, decided: in
     assert routes.decided == decided
 
 
+def test_experts_of_groups_that_are_ruled_out_are_no_scores() -> None:
+    scores = torch.tensor([[3.0, 2.0, 1.0, -torch.inf, -torch.inf, -torch.inf]] * 4)
+    scores[2, 1] = 2.999
+    with Routes(4, 1e-2) as routes:
+        torch.topk(scores, 2)
+        torch.topk(scores, 3)
+        assert routes.decided == 4
+        torch.topk(scores, 1)
+    assert routes.decided == 2
+
+
 def test_small_outputs_are_compared_by_their_own_size() -> None:
     probabilities = torch.full((1, 1000), 1e-3)
     assert difference(torch.zeros_like(probabilities), probabilities) == 1.0

@@ -56,6 +56,8 @@ class Routes(TorchFunctionMode):
             return
         ordered = scores_SX.sort(dim=-1, descending=True).values
         gaps = ordered[:, k - 1] - ordered[:, k]
-        close = gaps <= self._margin * scores_SX.abs().amax(-1)
+        # What another choice has ruled out, as of groups of experts, is -inf and no score.
+        largest = scores_SX.masked_fill(~scores_SX.isfinite(), 0).abs().amax(-1)
+        close = gaps <= self._margin * largest
         if bool(close.any()):
             self.decided = min(self.decided, int(close.int().argmax()))
