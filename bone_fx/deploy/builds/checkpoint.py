@@ -15,6 +15,7 @@ from bone_fx.deploy.builds.calibrate import Calibration, calibrate
 from bone_fx.deploy.builds.checkpoint_graph import DecoderGraph, ForwardGraph, capture_graph
 from bone_fx.deploy.builds.quantization import QuantizationReport, quantization_of, quantize
 from bone_fx.deploy.checkpoint_inputs import (
+    TORCH_DTYPES,
     Adapters,
     CheckpointInputs,
     FoldedCheckpoint,
@@ -31,7 +32,6 @@ from bone_fx.verify.parity import Parity
 from bone_fx.weights.recipes.change import Change
 from bone_fx.weights.recipes.rounding import Rounding
 
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TWIN = "bf16 has no CPU kernels: verification runs an fp32 twin with the rounded weights"
 
 
