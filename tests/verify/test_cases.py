@@ -7,7 +7,7 @@ import torch
 from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config
 
 from bone_fx.verify.cases import MORE, SHORT, decoder_cases, edges, rows_of
-from bone_fx.verify.decoder.routes import Routes
+from bone_fx.verify.decoder.routes import Routes, say_undecided
 from bone_fx.verify.parity import Parity, difference
 
 LONGROPE = {
@@ -72,6 +72,14 @@ def test_experts_of_groups_that_are_ruled_out_are_no_scores() -> None:
         assert routes.decided == 4
         torch.topk(scores, 1)
     assert routes.decided == 2
+
+
+def test_a_person_is_told_if_most_tokens_were_not_held_to_the_tolerance() -> None:
+    parity = Parity(2e-2)
+    say_undecided(parity, 4, 8)
+    assert parity.warnings == []
+    say_undecided(parity, 3, 8)
+    assert "5 of 8 tokens were held to 1 of the largest value" in parity.warnings[0]
 
 
 def test_small_outputs_are_compared_by_their_own_size() -> None:

@@ -22,7 +22,7 @@ from bone_fx.errors import VerificationError
 from bone_fx.verify.cases import Case, decoder_cases, rows_of
 from bone_fx.verify.compare_quantized import ROUNDED_ACTIVATIONS, Written
 from bone_fx.verify.decoder.long_texts import verify_long_texts
-from bone_fx.verify.decoder.routes import ROUTED, UNDECIDED, Routes
+from bone_fx.verify.decoder.routes import ROUTED, UNDECIDED, Routes, say_undecided
 from bone_fx.verify.decoder.running import alone, empty_past, step_of
 from bone_fx.verify.decoder.samples import graph_likelihood, torch_likelihood
 from bone_fx.verify.graph import Edit, WrittenGraph, keep_activations
@@ -100,6 +100,7 @@ def verify_decoder(
             where = f"{case.name}, row {row}"
             parity.compare("unmerged_vs_folded", where, one, other, TOLERANCE["fp32"])
     decided = [_decided(model, r, parity.tolerance) for r in rows]
+    say_undecided(parity, sum(map(sum, decided)), sum(len(ids) for r in rows for ids in r))
     runs = _Runs(parity, cases, rows, decided, graph, model)
     references = {"onnx_vs_unmerged": reference, "onnx_vs_folded": folded}
     edits: tuple[Edit, ...] = ()

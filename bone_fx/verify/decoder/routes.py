@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from bone_fx.verify.parity import Parity
+
 ROUTED = "routes_by_rounding"
 UNDECIDED = 1.0
 """Largest difference, relative to the largest value, from the first such token on."""
@@ -61,3 +63,12 @@ class Routes(TorchFunctionMode):
         close = gaps <= self._margin * largest
         if bool(close.any()):
             self.decided = min(self.decided, int(close.int().argmax()))
+
+
+def say_undecided(parity: Parity, decided: int, tokens: int) -> None:
+    """Warn if most tokens of the cases stand behind one that rounding may route otherwise."""
+    if 2 * decided < tokens:
+        parity.warnings.append(
+            f"{tokens - decided} of {tokens} tokens were held to {UNDECIDED:g} of the largest value"
+            f" and not to {parity.tolerance:g}: their experts' scores lie too close together"
+        )
