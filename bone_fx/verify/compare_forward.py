@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bone_fx.errors import VerificationError
+from bone_fx.errors import VerificationError, first_line
 from bone_fx.verify.cases import LONGEST, edges, vocabulary_of
 from bone_fx.verify.compare_quantized import ROUNDED_ACTIVATIONS, Written
 from bone_fx.verify.graph import Edit, WrittenGraph, keep_activations
@@ -119,7 +119,7 @@ def _outputs(model: nn.Module, case: str, feeds: Feeds, names: Sequence[str]) ->
         raise VerificationError(
             f"verification failed: the model itself refuses {case}",
             expected="inputs that both can be run on",
-            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            found=first_line(error),
             next_step="--verify off publishes without a comparison, and says so",
         ) from error
 
@@ -161,7 +161,7 @@ def _longer(
         try:
             model(**feeds)
         except Exception as error:  # noqa: BLE001 - a model may refuse a length in any way
-            parity.skip(case, f"the model refuses it: {str(error) or type(error).__name__}")
+            parity.skip(case, f"the model refuses it: {first_line(error)}")
         else:
             taken[case] = feeds
     return taken
@@ -198,7 +198,7 @@ def verify_module(
         except Exception as error:
             if case == _EXAMPLE:
                 raise
-            parity.warnings.append(f"not compared at {case}: the module refuses it ({error})")
+            parity.warnings.append(f"not compared at {case}: the module refuses it ({first_line(error)})")
             continue
         expected = [v for v in pytree.tree_leaves(result) if isinstance(v, Tensor)]
         for output, actual, reference in zip(

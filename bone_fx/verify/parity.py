@@ -89,7 +89,7 @@ class Parity:
 
     def skip(self, case: str, reason: str) -> None:
         """Record that a case could not be run."""
-        self.skipped[case] = reason.splitlines()[0]
+        self.skipped[case] = reason
 
     def add_constants(self, compared: int, others: Sequence[str]) -> None:
         """Record how many constants are the reference's, and those that only outputs speak for."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bone_fx.errors import VerificationError
+from bone_fx.errors import VerificationError, first_line
 from bone_fx.verify.cases import Case, decoder_cases, rows_of
 from bone_fx.verify.compare_quantized import ROUNDED_ACTIVATIONS, Written
 from bone_fx.verify.decoder.long_texts import verify_long_texts
@@ -155,7 +155,7 @@ class _Runs:
             except Exception as error:  # of ONNX Runtime, whose classes have no common one
                 if case.buffer is None:
                     raise _refused(case, error) from error
-                self.parity.skip(case.name, str(error))
+                self.parity.skip(case.name, first_line(error))
                 continue
             for step, row, position, logits in outputs:
                 decided = max(0, self.decided[number][row] - position)
@@ -206,7 +206,7 @@ def _refused(case: Case, error: Exception) -> VerificationError:
     return VerificationError(
         f"verification failed: ONNX Runtime cannot run the graph: {case.name}",
         expected="logits",
-        found=str(error).splitlines()[0],
+        found=first_line(error),
         next_step="nothing was published; look at the build that is kept as <output>.rejected",
     )
 

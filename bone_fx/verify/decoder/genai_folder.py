@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, GenerationConfig
 
-from bone_fx.errors import InputRefusedError, VerificationError
+from bone_fx.errors import InputRefusedError, VerificationError, first_line
 from bone_fx.verify.decoder.running import empty_past, step_of
 from bone_fx.verify.graph import WrittenGraph
 from bone_fx.verify.parity import Parity
@@ -78,7 +78,7 @@ def verify_generation(parity: Parity, graph: WrittenGraph) -> None:
         raise VerificationError(
             "verification failed: onnxruntime-genai does not run the folder",
             expected="the tokens of the graph",
-            found=str(error).splitlines()[0],
+            found=first_line(error),
             next_step=f"nothing was published; look at {CONFIG} of the build that was kept",
         ) from error
     pairs = zip(tokens, expected, strict=False)
