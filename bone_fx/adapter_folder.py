@@ -154,12 +154,16 @@ def read_adapter(directory: str | Path, name: str = "default") -> AdapterFolder:
             f"{path} holds no block",
             expected=f"keys that end in .{_BLOCK_OF_TYPE[str(config.peft_type)]}",
             found=_some(list(tensors)),
+            next_step="save the adapter again with PEFT's save_pretrained",
         )
     for key, tensor in {**adapter.blocks, **adapter.modules_to_save}.items():
         is_count = key not in adapter.blocks and not tensor.is_complex()  # of a batch norm
         if not tensor.is_floating_point() and not is_count:
             raise AdapterError(
-                f"{path}: {key} holds no floats", expected="float32", found=str(tensor.dtype)
+                f"{path}: {key} holds no floats",
+                expected="float32",
+                found=str(tensor.dtype),
+                next_step="save the adapter again with PEFT's save_pretrained",
             )
         if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(
@@ -176,7 +180,11 @@ def _refuse_unsafe(folder: Path) -> None:
     try:
         unsafe = unsafe_entries(folder)
     except OSError as error:
-        raise AdapterError(f"{folder} cannot be read", found=error.strerror) from error
+        raise AdapterError(
+            f"{folder} cannot be read",
+            found=error.strerror,
+            next_step="make it readable",
+        ) from error
     if unsafe:
         raise AdapterError(
             f"{folder} holds links that leave it, or no regular files",

@@ -159,7 +159,11 @@ def _check_files(folder: Path, listed: Mapping[str, Any], of: str) -> int:
         if expected is None:
             continue
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
-            raise VerificationError(f"verification failed: {of}{name} is missing", found=str(path))
+            raise VerificationError(
+                f"verification failed: {of}{name} is missing",
+                found=str(path),
+                next_step="export again, or give the files that were exported",
+            )
         if file_sha256(path) != expected:
             raise VerificationError(
                 f"verification failed: {of}{name} is another file than {MANIFEST} says",
@@ -180,6 +184,7 @@ def _check_inputs(inputs: CheckpointInputs, manifest: Mapping[str, Any]) -> None
             f"verification failed: {', '.join(differ)} of the base is another file than was"
             " exported",
             expected=f"the base {manifest['base']['name']}",
+            next_step="give the base that was exported, or export again",
         )
     given = [adapter_entry(name, adapter)["files"] for name, adapter in inputs.adapters]
     listed = [entry["files"] for entry in manifest["adapters"]]

@@ -198,7 +198,9 @@ def verify_module(
         except Exception as error:
             if case == _EXAMPLE:
                 raise
-            parity.warnings.append(f"not compared at {case}: the module refuses it ({first_line(error)})")
+            parity.warnings.append(
+                f"not compared at {case}: the module refuses it ({first_line(error)})"
+            )
             continue
         expected = [v for v in pytree.tree_leaves(result) if isinstance(v, Tensor)]
         for output, actual, reference in zip(

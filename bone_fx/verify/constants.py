@@ -74,7 +74,8 @@ def verify_constants(
     for layer in adapted_layers(adapters):
         if not sources.aliases(f"{layer}.weight") & right:
             raise VerificationError(
-                f"verification failed: {layer}: the exported model has no constant {layer}.weight"
+                f"verification failed: {layer}: the exported model has no constant {layer}.weight",
+                next_step="nothing was published; the build is kept as <output>.rejected",
             )
     return Compared(frozenset(right), tuple(others))
 

@@ -213,6 +213,7 @@ def _verify_tokenizer(
         raise VerificationError(
             f"verification failed: {TOKENIZER}: transformers does not load it",
             found=f"{type(error).__name__}: {error}",
+            next_step="nothing was published; the build is kept as <output>.rejected",
         ) from error
     expected = _tokenizer(source)
     ids, of_source = actual(_TEXT)["input_ids"], expected(_TEXT)["input_ids"]
@@ -229,6 +230,7 @@ def _verify_tokenizer(
             f"verification failed: {TOKENIZER}: it gives ids that the model has not",
             expected=f"below {vocab_size}",
             found=max(ids),
+            next_step="nothing was published; the build is kept as <output>.rejected",
         )
     _verify_template(actual, [_tokenizer(s) for s in sources if (s / TOKENIZER).is_file()])
     parity.cases.append(f"{TOKENIZER}: {len(actual)} tokens")
