@@ -69,6 +69,7 @@ def verify_model(
     with torch.no_grad():
         if not short:
             cases |= _longer(parity, session, model, examples)
+        cases = {case: _ended(feeds, model.config) for case, feeds in cases.items()}
         base = run() if adapters else []
         load_parameters(model, adapters)
         with unmerged(model, adapters), within_range(model, dtype):
@@ -274,6 +275,21 @@ def _resized(example: Tensor, shape: Sequence[int]) -> Tensor:
         if example.shape[axis] != size:
             example = example.index_select(axis, torch.arange(size) % example.shape[axis])
     return example
+
+
+def _ended(feeds: Feeds, config: Any) -> Feeds:
+    """A case whose texts end with the end token, and whose padding is one token.
+
+    Models that pool at the end token, or at the largest (CLIP), would pool padding else.
+    """
+    ids, mask = feeds.get("input_ids"), feeds.get(_MASK)
+    end = getattr(config.get_text_config(), "eos_token_id", None)
+    if ids is None or mask is None or ids.shape != mask.shape or not isinstance(end, int):
+        return feeds
+    other = 1 if end == 0 else 0
+    ended = ids.masked_fill((ids == end) | (mask == 0), other)
+    ended[torch.arange(len(ids)), (mask * torch.arange(mask.shape[1])).argmax(1)] = end
+    return feeds | {"input_ids": ended}
 
 
 def _padding(mask: Tensor, *, left: bool) -> Tensor:
