@@ -1,7 +1,8 @@
 """Verification of a graph without a cache: encoders, heads, and users' own modules.
 
 The inputs of a case are the examples resized along the graph's own dynamic dimensions: batches of
-one and three, two lengths, and for a mask rows padded on the right and on the left.
+one and three, three lengths, and for a mask rows padded on the right and on the left. A model of
+texts is asked about one token, many, and the lengths its configuration names besides.
 """
 
 from __future__ import annotations

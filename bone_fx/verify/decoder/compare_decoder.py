@@ -45,7 +45,7 @@ class DecoderChecks:
         dtype: `"fp32"` or `"fp16"`, which sets the tolerance.
         vocab_size: V, the range of random token ids.
         context_length: Positions that the graph holds for; cases beyond it are left out.
-        short: Run the first case only, and no long text.
+        short: Run the short cases only, and no long text.
         text: Token ids of a real text, which stand in the place of random ones.
         samples: Token ids of texts of the user's, whose likelihood is a figure.
     """
