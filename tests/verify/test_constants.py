@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,12 +26,13 @@ def test_a_row_of_nan_is_named_as_nan(tmp_path: Path) -> None:
 
 
 def test_a_router_in_float32_and_groups_of_experts_are_verified_in_fp16(tmp_path: Path) -> None:
-    config = Glm4MoeConfig(
-        vocab_size=99, hidden_size=48, intermediate_size=80, moe_intermediate_size=32,
-        num_hidden_layers=2, first_k_dense_replace=1, num_attention_heads=3, num_key_value_heads=1,
-        head_dim=16, n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1,
-        max_position_embeddings=64,
-    )  # fmt: skip
+    fields: dict[str, Any] = {
+        "hidden_size": 48, "intermediate_size": 80, "moe_intermediate_size": 32, "vocab_size": 99,
+        "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16,
+        "first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 2,
+        "n_group": 2, "topk_group": 1, "max_position_embeddings": 64,
+    }  # fmt: skip
+    config = Glm4MoeConfig(**fields)
     torch.manual_seed(0)
     model = Glm4MoeForCausalLM(config)
     torch.nn.init.normal_(model.model.layers[1].mlp.gate.weight)
