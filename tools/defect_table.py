@@ -185,6 +185,8 @@ def _computations() -> list[Defect]:
     return [
         Defect("another activation", "llama", operator("Sigmoid", 1, "Tanh"), ("layers.1.mlp",)),
         Defect("another activation", "qwen3", operator("Sigmoid", 0, "Tanh"), ("layers.0.mlp",)),
+        Defect("window in a later layer, beyond the prompts", "llama",
+               attribute(GQA, 1, "local_window_size", lambda _: 70), ("layers.1",)),
         Defect("gelu of another kind", "bert",
                operator("BiasGelu", 0, "FastGelu"), ("layer.0",)),
         Defect("norm epsilon", "bert", attribute("LayerNorm", 3, "epsilon", lambda _: 0.3),

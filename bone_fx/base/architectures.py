@@ -62,6 +62,7 @@ def architecture_of(
         raise BaseModelError(
             f"architectures in {folder / 'config.json'} is no list of names",
             found=repr(names)[:200],
+            next_step="name the class in config.json's architectures",
         )
     if not names:
         return auto_architecture(config, "AutoModel")

@@ -189,10 +189,17 @@ def _check_magic(file: Path) -> None:
             magic = stream.read(4)
     except OSError as error:
         raise BaseModelError(
-            f"{file} cannot be read", found=error.strerror or str(error)
+            f"{file} cannot be read",
+            found=error.strerror or str(error),
+            next_step="make it readable",
         ) from error
     if magic != b"GGUF":
-        raise BaseModelError(f"{file} is not a GGUF file", expected=b"GGUF", found=magic)
+        raise BaseModelError(
+            f"{file} is not a GGUF file",
+            expected=b"GGUF",
+            found=magic,
+            next_step="download it again",
+        )
 
 
 @contextmanager

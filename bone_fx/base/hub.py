@@ -38,6 +38,7 @@ def download(hub_id: str, revision: str | None, *, trust_remote_code: bool) -> P
         raise BaseModelError(
             f"{hub_id!r} is neither a file nor a hub id",
             expected="a model folder, a .gguf file, or owner/name",
+            next_step="correct the path, or give owner/name of a model of the hub",
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

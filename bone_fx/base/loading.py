@@ -160,6 +160,7 @@ def open_base(
             f"{base} is no file and no folder",
             expected="a model folder, a .gguf file or a hub id",
             found="a link that leads nowhere, a pipe or a device",
+            next_step="give the path of the model itself",
         )
     elif _looks_like_path(str(base)):
         raise BaseModelError(
@@ -263,6 +264,7 @@ def architecture_for_task(base: BaseCheckpoint, task_type: str | None) -> type[P
             f"task_type {task_type!r} is not known",
             expected=" or ".join(AUTO_CLASSES),
             found=task_type,
+            next_step="correct task_type in adapter_config.json",
         )
     from bone_fx.base.architectures import auto_architecture
 
@@ -289,6 +291,7 @@ def _gguf_in(path: Path) -> Path | None:
             f"{path} is no model",
             expected="a folder or a .gguf file",
             found=f"a {path.suffix} file",
+            next_step="give the folder, not a file in it",
         )
     if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").exists():
         return None
@@ -312,6 +315,7 @@ def _read_config(folder: Path) -> dict[str, object]:
             expected="a model folder in Hugging Face layout",
             found=", ".join(sorted(entry.name for entry in folder.iterdir())[:10])
             or "an empty folder",
+            next_step="download the complete model",
         )
     return read_json(path)
 

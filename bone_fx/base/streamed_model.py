@@ -34,18 +34,8 @@ def streamed_model(
 ) -> PreTrainedModel:
     """The model in float32 and eval mode; its matrices are `StreamedWeight`s.
 
-    Vectors, and what is no parameter, are in memory.
-
-    Args:
-        base: The base model.
-        architecture: The class to load.
-        overrides: Fields of the configuration to set.
-        heads: Parameters that the adapters bring, which the model gets too.
-        untied: Parameters that get a tensor of their own though the model ties them.
-        room: Bytes of weights that may stay in memory.
-
-    Raises:
-        BaseModelError: A parameter has no bytes, in the base or in `heads`.
+    Vectors, and what is no parameter, are in memory. Arguments and errors are those of
+    `base.real_model.load_model`.
     """
     config = with_overrides(base.config, overrides)
     model, plan = skeleton(

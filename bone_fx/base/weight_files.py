@@ -29,7 +29,11 @@ def read_json(path: Path) -> dict[str, object]:
     try:
         return read_object(path)
     except FileNotFoundError as error:
-        raise BaseModelError(f"{path} cannot be read", found=error.strerror) from error
+        raise BaseModelError(
+            f"{path} cannot be read",
+            found=error.strerror,
+            next_step="download the complete model",
+        ) from error
     except NotJsonError as error:
         raise BaseModelError(
             f"{path} is not JSON, or does not hold a JSON object",
@@ -47,7 +51,11 @@ def refuse_unsafe(folder: Path) -> None:
     try:
         unsafe = unsafe_entries(folder)
     except OSError as error:
-        raise BaseModelError(f"{folder} cannot be read", found=error.strerror) from error
+        raise BaseModelError(
+            f"{folder} cannot be read",
+            found=error.strerror,
+            next_step="make it readable",
+        ) from error
     if unsafe:
         more = f" and {len(unsafe) - 5} more" if len(unsafe) > 5 else ""
         raise BaseModelError(
@@ -74,6 +82,7 @@ def find_weights(folder: Path, named: object = None) -> tuple[Path, ...]:
             raise BaseModelError(
                 f"transformers_weights in {folder / 'config.json'} is no file name",
                 found=repr(named),
+                next_step="correct it, or take it out of config.json",
             )
         return _indexed(folder, inside(folder, named, "config.json"))
     if (folder / SINGLE).is_file():
@@ -122,6 +131,7 @@ def inside(folder: Path, name: str, where: str) -> Path:
             f"{where} in {folder} points out of its folder",
             expected="a file name",
             found=repr(name),
+            next_step="put the weights into the folder, and name them without a path",
         )
     if not (folder / path).is_file():
         raise BaseModelError(
@@ -201,9 +211,15 @@ def _weight_map(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BaseModelError(
-            f"{path} has no weight_map", expected="an object from tensor name to file name"
+            f"{path} has no weight_map",
+            expected="an object from tensor name to file name",
+            next_step="download it again",
         )
     for key, name in weight_map.items():
         if not isinstance(name, str):
-            raise BaseModelError(f"{path} maps {key!r} to no file name", found=repr(name))
+            raise BaseModelError(
+                f"{path} maps {key!r} to no file name",
+                found=repr(name),
+                next_step="download it again",
+            )
     return weight_map

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
     from bone_fx.base.loading import BaseCheckpoint, Skeleton
 
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Dtypes of activations by their names."""
+
 _HEAD_WEIGHTS = ("classifier.weight", "score.weight", "out_proj.weight")
 
 

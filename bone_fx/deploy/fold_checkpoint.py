@@ -240,6 +240,7 @@ def _verify(files: Iterable[Path], recipes: Mapping[str, Recipe], adapters: Adap
                 raise VerificationError(
                     f"verification failed: {key}: the written tensor is not what was to be written",
                     expected=recipe.describe(),
+                    next_step="nothing was published; please report it",
                 )
             continue
         same = partial(_is_the_fold, by_key[key], recipe, adapters)

@@ -23,7 +23,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from bone_fx.deploy.checkpoint_inputs import CheckpointInputs
+from bone_fx.deploy.checkpoint_inputs import TORCH_DTYPES, CheckpointInputs
 from bone_fx.errors import UsageError
 from bone_fx.onnx.writer import MODEL_FILE, write_model
 from bone_fx.verify.parity import Parity
@@ -99,7 +99,7 @@ def verify_checkpoint(
         inputs.checkpoint, inputs.architecture, inputs.overrides, inputs.heads, inputs.untied, room
     )
     adapters = [PeftAdapter.read(each.path) for _, each in inputs.adapters]
-    compared = verify_constants(folder, model, adapters)
+    compared = verify_constants(folder, model, adapters, TORCH_DTYPES[exported.activations])
     tables = verify_rotary_tables(folder, model, compared.others)
     config = inputs.config.get_text_config()
     written: Written | None = None

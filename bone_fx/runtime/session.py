@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bone_fx.errors import ExportError, ProviderError
+from bone_fx.errors import ExportError, ProviderError, first_line
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -45,7 +45,7 @@ def open_session(model: str | Path | bytes, provider: str = "cpu") -> onnxruntim
     except Exception as error:
         raise ExportError(
             "ONNX Runtime does not load the model",
-            found=str(error).splitlines()[0],
+            found=first_line(error),
             next_step="choose another dtype or provider; please report it if none works",
         ) from error
     if session.get_providers()[0] != wanted:

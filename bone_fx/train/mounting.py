@@ -149,6 +149,7 @@ def saved_parameters(
                 f"{where}: the saved {name} does not fit",
                 expected=list(parameter.shape),
                 found=list(tensor.shape),
+                next_step="load it into the model that the adapter was trained on",
             )
         trained[name] = nn.Parameter(tensor.to(parameter.device, parameter.dtype).clone())
     reason = "modules_to_save names a module that this model does not have"
@@ -231,6 +232,7 @@ def copy_values(
                 f"{folder.path}: its {kind} are not those of adapter {name!r}",
                 expected=f"{len(targets)}, as in this module",
                 found=f"{len(trained_values)}, or other shapes",
+                next_step="load it under another name",
             )
     with torch.no_grad():
         for targets, trained_values in ((places, folder.blocks), (saved, folder.modules_to_save)):

@@ -1,7 +1,8 @@
 """Verification of a graph without a cache: encoders, heads, and users' own modules.
 
 The inputs of a case are the examples resized along the graph's own dynamic dimensions: batches of
-one and three, two lengths, and for a mask rows padded on the right and on the left.
+one and three, three lengths, and for a mask rows padded on the right and on the left. A model of
+texts is asked about one token, many, and the lengths its configuration names besides.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bone_fx.errors import VerificationError
+from bone_fx.errors import VerificationError, first_line
 from bone_fx.verify.cases import LONGEST, edges, vocabulary_of
 from bone_fx.verify.compare_quantized import ROUNDED_ACTIVATIONS, Written
 from bone_fx.verify.graph import Edit, WrittenGraph, keep_activations
@@ -69,6 +70,7 @@ def verify_model(
     with torch.no_grad():
         if not short:
             cases |= _longer(parity, session, model, examples)
+        cases = {case: _ended(feeds, model.config) for case, feeds in cases.items()}
         base = run() if adapters else []
         load_parameters(model, adapters)
         with unmerged(model, adapters), within_range(model, dtype):
@@ -119,7 +121,7 @@ def _outputs(model: nn.Module, case: str, feeds: Feeds, names: Sequence[str]) ->
         raise VerificationError(
             f"verification failed: the model itself refuses {case}",
             expected="inputs that both can be run on",
-            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            found=first_line(error),
             next_step="--verify off publishes without a comparison, and says so",
         ) from error
 
@@ -161,7 +163,7 @@ def _longer(
         try:
             model(**feeds)
         except Exception as error:  # noqa: BLE001 - a model may refuse a length in any way
-            parity.skip(case, f"the model refuses it: {str(error) or type(error).__name__}")
+            parity.skip(case, f"the model refuses it: {first_line(error)}")
         else:
             taken[case] = feeds
     return taken
@@ -198,7 +200,9 @@ def verify_module(
         except Exception as error:
             if case == _EXAMPLE:
                 raise
-            parity.warnings.append(f"not compared at {case}: the module refuses it ({error})")
+            parity.warnings.append(
+                f"not compared at {case}: the module refuses it ({first_line(error)})"
+            )
             continue
         expected = [v for v in pytree.tree_leaves(result) if isinstance(v, Tensor)]
         for output, actual, reference in zip(
@@ -272,6 +276,21 @@ def _resized(example: Tensor, shape: Sequence[int]) -> Tensor:
         if example.shape[axis] != size:
             example = example.index_select(axis, torch.arange(size) % example.shape[axis])
     return example
+
+
+def _ended(feeds: Feeds, config: Any) -> Feeds:
+    """A case whose texts end with the end token, and whose padding is one token.
+
+    Models that pool at the end token, or at the largest (CLIP), would pool padding else.
+    """
+    ids, mask = feeds.get("input_ids"), feeds.get(_MASK)
+    end = getattr(config.get_text_config(), "eos_token_id", None)
+    if ids is None or mask is None or ids.shape != mask.shape or not isinstance(end, int):
+        return feeds
+    other = 1 if end == 0 else 0
+    ended = ids.masked_fill((ids == end) | (mask == 0), other)
+    ended[torch.arange(len(ids)), (mask * torch.arange(mask.shape[1])).argmax(1)] = end
+    return feeds | {"input_ids": ended}
 
 
 def _padding(mask: Tensor, *, left: bool) -> Tensor:

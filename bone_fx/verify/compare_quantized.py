@@ -160,6 +160,7 @@ def _weights(path: Path, model: nn.Module) -> Iterator[_Weight]:
                 f"verification failed: {codes.name}: its node reads codes of another size",
                 expected=" or ".join(f"{known} bits" for known in LARGEST_ERROR),
                 found=f"{bits} bits, {size} to a block",
+                next_step="nothing was published; the build is kept as <output>.rejected",
             )
         whole = _Weight(str(codes.name), gathered, bits, size, codes, scales, zeros)
         parts = parts_of(whole.name)
@@ -185,7 +186,10 @@ def _parameter(model: nn.Module, codes: str, *, gathered: bool) -> tuple[nn.Modu
     parameters = dict(model.named_parameters(remove_duplicate=False))
     name = max((n for n in parameters if codes.startswith(f"{n}.")), key=len, default=None)
     if name is None:
-        raise VerificationError(f"{codes}: the model has no such weight")
+        raise VerificationError(
+            f"verification failed: {codes}: the model has no such weight",
+            next_step="nothing was published; the build is kept as <output>.rejected",
+        )
     weight = parameters[name]
     aliases = [n for n, p in parameters.items() if p is weight]
     fitting = [

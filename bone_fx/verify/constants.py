@@ -40,18 +40,21 @@ class Compared:
     others: tuple[str, ...]
 
 
-def verify_constants(folder: Path, model: nn.Module, adapters: Adapters) -> Compared:
+def verify_constants(
+    folder: Path, model: nn.Module, adapters: Adapters, dtype: torch.dtype = torch.float32
+) -> Compared:
     """Compare the constants of a written model with the reference model's parameters.
 
     Args:
         folder: The folder with `model.onnx`.
         model: The base in float32 with the adapters' own parameters; its weights are not folded.
         adapters: The adapters as verification read them, in the order in which they apply.
+        dtype: Of the exported model's parameters; some are read in another (a router's in float32).
 
     Raises:
         VerificationError: A constant differs, or an adapted weight has none; the message names it.
     """
-    sources = _Sources(model, adapters)
+    sources = _Sources(model, adapters, dtype)
     constants = ir.load(folder / "model.onnx").graph.initializers
     right: set[str] = set()
     others = []
@@ -71,7 +74,8 @@ def verify_constants(folder: Path, model: nn.Module, adapters: Adapters) -> Comp
     for layer in adapted_layers(adapters):
         if not sources.aliases(f"{layer}.weight") & right:
             raise VerificationError(
-                f"verification failed: {layer}: the exported model has no constant {layer}.weight"
+                f"verification failed: {layer}: the exported model has no constant {layer}.weight",
+                next_step="nothing was published; the build is kept as <output>.rejected",
             )
     return Compared(frozenset(right), tuple(others))
 
@@ -82,6 +86,7 @@ class _Sources:
 
     model: nn.Module
     adapters: Adapters
+    dtype: torch.dtype
 
     def parts(self, constant: str) -> list[str]:
         """The parameters that a constant's name tells of; none if it tells of none."""
@@ -96,10 +101,10 @@ class _Sources:
     def compare(self, constant: str, parts: list[str], actual: Tensor) -> None:
         """Refuse a constant that is not made of its parameters."""
         folded = [self._folded(name) for name in parts]
-        if any(_same(actual, expected) for expected in _layouts(constant, folded, actual)):
+        if self._is_made_of(folded, constant, actual):
             return
         plain = [self._plain(name) for name in parts]
-        of_base = any(_same(actual, expected) for expected in _layouts(constant, plain, actual))
+        of_base = self._is_made_of(plain, constant, actual)
         layer = self._first_difference(constant, folded, parts, actual)
         raise VerificationError(
             f"verification failed: {layer}: the written weight is not the folded one"
@@ -108,6 +113,14 @@ class _Sources:
             expected="torch's own, bit for bit",
             found="the base weight, unfolded" if of_base else "other values",
             next_step="nothing was published; the build is kept as <output>.rejected",
+        )
+
+    def _is_made_of(self, parts: list[Tensor], constant: str, actual: Tensor) -> bool:
+        """Whether a constant holds parts as they are read, or rounded to what they are kept in."""
+        return any(
+            _same(actual, expected.to(kept).to(actual.dtype))
+            for expected in _layouts(constant, parts)
+            for kept in dict.fromkeys((actual.dtype, self.dtype))
         )
 
     def _plain(self, name: str) -> Tensor:
@@ -134,7 +147,7 @@ class _Sources:
                 continue
             pieces = torch.split(actual, lengths, dim)
             for layer, piece, part in zip(layers, pieces, folded, strict=True):
-                if not any(_same(piece, e) for e in _layouts("", [part], piece)):
+                if not self._is_made_of([part], "", piece):
                     return layer
         return layers[0]
 
@@ -143,7 +156,7 @@ def _plain_name(constant: str) -> str:
     return constant.removesuffix(".T").removesuffix(_ADD_ONE)
 
 
-def _layouts(constant: str, parts: list[Tensor], actual: Tensor) -> Iterator[Tensor]:
+def _layouts(constant: str, parts: list[Tensor]) -> Iterator[Tensor]:
     """The forms in which a constant may hold its parameters: as they are, or transposed."""
     if constant.removesuffix(".T").endswith(_ADD_ONE):
         parts = [part + 1 for part in parts]
@@ -154,16 +167,11 @@ def _layouts(constant: str, parts: list[Tensor], actual: Tensor) -> Iterator[Ten
             continue
         if order is not None and whole.shape[dim] == len(row_order(*order)):
             whole = whole.index_select(dim, row_order(*order))
-        yield whole.to(actual.dtype)
+        yield whole
         if whole.dim() > 1:
-            yield whole.transpose(-1, -2).to(actual.dtype)
+            yield whole.transpose(-1, -2)
         if whole.dim() == 3 and whole.shape[1] % 2 == 0:  # gate and up of experts, row by row
-            yield (
-                whole.view(len(whole), 2, -1, whole.shape[2])
-                .transpose(1, 2)
-                .reshape_as(whole)
-                .to(actual.dtype)
-            )
+            yield (whole.view(len(whole), 2, -1, whole.shape[2]).transpose(1, 2).reshape_as(whole))
         if len(parts) == 1 and order is None:
             return
 

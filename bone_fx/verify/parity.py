@@ -38,7 +38,9 @@ class Parity:
         figures: Largest relative difference by pair: `onnx_vs_unmerged`, `onnx_vs_folded`,
             `unmerged_vs_folded`, `adapter_effect`; where weights were quantized or rounded also
             `onnx_vs_written`, and where the graph rounds activations too `rounded_activations`; for
-            a user's own module `onnx_vs_torch` alone.
+            a user's own module `onnx_vs_torch` alone. Of a decoder also `long_texts`,
+            `greedy_tokens` and `routes_by_rounding`, a pair's `_top1` and `_kl`, and `nll_base`,
+            `nll_adapter` and `nll_export` of the user's samples.
         cases: Names of the comparisons that were made.
         skipped: Cases that could not be run, and why.
         warnings: What a person should know though it is no failure.
@@ -89,7 +91,7 @@ class Parity:
 
     def skip(self, case: str, reason: str) -> None:
         """Record that a case could not be run."""
-        self.skipped[case] = reason.splitlines()[0]
+        self.skipped[case] = reason
 
     def add_constants(self, compared: int, others: Sequence[str]) -> None:
         """Record how many constants are the reference's, and those that only outputs speak for."""
@@ -114,7 +116,7 @@ class Parity:
 def check_effect(parity: Parity, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Record how far the adapters move the outputs: pairs are (base, unmerged).
 
-    None means that no adapter was given.
+    No pair means that no adapter was given.
     """
     if not pairs:
         parity.warnings.append("no adapter was given: the base itself was exported")

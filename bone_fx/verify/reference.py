@@ -124,6 +124,7 @@ def _hook(layer: str, steps: Steps) -> Any:
                 f"verification failed: {layer}: the adapter's block does not fit the layer",
                 expected=list(output.shape),
                 found=list(result.shape),
+                next_step="use the base model that the adapter was trained on",
             )
         return result
 

@@ -62,6 +62,7 @@ def fold_recipes(
             raise AdapterError(
                 f"{name} has no weight called {site.weight_name}",
                 found=f"{len(recipes)} parameters",
+                next_step="use the base model that the adapter was trained on",
             )
         _check_alone(site, recipes)
         steps = tuple(
@@ -102,7 +103,11 @@ def _fitting(site: LinearSite, adapter: Adapter, label: str) -> Tensor:
     method = METHODS[config.method]
     reason = method.refusal(site.in_features, site.out_features, config.r, config.mini_r)
     if reason is not None:
-        raise AdapterError(f"adapter {label!r} cannot fit {site.name}", found=reason)
+        raise AdapterError(
+            f"adapter {label!r} cannot fit {site.name}",
+            found=reason,
+            next_step="use the base model that the adapter was trained on",
+        )
     expected = method.block_shape(site.in_features, site.out_features, config.r, config.mini_r)
     if tuple(block.shape) != tuple(expected):
         raise AdapterError(
@@ -135,4 +140,5 @@ def _check_alone(site: LinearSite, recipes: Mapping[str, Recipe]) -> None:
             f"the weight of {site.name} has another shape",
             expected=list(stored),
             found=list(base.shape),
+            next_step="use the config.json that belongs to the weights of the base",
         )

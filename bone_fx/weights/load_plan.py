@@ -184,6 +184,7 @@ def _check_extra(extra: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> 
                 f"the adapter's {name} holds no floats",
                 expected=dtype_name(tensors[name].dtype),
                 found=dtype_name(value.dtype),
+                next_step="save the adapter again with PEFT's save_pretrained",
             )
         if value.shape != tensors[name].shape:
             raise AdapterError(

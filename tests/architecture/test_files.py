@@ -75,6 +75,21 @@ def test_nothing_is_silenced_wholesale() -> None:
     assert not _lines_with(SILENCED, python_files("bone_fx", "tools", "tests", "examples"))
 
 
+SAY_WHAT_IS_NEXT = ("AdapterError", "BaseModelError", "VerificationError")
+
+
+def test_errors_about_what_a_person_gave_say_what_to_do_next() -> None:
+    silent = [
+        f"{path}:{node.lineno}"
+        for path in python_files("bone_fx")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") in SAY_WHAT_IS_NEXT
+        and "next_step" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert not silent
+
+
 def test_every_test_is_collected() -> None:
     """Pytest reads test_*.py only; a test anywhere else would pass by never running."""
     lost = {

@@ -19,6 +19,7 @@ SAMPLE = [
     ("layer types exchanged", "gemma3_text"),
     ("rotary table of another layer type", "gemma3_text"),
     ("rotary table beyond the prompt", "llama"),
+    ("window in a later layer, beyond the prompts", "llama"),
     ("mask ignored", "llama"),
     ("embedding row that no token reads", "llama"),
     ("unadapted weight, one value", "llama"),

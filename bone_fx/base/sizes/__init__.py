@@ -1,1 +1,1 @@
-"""Sizes that configurations and headers claim, held against what the files hold."""
+"""Sizes that configurations and headers claim, against what files and memory hold."""

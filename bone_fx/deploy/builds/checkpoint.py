@@ -15,7 +15,12 @@ from bone_fx.deploy.builds.base import Build, Written, cuda_placement, write_gra
 from bone_fx.deploy.builds.calibrate import Calibration, calibrate
 from bone_fx.deploy.builds.checkpoint_graph import DecoderGraph, ForwardGraph, capture_graph
 from bone_fx.deploy.builds.quantization import QuantizationReport, quantization_of, quantize
-from bone_fx.deploy.checkpoint_inputs import CheckpointInputs, FoldedCheckpoint, open_checkpoint
+from bone_fx.deploy.checkpoint_inputs import (
+    TORCH_DTYPES,
+    CheckpointInputs,
+    FoldedCheckpoint,
+    open_checkpoint,
+)
 from bone_fx.deploy.companions.choice import Companions, choose_companions, hashes_beside_weights
 from bone_fx.deploy.companions.copying import copy_companions
 from bone_fx.deploy.companions.left_out import files_left_out, sentence_notes
@@ -27,7 +32,6 @@ from bone_fx.verify.parity import Parity
 from bone_fx.weights.recipes.change import Change
 from bone_fx.weights.recipes.rounding import Rounding
 
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TWIN = "bf16 has no CPU kernels: verification runs an fp32 twin with the rounded weights"
 
 

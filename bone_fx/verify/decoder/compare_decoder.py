@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bone_fx.errors import VerificationError
+from bone_fx.errors import VerificationError, first_line
 from bone_fx.verify.cases import Case, decoder_cases, rows_of
 from bone_fx.verify.compare_quantized import ROUNDED_ACTIVATIONS, Written
 from bone_fx.verify.decoder.long_texts import verify_long_texts
-from bone_fx.verify.decoder.routes import ROUTED, UNDECIDED, Routes
+from bone_fx.verify.decoder.routes import ROUTED, UNDECIDED, Routes, say_undecided
 from bone_fx.verify.decoder.running import alone, empty_past, step_of
 from bone_fx.verify.decoder.samples import graph_likelihood, torch_likelihood
 from bone_fx.verify.graph import Edit, WrittenGraph, keep_activations
@@ -45,7 +45,7 @@ class DecoderChecks:
         dtype: `"fp32"` or `"fp16"`, which sets the tolerance.
         vocab_size: V, the range of random token ids.
         context_length: Positions that the graph holds for; cases beyond it are left out.
-        short: Run the first case only, and no long text.
+        short: Run the short cases only, and no long text.
         text: Token ids of a real text, which stand in the place of random ones.
         samples: Token ids of texts of the user's, whose likelihood is a figure.
     """
@@ -100,6 +100,7 @@ def verify_decoder(
             where = f"{case.name}, row {row}"
             parity.compare("unmerged_vs_folded", where, one, other, TOLERANCE["fp32"])
     decided = [_decided(model, r, parity.tolerance) for r in rows]
+    say_undecided(parity, sum(map(sum, decided)), sum(len(ids) for r in rows for ids in r))
     runs = _Runs(parity, cases, rows, decided, graph, model)
     references = {"onnx_vs_unmerged": reference, "onnx_vs_folded": folded}
     edits: tuple[Edit, ...] = ()
@@ -154,7 +155,7 @@ class _Runs:
             except Exception as error:  # of ONNX Runtime, whose classes have no common one
                 if case.buffer is None:
                     raise _refused(case, error) from error
-                self.parity.skip(case.name, str(error))
+                self.parity.skip(case.name, first_line(error))
                 continue
             for step, row, position, logits in outputs:
                 decided = max(0, self.decided[number][row] - position)
@@ -205,7 +206,7 @@ def _refused(case: Case, error: Exception) -> VerificationError:
     return VerificationError(
         f"verification failed: ONNX Runtime cannot run the graph: {case.name}",
         expected="logits",
-        found=str(error).splitlines()[0],
+        found=first_line(error),
         next_step="nothing was published; look at the build that is kept as <output>.rejected",
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, GenerationConfig
 
-from bone_fx.errors import InputRefusedError, VerificationError
+from bone_fx.errors import InputRefusedError, VerificationError, first_line
 from bone_fx.verify.decoder.running import empty_past, step_of
 from bone_fx.verify.graph import WrittenGraph
 from bone_fx.verify.parity import Parity
@@ -78,7 +78,7 @@ def verify_generation(parity: Parity, graph: WrittenGraph) -> None:
         raise VerificationError(
             "verification failed: onnxruntime-genai does not run the folder",
             expected="the tokens of the graph",
-            found=str(error).splitlines()[0],
+            found=first_line(error),
             next_step=f"nothing was published; look at {CONFIG} of the build that was kept",
         ) from error
     pairs = zip(tokens, expected, strict=False)
@@ -213,6 +213,7 @@ def _verify_tokenizer(
         raise VerificationError(
             f"verification failed: {TOKENIZER}: transformers does not load it",
             found=f"{type(error).__name__}: {error}",
+            next_step="nothing was published; the build is kept as <output>.rejected",
         ) from error
     expected = _tokenizer(source)
     ids, of_source = actual(_TEXT)["input_ids"], expected(_TEXT)["input_ids"]
@@ -229,6 +230,7 @@ def _verify_tokenizer(
             f"verification failed: {TOKENIZER}: it gives ids that the model has not",
             expected=f"below {vocab_size}",
             found=max(ids),
+            next_step="nothing was published; the build is kept as <output>.rejected",
         )
     _verify_template(actual, [_tokenizer(s) for s in sources if (s / TOKENIZER).is_file()])
     parity.cases.append(f"{TOKENIZER}: {len(actual)} tokens")

@@ -16,7 +16,10 @@ from typing import Any
 import onnx
 from torch import nn
 
+from bone_fx.errors import VerificationError
 from bone_fx.onnx.packed_names import parts_of
+
+_ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,42 @@ class LayerList:
         ]
         return max(lists, key=lambda each: _size(each.layers), default=None)
 
-    def distinct(self, config: Any) -> int:
-        """How many layers from the first hold one of every kind."""
+    def kinds(self, config: Any) -> list[str]:
+        """What tells a layer from others: shapes, and its place in lists of the configuration."""
         fields = config.get_text_config().to_dict().values()
         lists = [v for v in fields if isinstance(v, list) and len(v) == len(self.layers)]
         shapes = [tuple(p.shape for p in layer.parameters()) for layer in self.layers]
-        kinds = [repr(kind) for kind in zip(shapes, *lists, strict=True)]
+        return [repr(kind) for kind in zip(shapes, *lists, strict=True)]
+
+    def distinct(self, config: Any) -> int:
+        """How many layers from the first hold one of every kind."""
+        kinds = self.kinds(config)
         return max(kinds.index(kind) for kind in set(kinds)) + 1
+
+
+def check_alike(graph: onnx.GraphProto, layers: LayerList, config: Any) -> None:
+    """Hold the attention of later layers to that of the first of their kind, which is run.
+
+    Windows and the kind of rotation are whole numbers; a scale may depend on the layer.
+
+    Raises:
+        VerificationError: A layer attends otherwise than others of its kind.
+    """
+    nodes = [node for node in graph.node if node.op_type in _ATTENTION]
+    if len(nodes) != len(layers.layers):
+        return
+    first: dict[str, dict[str, int]] = {}
+    for number, (kind, node) in enumerate(zip(layers.kinds(config), nodes, strict=True)):
+        numbers = {a.name: a.i for a in node.attribute if a.type == onnx.AttributeProto.INT}
+        expected = first.setdefault(kind, numbers)
+        if numbers != expected:
+            raise VerificationError(
+                f"verification failed: {layers.path}.{number}: it attends otherwise than the"
+                f" layers that are like it (node {node.op_type} {node.name or node.output[0]})",
+                expected=dict(sorted(expected.items())),
+                found=dict(sorted(numbers.items())),
+                next_step="nothing was published; the build is kept as <output>.rejected",
+            )
 
 
 def layer_outputs(graph: onnx.GraphProto, path: str) -> dict[int, list[str]]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bone_fx.errors import VerificationError
 from bone_fx.verify.cases import LONGEST, edges, vocabulary_of
-from bone_fx.verify.decoder.layers import LayerList, layer_outputs
+from bone_fx.verify.decoder.layers import LayerList, check_alike, layer_outputs
 from bone_fx.verify.decoder.routes import ROUTED, UNDECIDED, Routes
 from bone_fx.verify.graph import Edit, WrittenGraph, cut_at
 from bone_fx.verify.locate import first_difference, located
@@ -62,6 +62,9 @@ def verify_long_texts(
     """
     config: Any = model.config
     lengths = edges(config, context_length)
+    layers = LayerList.of(model)
+    if layers is not None:
+        check_alike(graph.read().graph, layers, config.get_text_config())
     first = _FirstLayers.of(graph, edits, model)
     if first is None:
         parity.skip("long texts", "the graph is not cut between layers")

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from bone_fx.verify.parity import Parity
+
 ROUTED = "routes_by_rounding"
 UNDECIDED = 1.0
 """Largest difference, relative to the largest value, from the first such token on."""
@@ -56,6 +58,17 @@ class Routes(TorchFunctionMode):
             return
         ordered = scores_SX.sort(dim=-1, descending=True).values
         gaps = ordered[:, k - 1] - ordered[:, k]
-        close = gaps <= self._margin * scores_SX.abs().amax(-1)
+        # What another choice has ruled out, as of groups of experts, is -inf and no score.
+        largest = scores_SX.masked_fill(~scores_SX.isfinite(), 0).abs().amax(-1)
+        close = gaps <= self._margin * largest
         if bool(close.any()):
             self.decided = min(self.decided, int(close.int().argmax()))
+
+
+def say_undecided(parity: Parity, decided: int, tokens: int) -> None:
+    """Warn if most tokens of the cases stand behind one that rounding may route otherwise."""
+    if 2 * decided < tokens:
+        parity.warnings.append(
+            f"{tokens - decided} of {tokens} tokens were held to {UNDECIDED:g} of the largest value"
+            f" and not to {parity.tolerance:g}: their experts' scores lie too close together"
+        )

@@ -306,6 +306,7 @@ class Converted(Recipe):
                 f"{self.describe()} gave another tensor than planned",
                 expected=f"{dtype_name(self.dtype)}{list(self.shape)}",
                 found=f"{dtype_name(result.dtype)}{list(result.shape)}",
+                next_step="use the config.json that belongs to these weights",
             )
         return result.contiguous()
 
