@@ -215,7 +215,7 @@ def _resized(
     try:
         output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         modules = [model.get_input_embeddings(), output]
-    except NotImplementedError:  # models that have none
+    except NotImplementedError:  # transformers' answer for a model without embeddings of tokens
         return None
     weights = [getattr(module, "weight", None) for module in modules]
     names = [name for name, p in parameters.items() if any(p is weight for weight in weights)]

@@ -78,7 +78,10 @@ def decoder_cases(config: Any, context_length: int | None, *, short: bool) -> li
 
 def vocabulary_of(model: Any) -> int:
     """How many tokens a transformers model has an embedding for."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except NotImplementedError:  # transformers' answer for a model of two towers
+        return int(model.config.get_text_config().vocab_size)
 
 
 def edges(config: Any, limit: int | None) -> list[int]:

@@ -43,6 +43,12 @@ class WrittenGraph:
         """Whether a product rounds its activations to int8."""
         return any(a.name == _LEVEL for node in self.read().graph.node for a in node.attribute)
 
+    def shares_a_buffer(self) -> bool:
+        """Whether attention is the operator in every layer, which takes a cache of fixed size."""
+        graph = self.read().graph
+        layers = sum(value.name.endswith(".key") for value in graph.input)
+        return sum(node.op_type == "GroupQueryAttention" for node in graph.node) == layers
+
     def session(self, *edits: Edit) -> onnxruntime.InferenceSession:
         """A session of the model, or of a copy that was edited.
 

@@ -2,7 +2,7 @@
 
 The reference is the model as transformers runs it, with the adapters, as `verify.peft_layout` read
 them, applied by hooks on its layers: no graph, recipe, operator or translation of ours stands in
-it.
+it. Only its folded twin uses our own fold, `passes.fold`, and is compared with the unmerged one.
 
 Shape letters: T tokens, I in_features, O out_features, R block size, M width of a block.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,18 +55,16 @@ def all_recipes(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("model", "field"), CLAIMS)
-def test_refused_in_a_moment(model: str, field: str, folders: dict[str, Path]) -> None:
+def test_refused_before_anything_is_built(model: str, field: str, folders: dict[str, Path]) -> None:
     config = folders[model] / "config.json"
     before = config.read_text()
-    start = time.process_time()
     try:
         for value in HUGE:
             edit_json(config, **{field: value})
-            with pytest.raises(BaseModelError):
+            with pytest.raises(BaseModelError, match="is more than this checkpoint can have"):
                 all_recipes(folders[model])
     finally:
         config.write_text(before)
-    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(

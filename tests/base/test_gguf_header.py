@@ -36,24 +36,27 @@ def test_what_it_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "message"),
     [
-        head({}, words=2**60),
-        head({}, tensors=2**60),
-        head({}, shape=(2**40, 2**40)),
-        head({}, shape=(2,) * 40),
-        head({"llama.block_count": 10**6}),
-        head({"llama.embedding_length": 10**9}),
-        head({"llama.context_length": 10**9}),
-        head({"llama.attention.head_count": 2**63}),
-        head({})[:40],
-        b"GGUF",
+        (head({}, words=2**60), "bytes before a value does"),
+        (head({}, tensors=2**60), "does not keep to the format"),
+        (head({}, shape=(2**40, 2**40)), r"\[1099511627776, 1099511627776\] is not in"),
+        (head({}, shape=(2,) * 40), "'w' has 40 dimensions"),
+        (head({"llama.block_count": 10**6}), "num_layers=1000000 is more than"),
+        (head({"llama.embedding_length": 10**9}), "hidden_size=1000000000 is more than"),
+        (head({"llama.context_length": 10**9}), "max_position_embeddings=1000000000 is more than"),
+        (
+            head({"llama.attention.head_count": 2**63}),
+            "head_count=a number of 64 bits is more than",
+        ),
+        (head({})[:40], "does not keep to the format"),
+        (b"GGUF", "does not keep to the format"),
     ],
 )
-def test_claims_beyond_the_file(content: bytes, tmp_path: Path) -> None:
+def test_claims_beyond_the_file(content: bytes, message: str, tmp_path: Path) -> None:
     file = tmp_path / "a.gguf"
     file.write_bytes(content)
-    with pytest.raises(BaseModelError):
+    with pytest.raises(BaseModelError, match=message):
         refuse_impossible_gguf(file)
 
 
