@@ -71,9 +71,7 @@ def _counterpart(node: Node) -> torch._ops.OpOverload | None:
 
 def _keeps_dtype(node: Node) -> bool:
     """Whether the plain operator gives the dtype that the one in place keeps."""
-    dtypes = {
-        a.meta["val"].dtype
-        for a in node.all_input_nodes
-        if isinstance(a.meta.get("val"), torch.Tensor) and a.meta["val"].dim()
-    }
-    return len(dtypes) == 1
+    values = [a.meta.get("val") for a in node.all_input_nodes]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    deciding = [tensor for tensor in tensors if tensor.dim()] or tensors
+    return len({tensor.dtype for tensor in deciding}) == 1

@@ -25,7 +25,7 @@ from bone_fx.capture.decoder.capture_decoder import capture_decoder
 from bone_fx.capture.decoder.own_attention import OWN_ATTENTION
 from bone_fx.deploy.builds.checkpoint_graph import NO_FP32_KERNEL
 from bone_fx.errors import ExportError
-from bone_fx.onnx.placement import SHAPES, place
+from bone_fx.onnx.placement import ON_SIZES, place
 from tests.capture.decoder.decoders import DECODERS
 from tests.capture.decoder.decoding import differences, onnx_of, session_of, skeleton_of
 
@@ -85,7 +85,7 @@ def test_an_export_says_where_each_node_runs(name: str, dtype: Any, tmp_path: Pa
     on_cpu = placement["on_cpu"]
     assert placement["on_cuda"] + len(on_cpu) == len(nodes)
     assert on_cpu == {node: nodes[node] for node in on_cpu}
-    assert placement["reason_on_cpu"] == SHAPES
+    assert placement["reason_on_cpu"] == ON_SIZES
     if name != "bert":
         assert (GQA in result.manifest["operators"]) == (dtype != "fp32")
         assert (NO_FP32_KERNEL in result.manifest["notes"]) == (dtype == "fp32")
@@ -138,19 +138,91 @@ def test_a_node_without_a_kernel_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def graph_of(*nodes: ir.Node) -> ir.Model:
-    graph = ir.Graph(list(nodes[0].inputs), nodes[-1].outputs, nodes=nodes, opset_imports={"": 18})  # type: ignore[arg-type]
+def graph_of(inputs: list[ir.Value], *nodes: ir.Node) -> ir.Model:
+    """A graph that ends in the last node; every other value without a producer is a constant."""
+    read = [value for node in nodes for value in node.inputs if value is not None]
+    constants = {v.name: v for v in read if v.producer() is None and v not in inputs}
+    graph = ir.Graph(
+        inputs,
+        nodes[-1].outputs,
+        nodes=nodes,
+        initializers=list(constants.values()),
+        opset_imports={"": 18},
+    )
     return ir.Model(graph, ir_version=10)
 
 
+def constant(name: str, *values: int) -> ir.Value:
+    tensor = ir.tensor(list(values), ir.DataType.INT64, name=name)
+    return ir.Value(name=name, const_value=tensor, type=ir.TensorType(ir.DataType.INT64))
+
+
+def value(name: str, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype))
+
+
 def test_each_node_is_looked_up_by_its_own_dtype() -> None:
-    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.BFLOAT16))
+    x = value("x", ir.DataType.BFLOAT16)
     wide = ir.node("Cast", [x], {"to": ir.DataType.FLOAT}, name="wide")
     good = ir.node("ReduceMean", wide.outputs, name="good")
-    bad = ir.node("ReduceMean", [x], name="bad")
+    bad = ir.node("Log", [x], name="bad")
     shape = ir.node("Shape", [x], name="shape")
     on_shape = ir.node("BitwiseNot", shape.outputs, name="on_shape")
-    found = place(graph_of(wide, good, bad, shape, on_shape))
-    assert found.missing == {"bad": ("ReduceMean", "no CUDA kernel for bfloat16")}
-    assert found.shapes == {"shape": "Shape", "on_shape": "BitwiseNot"}
-    assert found.on_cuda == 2
+    found = place(graph_of([x], wide, good, bad, shape, on_shape))
+    assert found.missing == {"bad": ("Log", "no CUDA kernel for bfloat16")}
+    assert found.on_cpu == {"on_shape": "BitwiseNot"}, "Shape itself reads nothing of the device"
+    assert found.on_cuda == 3
+
+
+def test_a_size_that_meets_a_value_of_the_device_is_copied() -> None:
+    ids, mask = value("ids"), value("mask")
+    size = ir.node("Shape", [ids], {"start": 1, "end": 2}, name="size")
+    valid = ir.node("ReduceSum", [mask, constant("axis", 1)], name="valid")
+    before = ir.node("Sub", [valid.outputs[0], size.outputs[0]], name="before")
+    found = place(graph_of([ids, mask], size, valid, before))
+    copied = f"{size.outputs[0].name} to the device, for Sub (before)"
+    assert found.copies == [copied]
+    assert found.report()["cuda_graph"] == (f"no: a value is copied between CPU and GPU: {copied}")
+
+
+def test_what_a_kernel_reads_on_the_host_is_not_copied() -> None:
+    ids = value("ids")
+    size = ir.node("Shape", [ids], {"start": 1, "end": 2}, name="size")
+    count = ir.node("Squeeze", size.outputs, name="count")
+    places = ir.node("Range", [constant("0"), count.outputs[0], constant("1")], name="places")
+    row = ir.node("Gather", [ids, places.outputs[0]], name="row")
+    found = place(graph_of([ids], size, count, places, row))
+    assert (found.on_cpu, found.copies) == ({"count": "Squeeze"}, [])
+    assert found.report()["cuda_graph"] == "yes"
+
+
+def test_a_cut_at_a_place_that_the_device_computed_is_copied_to_the_host() -> None:
+    x = value("x")
+    start = ir.node("ReduceMax", [x, constant("axes", 0)], name="start")
+    cut = ir.node("Slice", [x, start.outputs[0], constant("end", 9)], name="cut")
+    found = place(graph_of([x], start, cut))
+    assert found.copies == [f"{start.outputs[0].name} to the host, for Slice (cut)"]
+
+
+def test_an_input_of_the_graph_beside_a_size_keeps_a_node_on_the_cpu() -> None:
+    x, y = value("x"), value("y")
+    size = ir.node("Size", [x], name="size")
+    total = ir.node("Add", [y, size.outputs[0]], name="sum")
+    large = ir.node("Add", [total.outputs[0], constant("large", *range(101))], name="large")
+    found = place(graph_of([x, y], size, total, large))
+    assert found.on_cpu == {"sum": "Add"}, "more than 100 values of a constant count as large"
+    assert [copy.split()[0] for copy in found.copies] == ["y", total.outputs[0].name]
+
+
+def test_what_waits_for_the_device_is_not_captured() -> None:
+    x = value("x")
+    found = place(graph_of([x], ir.node("NonZero", [x], name="where")))
+    assert found.why_not_captured() == "NonZero (where) waits for values of the device"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "phi3_longrope_short", "qwen3_moe"])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_decoder_is_captured_as_a_cuda_graph(name: str, last: bool) -> None:
+    model = ROW[name].build()
+    capture = capture_decoder(skeleton_of(model, torch.float16), last_token_logits=last)
+    assert place(onnx_of(capture, model)).report()["cuda_graph"] == "yes"

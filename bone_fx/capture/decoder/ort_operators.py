@@ -70,9 +70,10 @@ def rows_by_length(
     total: int | torch.SymInt,
     switch: int,
 ) -> tuple[Tensor, Tensor]:
-    """Emits Greater, Cast, Mul, Add and two Slices: T rows of each table, by the longest text.
+    """Emits Greater, Cast, Mul, Squeeze, Range, Add and two Gathers: T rows of each table.
 
-    The mask may be wider than the texts: a cache of fixed size is fed so.
+    The longest text decides which. The mask may be wider than the texts: a cache of fixed size is
+    fed so. The choice is made on the device, so that a CUDA graph makes it anew in every step.
 
     Args:
         tables: cos and sin, each [switch + M, R/2]: rows of texts of at most `switch` tokens, then
@@ -82,16 +83,18 @@ def rows_by_length(
         total: T, for the shape.
         switch: Number of rows of the first kind.
     """
-    limit, axis = torch.tensor([switch], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+    limit = torch.tensor([switch], dtype=torch.int32)
     long = torch.onnx.ops.symbolic(
         "Greater", (longest_1, limit), dtype=torch.bool, shape=(1,), version=13
     )
     start = _int32("Mul", _int32("Cast", long, to=ONNX_INT32), limit)
-    end = _int32("Add", start, total_1)
+    zero, one = torch.tensor(0, dtype=torch.int32), torch.tensor(1, dtype=torch.int32)
+    width = _int32("Squeeze", total_1, shape=())
+    rows = _int32("Add", _int32("Range", zero, width, one, shape=(total,)), start, shape=(total,))
     cos, sin = (
         torch.onnx.ops.symbolic(
-            "Slice",
-            (table, start, end, axis),
+            "Gather",
+            (table, rows),
             dtype=table.dtype,
             shape=(total, table.shape[1]),
             version=13,
@@ -101,9 +104,14 @@ def rows_by_length(
     return cos, sin
 
 
-def _int32(op_type: str, *inputs: Tensor, **attributes: Attribute) -> Tensor:
+def _int32(
+    op_type: str,
+    *inputs: Tensor,
+    shape: tuple[int | torch.SymInt, ...] = (1,),
+    **attributes: Attribute,
+) -> Tensor:
     return torch.onnx.ops.symbolic(
-        op_type, inputs, attributes, dtype=torch.int32, shape=(1,), version=13
+        op_type, inputs, attributes, dtype=torch.int32, shape=shape, version=13
     )
 
 
@@ -120,13 +128,29 @@ def rows_at(x_BSH: Tensor, index_B: Tensor) -> Tensor:
     )
 
 
-def total_length(mask_BT: Tensor) -> Tensor:
-    """Emits Shape and Cast: T as an int32 tensor of one element, known on the host."""
-    shape = torch.onnx.ops.symbolic(
-        "Shape", (mask_BT,), {"start": 1, "end": 2}, dtype=torch.int64, shape=(1,), version=15
+def new_tokens(ids_BS: Tensor) -> Tensor:
+    """Emits Shape, Expand and ReduceSum: S as an int64 tensor of one element, on the device.
+
+    Counted there, since a size stands on the host and a CUDA graph copies nothing from it.
+    """
+    axis = torch.tensor([0])
+    size, ones = _size(ids_BS, 1), torch.tensor([1])
+    row = torch.onnx.ops.symbolic(
+        "Expand", (ones, size), dtype=torch.int64, shape=(ids_BS.shape[1],), version=13
     )
     return torch.onnx.ops.symbolic(
-        "Cast", (shape,), {"to": ONNX_INT32}, dtype=torch.int32, shape=(1,), version=13
+        "ReduceSum", (row, axis), {"keepdims": 1}, dtype=torch.int64, shape=(1,), version=13
+    )
+
+
+def total_length(mask_BT: Tensor) -> Tensor:
+    """Emits Shape and Cast: T as an int32 tensor of one element, known on the host."""
+    return _int32("Cast", _size(mask_BT, 1), to=ONNX_INT32)
+
+
+def _size(x: Tensor, axis: int) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        "Shape", (x,), {"start": axis, "end": axis + 1}, dtype=torch.int64, shape=(1,), version=15
     )
 
 

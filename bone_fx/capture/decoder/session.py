@@ -34,7 +34,7 @@ from bone_fx.capture.decoder.norms import (
     norms_as_operators,
     recognise_norms,
 )
-from bone_fx.capture.decoder.ort_operators import total_length
+from bone_fx.capture.decoder.ort_operators import new_tokens, total_length
 from bone_fx.capture.decoder.own_attention import OWN_ATTENTION, ConcatenatingCache
 from bone_fx.capture.decoder.pasts import Pasts, SharedPasts
 from bone_fx.capture.decoder.rotary.watcher import RotaryWatcher
@@ -240,7 +240,8 @@ class CaptureSession:
                 )
         valid_B = attention_mask.sum(1)
         lengths = ((valid_B - 1).to(torch.int32), total_length(attention_mask))
-        before_B = (valid_B - tokens).clamp(min=0)
+        new_1 = new_tokens(input_ids)
+        before_B = (valid_B - new_1).clamp(min=0)
         positions = torch.arange(tokens)[None, :] + before_B[:, None]
         pairs = list(zip(past_key_values[::2], past_key_values[1::2], strict=True))
         pasts = Pasts(pairs, self._input_of, shared=self.options.stamp)
@@ -251,7 +252,7 @@ class CaptureSession:
             cache: PassThroughCache = ConcatenatingCache(pasts, heads=heads, layers=layers, **sizes)
         else:
             cache = PassThroughCache(pasts, **sizes)
-        self.last_tokens = valid_B - before_B - 1
+        self.last_tokens = torch.minimum(valid_B, new_1) - 1
         self.emitter = AttentionEmitter(cache, attention_mask, lengths, layers, self.unfused)
         self.rotary.begin(positions, valid_B, (lengths[1], total))
         inputs = model_inputs(self._forward, input_ids, attention_mask, positions, cache)

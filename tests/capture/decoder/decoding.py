@@ -19,6 +19,8 @@ from tests.capture.decoder.decoders import DECODERS
 
 TEXTS = (5, 13)
 STEPS = 3
+FIXED = 64
+"""Positions of a cache of fixed size: beyond the switches of longrope's tables among the rows."""
 
 
 def skeleton_of(model: Any, dtype: torch.dtype = torch.float32) -> Any:
@@ -74,23 +76,33 @@ def session_of(model: ir.Model) -> ort.InferenceSession:
 
 
 class Generation:
-    """A cache and a mask that grow, as onnxruntime-genai feeds them."""
+    """A cache and a mask that grow, or with `buffer` stand at so many positions from the start.
 
-    def __init__(self, session: ort.InferenceSession, capture: DecoderCapture, batch: int) -> None:
-        self.session = session
+    onnxruntime-genai feeds a graph so; the second way under CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        capture: DecoderCapture,
+        batch: int,
+        buffer: int = 0,
+    ) -> None:
+        self.session, self.buffer = session, buffer
         self.outputs = capture.output_names
         self.dtype = np.float16 if capture.dtype is torch.float16 else np.float32
         self.past = {}
         for layer in capture.layers:
             for kind, size in (("key", layer.key_size), ("value", layer.value_size)):
-                shape = (batch, layer.kv_heads, 0, size)
+                shape = (batch, layer.kv_heads, buffer, size)
                 self.past[f"past_key_values.{layer.layer}.{kind}"] = np.zeros(shape, self.dtype)
         self.mask = np.zeros((batch, 0), np.int64)
 
     def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Logits of new tokens, of which `mask` says which are padding."""
         self.mask = np.concatenate([self.mask, mask.numpy()], axis=1)
-        feeds = {"input_ids": tokens.numpy(), "attention_mask": self.mask, **self.past}
+        wide = np.pad(self.mask, ((0, 0), (0, max(0, self.buffer - self.mask.shape[1]))))
+        feeds = {"input_ids": tokens.numpy(), "attention_mask": wide, **self.past}
         logits, *presents = self.session.run(self.outputs, feeds)
         self.past = dict(zip(self.past, presents, strict=True))
         return torch.from_numpy(np.asarray(logits)).float()
@@ -126,6 +138,10 @@ def differences(
         for i, n in enumerate(TEXTS):
             found["decode"] = max(found["decode"], _far(logits[i, 0], expected[i][n + step]))
     alone = Generation(session, capture, 1)
+    if capture.share_buffer:
+        fixed, row = Generation(session, capture, 1, FIXED), rows[1][None]
+        steps = [fixed(part, torch.ones_like(part))[0] for part in row.split([13, 1, 1, 1], 1)]
+        found["fixed"] = _far(torch.cat(steps), expected[1])
     row = rows[0][None]
     found["one"] = _far(alone(row[:, :4], torch.ones_like(row[:, :4]))[0], expected[0][:4])
     found["chunk"] = _far(alone(row[:, 4:], torch.ones_like(row[:, 4:]))[0], expected[0][4:])
