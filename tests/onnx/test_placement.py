@@ -52,6 +52,7 @@ def built(name: str) -> PreTrainedModel:
         return BertForSequenceClassification(BertConfig(**SMALL))
     config = {
         "llama": LlamaConfig(**SMALL, num_key_value_heads=2, head_dim=16),
+        "tied": LlamaConfig(**SMALL, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
         "gemma": GemmaConfig(**SMALL, num_key_value_heads=2, head_dim=16),
         "gpt2": GPT2Config(vocab_size=64, n_positions=64, n_embd=64, n_layer=2, n_head=4),
     }[name]
@@ -63,7 +64,7 @@ def built(name: str) -> PreTrainedModel:
     ("name", "dtype"),
     [
         ("llama", "fp16"),
-        ("llama", "int4"),
+        ("tied", "int4"),
         ("gemma", "fp32"),
         ("gpt2", "bf16"),
         ("bert", "bf16"),
@@ -146,11 +147,11 @@ def graph_of(*nodes: ir.Node) -> ir.Model:
 def test_each_node_is_looked_up_by_its_own_dtype() -> None:
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.BFLOAT16))
     wide = ir.node("Cast", [x], {"to": ir.DataType.FLOAT}, name="wide")
-    good = ir.node("ReduceMean", wide.outputs, name="good")
-    bad = ir.node("ReduceMean", [x], name="bad")
+    good = ir.node("ReduceMax", wide.outputs, name="good")
+    bad = ir.node("ReduceMax", [x], name="bad")
     shape = ir.node("Shape", [x], name="shape")
     on_shape = ir.node("BitwiseNot", shape.outputs, name="on_shape")
     found = place(graph_of(wide, good, bad, shape, on_shape))
-    assert found.missing == {"bad": ("ReduceMean", "no CUDA kernel for bfloat16")}
+    assert found.missing == {"bad": ("ReduceMax", "no CUDA kernel for bfloat16")}
     assert found.shapes == {"shape": "Shape", "on_shape": "BitwiseNot"}
     assert found.on_cuda == 2
