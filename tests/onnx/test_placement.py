@@ -52,6 +52,7 @@ def built(name: str) -> PreTrainedModel:
         return BertForSequenceClassification(BertConfig(**SMALL))
     config = {
         "llama": LlamaConfig(**SMALL, num_key_value_heads=2, head_dim=16),
+        "tied": LlamaConfig(**SMALL, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
         "gemma": GemmaConfig(**SMALL, num_key_value_heads=2, head_dim=16),
         "gpt2": GPT2Config(vocab_size=64, n_positions=64, n_embd=64, n_layer=2, n_head=4),
     }[name]
@@ -63,7 +64,7 @@ def built(name: str) -> PreTrainedModel:
     ("name", "dtype"),
     [
         ("llama", "fp16"),
-        ("llama", "int4"),
+        ("tied", "int4"),
         ("gemma", "fp32"),
         ("gpt2", "bf16"),
         ("bert", "bf16"),
