@@ -49,6 +49,12 @@ class Outcome:
     hung: bool
 
 
+_PATIENCE = 5
+"""Seconds by the clock for each of a run's own that count as no end."""
+_SLOW = 55
+"""Seconds after which a forked run writes where it stands."""
+
+
 class Run:
     """A run that has begun."""
 
@@ -101,8 +107,10 @@ class Run:
             sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + _MORE_MEMORY, used + _MORE_MEMORY))
+            import faulthandler
             import tempfile
 
+            faulthandler.dump_traceback_later(_SLOW, file=sys.stderr)
             tempfile.tempdir = None
             sys.argv = ["bone-export", *arguments]
             from bone_fx.cli import program
@@ -116,13 +124,17 @@ class Run:
         os.kill(self.pid, number)
 
     def wait(self, limit: float) -> Outcome:
-        """Wait for the end, or kill it after so many seconds."""
+        """Wait for the end, or kill it after so many seconds of its own, or five times as many.
+
+        Its own seconds are those of the processor: other work on the machine is no hang.
+        """
         hung = False
         while True:
             pid, status, usage = os.wait4(self.pid, os.WNOHANG)
             if pid:
                 break
-            if not hung and time.monotonic() - self._start > limit:
+            late = time.monotonic() - self._start > _PATIENCE * limit
+            if not hung and (late or _processor_seconds(self.pid) > limit):
                 hung = True
                 os.kill(self.pid, signal.SIGKILL)
             time.sleep(0.005)
@@ -130,6 +142,11 @@ class Run:
         code = os.waitstatus_to_exitcode(status)
         seconds = time.monotonic() - self._start
         return Outcome(code, seconds, usage.ru_maxrss * 1024, out, err, hung)
+
+
+def _processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _default_signals() -> None:
@@ -157,7 +174,8 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def import_everything() -> None:
-    """What a run imports, so that a forked one need not."""
+    """What a run imports, so that a forked one need not, as quiet as in the command."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     import bone_fx.cli.failures
     import bone_fx.cli.run
     import bone_fx.deploy.builds

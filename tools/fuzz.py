@@ -109,7 +109,7 @@ def _wrong_end(outcome: Outcome, *, is_json: bool) -> list[str]:
     wrong = []
     said = outcome.out + outcome.err
     if outcome.hung:
-        wrong.append(f"no end after {SECONDS} s")
+        wrong.append(f"no end after {SECONDS} s: {outcome.err[-2000:]!a}")
     elif outcome.code not in EXIT_CODES:
         wrong.append(f"exit status {outcome.code}: {outcome.err[-400:]!a}")
     if "Traceback" in said:

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bone_fx.base.architectures import reference_attention
 from bone_fx.base.loading import BaseCheckpoint, skeleton
+from bone_fx.base.tokenizer import cannot_be_read
 from bone_fx.weights.recipes.quantized import rows_in_float32
 from bone_fx.weights.recipes.recipe import Recipe
 
@@ -32,7 +33,6 @@ BUILT_IN = Path(__file__).with_suffix(".txt")
 WINDOW, WINDOWS = 256, 4
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _RUN_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
-_TOKENIZER_ERRORS = (*_RUN_ERRORS, OSError, ImportError)
 
 
 class CalibrationError(Exception):
@@ -227,7 +227,9 @@ def token_ids(base: BaseCheckpoint, text: Text, folder: Path) -> Tensor:
             trust_remote_code=base.trust_remote_code,
         )
         ids = torch.tensor(tokenizer(text.content, verbose=False)["input_ids"])
-    except _TOKENIZER_ERRORS as error:
+    except BaseException as error:
+        if not cannot_be_read(error):
+            raise
         raise CalibrationError(
             f"the base's tokenizer cannot be read ({type(error).__name__})"
         ) from error

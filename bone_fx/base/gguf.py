@@ -21,6 +21,7 @@ import torch
 
 from bone_fx.base.left_over import without_adapter
 from bone_fx.base.sizes.config_sizes import refuse_impossible_gguf
+from bone_fx.base.tokenizer import cannot_be_read
 from bone_fx.errors import BaseModelError
 from bone_fx.files.renames import rename_new
 from bone_fx.files.work_folder import dead_work_folders, make_work_folder
@@ -177,8 +178,7 @@ def _save_tokenizer(source: dict[str, str], target: Path) -> None:
     try:
         AutoTokenizer.from_pretrained(**source, local_files_only=True).save_pretrained(target)
     except BaseException as error:
-        # The tokenizers library raises bare Exceptions, and a panic of its Rust is none of these.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not cannot_be_read(error):
             raise
         _log.warning("%s has no tokenizer that can be read: %s", source["gguf_file"], error)
 

@@ -16,6 +16,14 @@ class TokenizerError(Exception):
     """transformers cannot read a tokenizer; the message says why."""
 
 
+def cannot_be_read(error: BaseException) -> bool:
+    """Whether a tokenizer's file is what is wrong, of what its reader raised.
+
+    The tokenizers library raises bare Exceptions, and a panic of its Rust is none of these.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def write_tokenizer_json(
     vocabulary: Path, config: PreTrainedConfig, target: Path, *, trust_remote_code: bool
 ) -> None:
@@ -45,7 +53,9 @@ def write_tokenizer_json(
         tokenizer.backend_tokenizer.save(str(target / "tokenizer.json"))
         if not (target / "tokenizer_config.json").is_file():
             tokenizer.save_pretrained(target)
-    except Exception as error:
+    except BaseException as error:
+        if not cannot_be_read(error):
+            raise
         (target / "tokenizer.json").unlink(missing_ok=True)
         reason = " ".join(str(error).split())[:200]
         raise TokenizerError(f"{type(error).__name__}: {reason}") from error

@@ -114,6 +114,15 @@ def test_a_configuration_may_leave_the_size_of_the_vocabulary_open(tmp_path: Pat
         token_ids(base, text, tokenizer)
 
 
+@pytest.mark.parametrize("content", ["{", '{"model": {"type": "BPE", "vocab": {"a": -1}}}'])
+def test_a_tokenizer_that_its_library_refuses(content: str, tmp_path: Path) -> None:
+    base = open_base(tiny_base(tmp_path))
+    tokenizer = tiny_tokenizer(tmp_path)
+    (tokenizer / "tokenizer.json").write_text(content)
+    with pytest.raises(CalibrationError, match="tokenizer cannot be read"):
+        token_ids(base, built_in_text(), tokenizer)
+
+
 def test_built_in_text_is_packaged() -> None:
     text = built_in_text()
     assert len(text.content.split()) > 600
