@@ -36,6 +36,7 @@ from damage import SECRET, damage
 
 SECONDS, BYTES = 60, 2 << 30
 MODELS = ("llama", "llama", "sharded", "gpt2", "bert", "gguf")
+DAMAGES = (0, *[1] * 8, *[2] * 4, *[3] * 3)
 OUTPUTS = [
     *["out"] * 160,
     *("new/deep/out", "out/", "./out", "a b", "é", "x" * 237, "x" * 238, "x" * 255, "x" * 300),
@@ -83,7 +84,7 @@ def _prepare(choose: random.Random, folder: Path, inputs: Path) -> tuple[list[st
     (folder / "link").symlink_to("elsewhere")
     (folder / "loop").symlink_to("loop")
     os.mkfifo(folder / "pipe")
-    done = [damage(choose, folder) for _ in range(choose.choice((0, 1, 1, 1, 2, 3)))]
+    done = [damage(choose, folder) for _ in range(choose.choice(DAMAGES))]
     base = "base.gguf" if name == "gguf" else "base"
     out = choose.choice(OUTPUTS)
     out = out if out.startswith("/") or not out else str(folder / out)
@@ -96,7 +97,7 @@ def _prepare(choose: random.Random, folder: Path, inputs: Path) -> tuple[list[st
     if adapters and choose.random() < 0.5:
         arguments.insert(0, "fold")
     else:
-        arguments += ["--verify", choose.choice(("off", "off", "fast", "full"))]
+        arguments += ["--verify", choose.choice((*["off"] * 6, "fast", "full"))]
         if choose.random() < 0.3:
             arguments += ["--dtype", choose.choice(("fp16", "int4", "int8"))]
     arguments += [flag for flag in ("--json", "--overwrite") if choose.random() < 0.4]

@@ -123,6 +123,9 @@ def bone_export(
     head: Annotated[Part | None, option("head", show_default=HEAD)] = None,
     embeddings: Annotated[Part | None, option("embeddings")] = None,
     last_token_logits: Annotated[bool, option("last_token_logits", "--last-token-logits")] = False,
+    cuda_graph: Annotated[
+        bool | None, option("cuda_graph", "--cuda-graph/--no-cuda-graph", show_default="no")
+    ] = None,
     calibration: Annotated[str | None, option("calibration", metavar="FILE")] = None,
     revision: Revision = None,
     allow_unused: AllowUnused = None,
@@ -144,6 +147,7 @@ def bone_export(
         head=head,
         embeddings=embeddings,
         last_token_logits=last_token_logits,
+        cuda_graph=cuda_graph,
         calibration=calibration,
         revision=revision,
         allow_unused=allow_unused,

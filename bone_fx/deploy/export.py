@@ -85,6 +85,7 @@ def export(
     head: Part | None = None,
     embeddings: Part | None = None,
     last_token_logits: bool = False,
+    cuda_graph: bool | None = None,
     calibration: str | Path | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -123,6 +124,9 @@ def export(
             to a quantized head, which then serves both.
         last_token_logits: Give a decoder's logits of each text's last token only, as a generation
             loop reads them: prefill without a product over the vocabulary for every token.
+        cuda_graph: Let onnxruntime-genai capture a decoder's step as a CUDA graph and replay it,
+            which saves the launches of its kernels. Off by default; it takes one beam, and the
+            cache has `max_length` positions from the start.
         calibration: A text file. int4 counts the errors of a decoder's weights by the inputs that
             their products see on its first thousand tokens; None takes the built-in text,
             `"none"` rounds to nearest, as ONNX Runtime's quantizer and the builder do.
@@ -158,6 +162,7 @@ def export(
         head=head,
         embeddings=embeddings,
         last_token_logits=last_token_logits,
+        cuda_graph=cuda_graph,
         calibration=calibration,
         revision=revision,
         allow_unused=allow_unused,
@@ -252,6 +257,6 @@ def _check_module_choices(
             "adapters go with a checkpoint",
             next_step="adapt the module, train it and export its fold()",
         )
-    for name in ("calibration", "samples", "revision", "allow_unused"):
+    for name in ("calibration", "cuda_graph", "samples", "revision", "allow_unused"):
         if getattr(options, name):
             raise UsageError(f"{name} goes with a checkpoint", next_step="leave it out")

@@ -43,6 +43,7 @@ def write_genai_folder(
     companions: Companions,
     *,
     provider: str = "cpu",
+    cuda_graph: bool = False,
 ) -> list[str]:
     """Makes a folder with `model.onnx` one that onnxruntime-genai runs.
 
@@ -52,6 +53,7 @@ def write_genai_folder(
         capture: The decoder that the model was made from.
         companions: Tokenizer, chat template and generation settings.
         provider: `cpu` or `cuda`.
+        cuda_graph: Whether its steps are captured as a CUDA graph.
 
     Returns:
         What a person should know: a tokenizer or a chat template that is not there, token ids that
@@ -61,7 +63,9 @@ def write_genai_folder(
         InputRefusedError: generation_config.json or a tokenizer's file cannot be read.
     """
     settings, changed = companions.generation_settings(checkpoint.config)
-    content = genai_config(checkpoint.config, capture, settings, provider=provider)
+    content = genai_config(
+        checkpoint.config, capture, settings, provider=provider, cuda_graph=cuda_graph
+    )
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
     beyond = [
         f"{name} {token} is no token of the model's {capture.vocab_size} and is left out"
@@ -77,7 +81,12 @@ def write_genai_folder(
 
 
 def genai_config(
-    config: Any, capture: DecoderCapture, generation: dict[str, Any], *, provider: str = "cpu"
+    config: Any,
+    capture: DecoderCapture,
+    generation: dict[str, Any],
+    *,
+    provider: str = "cpu",
+    cuda_graph: bool = False,
 ) -> dict[str, Any]:
     """The content of `genai_config.json`.
 
@@ -87,6 +96,7 @@ def genai_config(
         generation: The content of generation_config.json, which has precedence over the
             configuration; may be empty.
         provider: `cpu` or `cuda`.
+        cuda_graph: Whether its steps are captured as a CUDA graph.
     """
     text = config.get_text_config()
     first = capture.layers[0]
@@ -113,7 +123,9 @@ def genai_config(
         "session_options": {
             "log_id": "onnxruntime-genai",
             # the CPU provider takes no options and refuses any
-            "provider_options": [] if provider == "cpu" else [{provider: {}}],
+            "provider_options": []
+            if provider == "cpu"
+            else [{provider: {"enable_cuda_graph": str(int(cuda_graph))}}],
         },
         "filename": "model.onnx",
         "head_size": first.key_size,

@@ -68,6 +68,9 @@ class ExportOptions:
         Part | None, "int4, int8: the embeddings; kept unless tied to a quantized head."
     ] = None
     last_token_logits: Annotated[bool, "Logits of each text's last token only."] = False
+    cuda_graph: Annotated[
+        bool | None, "cuda: let onnxruntime-genai replay decode steps as a CUDA graph."
+    ] = None
     calibration: Annotated[
         str | Path | None, "int4: a text instead of the built-in one; none: to nearest."
     ] = None
@@ -93,6 +96,7 @@ class ExportOptions:
         self._check_calibration()
         self._check_samples()
         self._check_provider()
+        self._check_cuda_graph()
 
     @property
     def weight_dtype(self) -> Dtype:
@@ -125,6 +129,13 @@ class ExportOptions:
                 found="dtype='bf16' with provider='cpu'",
                 next_step="--dtype fp16, or --provider cuda (and --verify-on cpu where there is no "
                 "GPU)",
+            )
+
+    def _check_cuda_graph(self) -> None:
+        if self.cuda_graph and self.provider != "cuda":
+            raise UsageError(
+                f"cuda_graph goes with provider cuda, and provider is {self.provider!r}",
+                next_step="leave it out, or export with --provider cuda",
             )
 
     def _check_quantization(self) -> None:

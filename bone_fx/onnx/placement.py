@@ -48,6 +48,7 @@ class Placement:
             elsewhere.
         waiting: Name -> operator of the nodes that wait for values of the device, control flow
             among them.
+        grows: Whether the cache is concatenated, so that its shape is another in every step.
     """
 
     on_cuda: int = 0
@@ -55,12 +56,15 @@ class Placement:
     missing: dict[str, tuple[str, str]] = field(default_factory=dict)
     copies: list[str] = field(default_factory=list)
     waiting: dict[str, str] = field(default_factory=dict)
+    grows: bool = False
 
     def why_not_captured(self) -> str | None:
         """Why ONNX Runtime cannot capture the graph as a CUDA graph; None if it can."""
         if self.waiting:
             name, operator = next(iter(self.waiting.items()))
             return f"{operator} ({name}) waits for values of the device"
+        if self.grows:
+            return "the cache is concatenated, and another shape in every step"
         if self.copies:
             return f"a value is copied between CPU and GPU: {self.copies[0]}"
         return None
@@ -75,6 +79,20 @@ class Placement:
             "memcpy": self.copies,
             "cuda_graph": "yes" if reason is None else f"no: {reason}",
         }
+
+    def require_cuda_graph(self) -> None:
+        """Refuses a graph that cannot be captured as a CUDA graph.
+
+        Raises:
+            ExportError: It cannot be captured; the message says why.
+        """
+        reason = self.why_not_captured()
+        if reason is not None:
+            raise ExportError(
+                "the graph cannot be captured as a CUDA graph",
+                found=reason,
+                next_step="export without --cuda-graph",
+            )
 
     def require_kernels(self, next_step: str) -> None:
         """Refuses a graph with nodes that would run on the CPU.

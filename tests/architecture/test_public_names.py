@@ -46,6 +46,7 @@ OPTIONS = {
     "head": ["--head"],
     "embeddings": ["--embeddings"],
     "last_token_logits": ["--last-token-logits"],
+    "cuda_graph": ["--cuda-graph", "--no-cuda-graph"],
     "calibration": ["--calibration"],
     "revision": ["--revision"],
     "allow_unused": ["--allow-unused"],

@@ -64,7 +64,8 @@ def test_generation_config_has_precedence() -> None:
     assert content["model"]["eos_token_id"] == [7, 8]
     assert content["model"]["pad_token_id"] == 0
     assert content["model"]["context_length"] == content["search"]["max_length"] == 100
-    assert content["model"]["decoder"]["session_options"]["provider_options"] == [{"cuda": {}}]
+    session = content["model"]["decoder"]["session_options"]
+    assert session["provider_options"] == [{"cuda": {"enable_cuda_graph": "0"}}]
     search = content["search"]
     assert (search["temperature"], search["top_k"], search["do_sample"], search["top_p"]) == (
         0.6,

@@ -108,6 +108,12 @@ def test_a_calibration_is_for_int4(tmp_path: Path) -> None:
     ExportOptions(calibration="none")
 
 
+def test_a_cuda_graph_goes_with_cuda() -> None:
+    with pytest.raises(UsageError, match="cuda_graph goes with provider cuda"):
+        ExportOptions(cuda_graph=True)
+    ExportOptions(cuda_graph=False)
+
+
 @pytest.mark.parametrize(
     "choice",
     [
@@ -116,6 +122,7 @@ def test_a_calibration_is_for_int4(tmp_path: Path) -> None:
         {"revision": "main"},
         {"calibration": "none"},
         {"last_token_logits": True},
+        {"cuda_graph": True, "provider": "cuda"},
     ],
 )
 def test_choices_of_a_checkpoint_are_refused_for_a_module(

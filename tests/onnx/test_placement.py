@@ -23,6 +23,7 @@ from transformers import (
 import bone_fx
 from bone_fx.capture.decoder.capture_decoder import capture_decoder
 from bone_fx.capture.decoder.own_attention import OWN_ATTENTION
+from bone_fx.deploy.builds.checkpoint import ONE_BEAM
 from bone_fx.deploy.builds.checkpoint_graph import NO_FP32_KERNEL
 from bone_fx.errors import ExportError
 from bone_fx.onnx.placement import ON_SIZES, place
@@ -90,6 +91,21 @@ def test_an_export_says_where_each_node_runs(name: str, dtype: Any, tmp_path: Pa
     if name != "bert":
         assert (GQA in result.manifest["operators"]) == (dtype != "fp32")
         assert (NO_FP32_KERNEL in result.manifest["notes"]) == (dtype == "fp32")
+
+
+def test_a_cuda_graph_is_asked_for_in_genai_config(tmp_path: Path) -> None:
+    ROW["phi3_longrope_short"].build().save_pretrained(tmp_path / "base")
+    choices: dict[str, Any] = {"provider": "cuda", "verify_on": "cpu", "cuda_graph": True}
+    result = bone_fx.export(tmp_path / "base", output=tmp_path / "out", dtype="fp16", **choices)
+    assert result.manifest["placement"]["cuda_graph"] == "yes"
+    assert result.manifest["placement"]["memcpy"] == []
+    assert ONE_BEAM in result.warnings
+    content = json.loads((tmp_path / "out/genai_config.json").read_text())
+    session = content["model"]["decoder"]["session_options"]
+    assert session["provider_options"] == [{"cuda": {"enable_cuda_graph": "1"}}]
+    grows = "the cache is concatenated, and another shape in every step"
+    with pytest.raises(ExportError, match=grows):
+        bone_fx.export(tmp_path / "base", output=tmp_path / "fp32", dtype="fp32", **choices)
 
 
 def placement_of(name: str, dtype: torch.dtype) -> Any:

@@ -95,12 +95,18 @@ def write_graph(model: ir.Model, folder: Path, progress: Progress) -> dict[str, 
     return {file.name: file.sha256 for file in written.files}
 
 
-def cuda_placement(model: ir.Model, next_step: str) -> Placement:
+def cuda_placement(model: ir.Model, next_step: str, *, grows: bool = False) -> Placement:
     """Where each node of a model for CUDA runs.
+
+    Args:
+        model: The model.
+        next_step: What to do if a node has no CUDA kernel.
+        grows: Whether the cache is concatenated, so that its shape is another in every step.
 
     Raises:
         ExportError: A node has no CUDA kernel; the message names it and says `next_step`.
     """
     placement = place(model)
+    placement.grows = grows
     placement.require_kernels(next_step)
     return placement

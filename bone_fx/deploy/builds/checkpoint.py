@@ -32,6 +32,10 @@ from bone_fx.verify.parity import Parity
 from bone_fx.weights.recipes.change import Change
 from bone_fx.weights.recipes.rounding import Rounding
 
+ONE_BEAM = (
+    "with CUDA graphs onnxruntime-genai takes num_beams 1, and the cache has max_length positions "
+    "from the start"
+)
 _TWIN = "bf16 has no CPU kernels: verification runs an fp32 twin with the rounded weights"
 
 
@@ -45,6 +49,7 @@ class CheckpointBuild(Build):
         graph: What was captured.
         companions: What goes beside the model.
         provider: What the graph is written for.
+        cuda_graph: Whether onnxruntime-genai is told to capture a CUDA graph.
         change: Measures, while weights are written, how far the adapters move each weight.
         rounding: Measures, while weights are written, what the cast to a half dtype costs the
             adapters; None for other exports.
@@ -57,6 +62,7 @@ class CheckpointBuild(Build):
     graph: DecoderGraph | ForwardGraph
     companions: Companions
     provider: str
+    cuda_graph: bool
     change: Change
     rounding: Rounding | None
     twin: ir.Model | None
@@ -81,7 +87,12 @@ class CheckpointBuild(Build):
             from bone_fx.deploy.genai_config import write_genai_folder
 
             notes += write_genai_folder(
-                folder, base, self.graph.capture, self.companions, provider=self.provider
+                folder,
+                base,
+                self.graph.capture,
+                self.companions,
+                provider=self.provider,
+                cuda_graph=self.cuda_graph,
             )
         else:
             from bone_fx.base.real_model import write_config
@@ -150,7 +161,11 @@ def build_checkpoint(
     placement = None
     if options.provider == "cuda":
         other = "--provider cpu" if options.activation_dtype == "fp32" else "--dtype fp32"
-        placement = cuda_placement(graph.model, f"export with {other}")
+        grows = isinstance(graph, DecoderGraph) and not graph.capture.share_buffer
+        placement = cuda_placement(graph.model, f"export with {other}", grows=grows)
+        if options.cuda_graph:
+            placement.require_cuda_graph()
+            notes.append(ONE_BEAM)
     return CheckpointBuild(
         model=graph.model,
         kind="decoder" if isinstance(graph, DecoderGraph) else "model",
@@ -166,6 +181,7 @@ def build_checkpoint(
         graph=graph,
         companions=companions,
         provider=options.provider,
+        cuda_graph=bool(options.cuda_graph),
         change=folded.change,
         rounding=folded.rounding,
         twin=twin,

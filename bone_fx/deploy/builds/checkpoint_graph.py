@@ -67,15 +67,16 @@ def capture_graph(
 
     Raises:
         CaptureError: The model cannot be captured, or the graph would not be true.
-        UsageError: The logits of last tokens are asked of a model that is no decoder.
+        UsageError: What only a decoder has is asked of a model that is none.
     """
     if _generates(folded.skeleton.model):
         return _capture_decoder(folded, options, progress)
-    if options.last_token_logits:
-        raise UsageError(
-            f"last_token_logits is for decoders, and {folded.inputs.architecture.__name__} is none",
-            next_step="export without it",
-        )
+    for name in ("last_token_logits", "cuda_graph"):
+        if getattr(options, name):
+            raise UsageError(
+                f"{name} is for decoders, and {folded.inputs.architecture.__name__} is none",
+                next_step="export without it",
+            )
     return _capture_forward(folded, options, progress)
 
 

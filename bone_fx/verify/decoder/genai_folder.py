@@ -57,7 +57,12 @@ def verify_genai_folder(
     context = found["context_length"]
     if content["search"]["max_length"] > context:
         _check("search.max_length", content["search"]["max_length"], f"at most {context}")
-    parity.cases.append(f"{CONFIG}: {len(expected)} fields")
+    shares = "search.past_present_share_buffer"
+    _check(shares, content["search"]["past_present_share_buffer"], graph.shares_a_buffer())
+    for options in found["session_options"]["provider_options"]:
+        if options.get("cuda", {}).get("enable_cuda_graph") == "1" and not graph.shares_a_buffer():
+            _check("enable_cuda_graph", "1", "0, as the cache grows from step to step")
+    parity.cases.append(f"{CONFIG}: {len(expected) + 1} fields")
     _verify_tokenizer(parity, folder, [*reversed(adapters), base], found["vocab_size"])
 
 
