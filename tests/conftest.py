@@ -50,5 +50,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        marker = item.get_closest_marker("gpu")
+        if marker is not None and not marker.kwargs.get("or_cpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))

@@ -1,0 +1,84 @@
+"""Exports for CUDA run there as their manifests say; where there is no GPU, the same on the CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bone_fx
+from tests.architecture.sources import ROOT
+from tests.capture.decoder.decoders import DECODERS
+from tests.tiers import tiered
+
+sys.path.insert(0, str(ROOT / "tools"))
+gpu_check: Any = import_module("gpu_check")
+
+pytestmark = pytest.mark.gpu(or_cpu=True)
+
+PROVIDER: Any = "cuda" if torch.cuda.is_available() else "cpu"
+ROW = {row.name: row for row in DECODERS}
+NAMES = (
+    *("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
+    *("phi3_longrope_short", "gpt2", "opt", "olmo2", "mixtral", "gpt_oss"),
+)
+QUICK = ["--prompts", "4,12", "--tokens", "4", "--repeats", "1", "--provider", PROVIDER]
+
+
+def exported(name: str, out: Path, dtype: Any, **choices: Any) -> Path:
+    model = ROW[name].build(**choices.pop("fields", {}))
+    model.save_pretrained(out / "base")
+    choices = {"provider": "cuda", "verify": "fast", "verify_on": PROVIDER, **choices}
+    bone_fx.export(out / "base", output=out / dtype, dtype=dtype, **choices)
+    return out / dtype
+
+
+def rows_of(folder: Path, *more: str) -> list[dict[str, Any]]:
+    """The rows of a check; it found nothing wrong."""
+    file = folder.parent / "rows.jsonl"
+    assert gpu_check.main([str(folder), *QUICK, "--json", str(file), *more]) == 0
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("row", tiered([ROW[name] for name in NAMES], ("llama", "opt")))
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int4", "int8"])
+def test_a_decoder_runs_as_it_says(row: Any, dtype: str, tmp_path: Path) -> None:
+    if dtype == "bf16" and PROVIDER == "cpu":
+        pytest.skip("ONNX Runtime does not run bf16 on the CPU")
+    rows = rows_of(exported(row.name, tmp_path, dtype))
+    settings = [row["setting"] for row in rows]
+    assert settings[:2] == ["as written", "CUDA graph" if PROVIDER == "cuda" else "static mask"]
+    assert len(settings) == 2 + dtype.startswith("int")
+    for row in rows:
+        assert {"prefill_4_ms", "decode_12_ms", "memory_gb", "onnxruntime"} <= row.keys()
+        if "parity" in row:  # a near tie may end the texts' agreement, and only that
+            assert int(row["tokens_equal"].partition("/")[0]) >= 1
+
+
+def test_last_logits_with_random_weights_against_another_folder(tmp_path: Path) -> None:
+    last = exported("llama", tmp_path / "last", "fp16", last_token_logits=True)
+    every = exported("llama", tmp_path / "every", "fp16")
+    before = (last / "model.onnx.data").read_bytes()
+    rows = rows_of(last, "--against", str(every), "--random", "--batch", "2")
+    assert [row["folder"] for row in rows] == [last.name, every.name] * 2
+    assert len(before) == len((last / "model.onnx.data").read_bytes())
+    assert before != (last / "model.onnx.data").read_bytes()
+    assert "to" in rows[1]["decode_4_of_first"]
+
+
+def test_a_cache_that_grows_has_no_graph(tmp_path: Path) -> None:
+    folder = exported("llama", tmp_path, "fp32")
+    assert [row["setting"] for row in rows_of(folder)] == ["as written"]
+
+
+def test_a_folder_that_does_not_hold_what_it_says(tmp_path: Path) -> None:
+    folder = exported("llama", tmp_path, "fp16")
+    (folder / "model.onnx.data").write_bytes(
+        bytes((folder / "model.onnx.data").stat().st_size // 2)
+    )
+    assert gpu_check.main([str(folder), *QUICK]) == 1
