@@ -45,6 +45,7 @@ from bone_fx.verify.parity import TOLERANCE, difference
 sys.path.insert(0, str(Path(__file__).parents[1]))
 _decoders: Any = import_module("tests.capture.decoder.decoders")
 _architectures: Any = import_module("tests.capture.architectures")
+_mixtures: Any = import_module("tests.verify.mixtures")
 _tiny: Any = import_module("tests.end_to_end.tiny")
 
 CLEAN = (
@@ -85,7 +86,8 @@ class Exports:
             base = _tiny.tiny_base(place / "base")
             _tiny.tiny_tokenizer(base)
             return base, [_tiny.tiny_adapter(place / "adapter")]
-        rows = {row.name: row for row in (*_architectures.ARCHITECTURES, *_decoders.DECODERS)}
+        tables = (_architectures.ARCHITECTURES, _decoders.DECODERS, _mixtures.MIXTURES)
+        rows = {row.name: row for table in tables for row in table}
         rows[model].build().save_pretrained(place / "base")
         return place / "base", []
 

@@ -22,7 +22,7 @@ from bone_fx.errors import VerificationError, first_line
 from bone_fx.verify.cases import Case, decoder_cases, rows_of
 from bone_fx.verify.compare_quantized import ROUNDED_ACTIVATIONS, Written
 from bone_fx.verify.decoder.long_texts import verify_long_texts
-from bone_fx.verify.decoder.routes import Choices, Routes, joined, other_experts
+from bone_fx.verify.decoder.routes import Choices, Routes, joined
 from bone_fx.verify.decoder.running import empty_past, logits_of, outputs_of, past_of, routed
 from bone_fx.verify.decoder.samples import graph_likelihood, torch_likelihood
 from bone_fx.verify.graph import Edit, WrittenGraph, keep_activations
@@ -185,12 +185,13 @@ class _Runs:
             logits.append([])
             made.append([])
             for row, (ids, told) in enumerate(zip(rows, given, strict=True)):
-                values, choices = routed(self.model, ids, told, tolerance)
-                if choices.wrong:
-                    error = other_experts(choices.wrong, f"{case.name}, row {row}")
-                    raise located(error, self._where(edits, ids, tolerance))
+                where = f"{case.name}, row {row}"
+                try:
+                    values, chosen = routed(self.model, ids, told, tolerance, where)
+                except VerificationError as error:
+                    raise located(error, self._where(edits, ids, tolerance)) from None
                 logits[-1].append(values)
-                made[-1].append(choices.made)
+                made[-1].append(chosen)
         return logits, made
 
     def compare(
@@ -234,7 +235,7 @@ class _Runs:
                 return list(outputs.values())
 
             def call(routes: Routes = routes) -> object:
-                return routed(self.model, ids, routes, math.inf)
+                return routed(self.model, ids, routes, tolerance)
 
             where = first_difference(
                 self.graph, (*edits, *choices.edits), self.model, run, call, tolerance
@@ -316,9 +317,7 @@ def _compare_greedy(
         tokens.append(int(logits_of(outputs)[0, -1].argmax()))
         ids = np.array([tokens[-1:]], dtype=np.int64)
     case = f"{_GREEDY_TOKENS} tokens, greedily"
-    reference, taken = routed(model, tokens[:-1], joined(chosen), parity.tolerance)
-    if taken.wrong:
-        raise other_experts(taken.wrong, case)
+    reference, _ = routed(model, tokens[:-1], joined(chosen), parity.tolerance, case)
     scored = reference[len(prompt) - 1 :]
     generated = scored.gather(1, torch.tensor(tokens[len(prompt) :])[:, None])[:, 0]
     parity.compare("greedy_tokens", case, generated, scored.amax(1), parity.tolerance)

@@ -10,7 +10,6 @@ Shape letters: B batch, S tokens, H hidden, N heads of the cache, P positions of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from bone_fx.errors import VerificationError
 from bone_fx.verify.cases import LONGEST, edges, vocabulary_of
 from bone_fx.verify.decoder.layers import LayerList, check_alike, layer_outputs
-from bone_fx.verify.decoder.routes import Choices, Routed, Routes, other_experts
+from bone_fx.verify.decoder.routes import Choices, Routed, Routes
 from bone_fx.verify.graph import Edit, WrittenGraph, cut_at
 from bone_fx.verify.locate import first_difference, located
 from bone_fx.verify.parity import Parity
@@ -155,19 +154,20 @@ class _FirstLayers:
     def compare(self, parity: Parity, case: str, ids: Tensor, past: Past | None = None) -> None:
         """Compare what leaves the last layer of both; an error names the first that differs."""
         actual, routes = self.run(ids, past)
-        with Routed(self.model, ids.shape[1], routes, parity.tolerance) as choices:
-            expected = self.expected(ids, past)
+
+        def expected() -> Tensor:
+            with Routed(self.model, ids.numel(), routes, parity.tolerance, case):
+                return self.expected(ids, past)
+
         try:
-            if choices.wrong:
-                raise other_experts(choices.wrong, case)
-            parity.compare(PAIR, case, actual, expected)
+            parity.compare(PAIR, case, actual, expected())
         except VerificationError as error:
             where = first_difference(
                 self.graph,
                 self.edits,
                 self.model,
                 lambda session: session.run(None, self._feeds(session, ids, past)),
-                lambda: self.expected(ids, past, routes),
+                expected,
                 parity.tolerance,
             )
             raise located(error, where) from None
@@ -198,7 +198,7 @@ class _FirstLayers:
         """What leaves the same layer of the reference, `[B, S, H]`, whose experts are given."""
         length = 0 if past is None else past[0][0].shape[2]
         mask = torch.ones(len(ids), length + ids.shape[1], dtype=torch.long)
-        with Routed(self.model, ids.numel(), routes, math.inf):
+        with Routed(self.model, ids.numel(), routes):
             return self._reference(ids, mask, self._cache(past))
 
     def most_positions(self) -> int:

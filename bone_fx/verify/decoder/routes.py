@@ -105,17 +105,25 @@ class Routed(TorchFunctionMode):
         routes: What is to be chosen; shorter where the rest is the model's own choice.
         tolerance: Largest difference of an output, relative to its largest value; without end if
             every choice is allowed.
+        case: What is run, for messages.
+
+    Raises:
+        VerificationError: A choice that the scores do not allow, in the call that makes it.
     """
 
     def __init__(
-        self, model: nn.Module, tokens: int, routes: Sequence[Tensor], tolerance: float
+        self,
+        model: nn.Module,
+        tokens: int,
+        routes: Sequence[Tensor],
+        tolerance: float = math.inf,
+        case: str = "",
     ) -> None:
         super().__init__()
         self._tokens = tokens
         self.made: Routes = []
         """What was chosen."""
-        self.wrong = ""
-        """The first choice that the scores do not allow; empty if there is none."""
+        self._case = case
         self._routes = routes
         self._tolerance = tolerance
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -163,8 +171,11 @@ class Routed(TorchFunctionMode):
                 indices_SC = torch.cat((told_SC, indices_SC[len(told_SC) :]))
                 self._check(input.float(), indices_SC.reshape(own.indices.shape))
             elif self._tolerance < math.inf:
-                counts = told_SC.shape[1], indices_SC.shape[1]
-                self._say("a token goes to {} experts, and not to {}".format(*counts))
+                raise self._error(
+                    "tokens go to another number of experts",
+                    expected=str(indices_SC.shape[1]),
+                    found=str(told_SC.shape[1]),
+                )
         self.made.append(indices_SC)
         indices = indices_SC.reshape(own.indices.shape)
         return torch.return_types.topk((input.gather(-1, indices), indices))
@@ -186,25 +197,21 @@ class Routed(TorchFunctionMode):
             expert, other, low, high = (
                 t.flatten()[place].item() for t in (taken, left, worst, best)
             )
-            self._say(
-                f"token {token} goes to expert {expert}, whose score is {low:.4g}, and not to"
-                f" expert {other} with {high:.4g}"
+            raise self._error(
+                f"token {token} goes to another expert",
+                expected=f"expert {other}, whose score is {high:.4g}",
+                found=f"expert {expert}, whose score is {low:.4g}",
             )
 
-    def _say(self, what: str) -> None:
-        self.wrong = self.wrong or f"{self._name}: {what}"
+    def _error(self, what: str, expected: str, found: str) -> VerificationError:
+        return VerificationError(
+            f"verification failed: {self._case}: {self._name}: {what}",
+            expected=expected,
+            found=found,
+            next_step="nothing was published; look at the build that is kept as <output>.rejected",
+        )
 
 
 def joined(pieces: Sequence[Sequence[Tensor]]) -> Routes:
     """What was chosen for the tokens of a text, of pieces `[S, C]` of it in their order."""
     return [torch.cat(of_choice) for of_choice in zip(*pieces, strict=True)]
-
-
-def other_experts(wrong: str, case: str) -> VerificationError:
-    """The error of a graph that chooses other experts than a router's scores allow."""
-    return VerificationError(
-        f"verification failed: {wrong} ({case})",
-        expected="the experts of the highest scores",
-        found="others",
-        next_step="nothing was published; look at the build that is kept as <output>.rejected",
-    )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bone_fx.verify.decoder.routes import Routed
+from bone_fx.verify.decoder.routes import Routed, Routes
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -35,12 +35,16 @@ def alone(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def routed(
-    model: nn.Module, row: Sequence[int], routes: Sequence[Tensor], tolerance: float
-) -> tuple[Tensor, Routed]:
-    """Logits `[S, V]` of a row whose tokens go to some experts, and what became of that."""
-    with Routed(model, len(row), routes, tolerance) as choices:
+    model: nn.Module,
+    row: Sequence[int],
+    routes: Sequence[Tensor],
+    tolerance: float,
+    case: str = "",
+) -> tuple[Tensor, Routes]:
+    """Logits `[S, V]` of a row whose tokens go to some experts, and all that were chosen."""
+    with Routed(model, len(row), routes, tolerance, case) as choices:
         [logits] = alone(model, [row])
-    return logits, choices
+    return logits, choices.made
 
 
 def step_of(
