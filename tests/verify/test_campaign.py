@@ -7,7 +7,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bone_fx.verify.decoder.routes import Choices
+from bone_fx.verify.decoder.running import empty_past, logits_of, outputs_of, routed
+from bone_fx.verify.graph import WrittenGraph
+from bone_fx.verify.parity import TOLERANCE, difference
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 defects: Any = import_module("defects")
@@ -25,6 +33,10 @@ SAMPLE = [
     ("unadapted weight, one value", "llama"),
     ("layers exchanged", "llama"),
     ("a value of q, k or v", "tiny"),
+    ("scores of two experts exchanged", "olmoe_64"),
+    ("one expert less", "olmoe_64"),
+    ("weights of experts normalized or not", "olmoe_64"),
+    ("scores of two groups exchanged", "glm4_moe_64"),
     ("genai_config.json: model.eos_token_id", "tiny"),
     ("genai_config.json: model.context_length", "tiny"),
     ("another tokenizer", "tiny"),
@@ -44,6 +56,33 @@ def test_a_defect_is_named(name: str, model: str, exports: Any, tmp_path: Path) 
     assert result == defects.NAMED, message
 
 
-@pytest.mark.parametrize("model", ["llama", "gemma3_text", "tiny"])
-def test_no_false_alarm(model: str, exports: Any) -> None:
-    defects.verify(*exports.of(model, "fp32"))
+@pytest.mark.parametrize(
+    ("model", "dtype"),
+    [
+        *(("llama", "fp32"), ("gemma3_text", "fp32"), ("tiny", "fp32")),
+        *(("olmoe_64", "fp16"), ("glm4_moe_64", "fp16")),
+    ],
+)
+def test_no_false_alarm(model: str, dtype: str, exports: Any) -> None:
+    defects.verify(*exports.of(model, dtype))
+
+
+@pytest.mark.parametrize("model", ["olmoe_64", "glm4_moe_64"])
+def test_rounding_sends_tokens_elsewhere_and_the_reference_follows(
+    model: str, exports: Any
+) -> None:
+    folder, base, _ = exports.of(model, "fp16")
+    graph = WrittenGraph(folder / "model.onnx", "cpu")
+    choices = Choices.of(graph, ())
+    session = graph.session(*choices.edits)
+    ids = np.random.default_rng(0).integers(3, 99, (1, 96))
+    outputs = outputs_of(session, ids, np.ones_like(ids), empty_past(session, 1))
+    chosen = [each[0] for each in choices.read(outputs, (1, 96))]
+    reference = AutoModelForCausalLM.from_pretrained(base).eval()
+    expected, made = routed(reference, ids[0].tolist(), chosen, TOLERANCE["fp16"])
+    alone, own = routed(reference, ids[0].tolist(), [], 0.0)
+    assert all(torch.equal(one, other) for one, other in zip(chosen, made, strict=True))
+    pairs = zip(own, chosen, strict=True)
+    assert any(not torch.equal(a.sort(1).values, b.sort(1).values) for a, b in pairs)
+    actual = logits_of(outputs)[0]
+    assert difference(actual, expected) < 5e-3 < difference(actual, alone)
