@@ -220,8 +220,8 @@ def _experts() -> list[Defect]:
         return np.where(np.arange(count) == 1, 0.5, 0).astype(dtype)
 
     defects = []
-    for model, count, k in (
-        *(("qwen3_moe_64", 64, 8), ("olmoe_64", 64, 8), ("mixtral_8", 8, 2), ("gpt_oss_8", 8, 3)),
+    for model, count in (
+        *(("qwen3_moe_64", 64), ("olmoe_64", 64), ("mixtral_8", 8), ("gpt_oss_8", 8)),
     ):
         seeds = {
             "scores of two experts exchanged": insert(
@@ -230,8 +230,8 @@ def _experts() -> list[Defect]:
             "weights of two experts exchanged": insert(
                 "MoE", 1, 4, "Gather", exchanged(count), axis=0
             ),
-            "one expert less": attribute("MoE", 1, "k", lambda _, k=k: k - 1),
-            "one expert more": attribute("MoE", 1, "k", lambda _, k=k: k + 1),
+            "one expert less": attribute("MoE", 1, "k", partial(add, -1)),
+            "one expert more": attribute("MoE", 1, "k", partial(add, 1)),
             "weights of experts normalized or not": attribute(
                 "MoE", 1, "normalize_routing_weights", lambda n: 1 - (n or 0)
             ),

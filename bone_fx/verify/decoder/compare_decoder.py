@@ -89,7 +89,8 @@ def verify_decoder(
     edits: tuple[Edit, ...] = (keep_activations,) if rounds else ()
     actual = runs.run(edits)
     # What rounding costs is measured against a model that chooses experts by itself.
-    routes = [run.routes if written is None else [[] for _ in run.routes] for run in actual]
+    free: list[list[Routes]] = [[[] for _ in run.routes] for run in actual]
+    routes = [run.routes for run in actual] if written is None else free
     base = runs.expect(routes[:2], math.inf)[0] if adapters else []
     if checks.samples and adapters:
         parity.figures["nll_base"] = torch_likelihood(model, checks.samples)

@@ -132,13 +132,13 @@ class Routed(TorchFunctionMode):
     def __enter__(self) -> Self:
         """Open, and follow which module runs."""
         self._handle = register_module_forward_pre_hook(self._entered)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
         """Close."""
         self._handle.remove()
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self,
