@@ -235,10 +235,16 @@ def _experts() -> list[Defect]:
             "weights of experts normalized or not": attribute(
                 "MoE", 1, "normalize_routing_weights", lambda n: 1 - (n or 0)
             ),
+            "a value of an expert": constant(
+                "model.layers.1.mlp.experts.down_proj", add_at((count - 1, 3, 5), 1e-2)
+            ),
             "bias of a router": insert("MoE", 1, 1, "Add", raised(count, np.float16)),
         }
         defects += [Defect(n, model, seed, layer, "fp16") for n, seed in seeds.items()]
     groups = {
+        "a value of an expert": constant(
+            "model.layers.1.mlp.experts.down_proj", add_at((63, 3, 5), 1e-2)
+        ),
         "scores of two experts exchanged": insert("TopK", 2, 0, "Gather", exchanged(64), axis=-1),
         "bias of a router": insert("TopK", 2, 0, "Add", raised(64, np.float32)),
         "scores of two groups exchanged": insert("TopK", 1, 0, "Gather", exchanged(4), axis=-1),

@@ -7,7 +7,7 @@ beside the graph with its file and field.
 
     python tools/defects.py                    # every defect
     python tools/defects.py window rope        # those whose names hold a word
-    python tools/defects.py --clean            # no defect: 15 architectures in four dtypes
+    python tools/defects.py --clean            # no defect: 20 models in four dtypes
     python tools/defects.py --json
 
 Exits with 1 if a defect is published, or an export without one is refused.
@@ -151,12 +151,12 @@ def effect_of(out: Path, damaged: Path) -> float:
 
 def clean(names: list[str]) -> Iterator[tuple[str, str, str]]:
     """Exports without a defect: model, dtype, and what was wrong with it."""
-    for model in CLEAN:
+    rows = {row.name: row for row in (*_decoders.DECODERS, *_mixtures.MIXTURES)}
+    for model in (*CLEAN, *(row.name for row in _mixtures.MIXTURES)):
         for dtype in CLEAN_DTYPES:
             if names and not any(name in model for name in names):
                 continue
             with TemporaryDirectory() as folder:
-                rows = {row.name: row for row in _decoders.DECODERS}
                 rows[model].build().save_pretrained(Path(folder) / "base")
                 provider: Any = "cuda" if dtype == "bf16" else "cpu"
                 wrong = ""

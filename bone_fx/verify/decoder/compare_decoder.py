@@ -85,11 +85,9 @@ def verify_decoder(
         for seed, case in enumerate(cases)
     ]
     runs = _Runs(parity, cases, rows, graph, model)
-    rounds = written is not None and graph.rounds_activations()
-    edits: tuple[Edit, ...] = (keep_activations,) if rounds else ()
-    actual = runs.run(edits)
-    # What rounding costs is measured against a model that chooses experts by itself.
-    free: list[list[Routes]] = [[[] for _ in run.routes] for run in actual]
+    actual = runs.run(()) if written is None else []
+    # What quantization costs is measured against a model that chooses experts by itself.
+    free: list[list[Routes]] = [[[] for _ in r] for r in rows]
     routes = [run.routes for run in actual] if written is None else free
     base = runs.expect(routes[:2], math.inf)[0] if adapters else []
     if checks.samples and adapters:
@@ -107,10 +105,14 @@ def verify_decoder(
             where = f"{case.name}, row {row}"
             parity.compare("unmerged_vs_folded", where, one, other, TOLERANCE["fp32"])
     references = {"onnx_vs_unmerged": reference, "onnx_vs_folded": folded}
+    edits: tuple[Edit, ...] = ()
     if written is None:
         runs.compare(actual, references, parity.tolerance)
     else:
         written.load_into(model)
+        rounds = graph.rounds_activations()
+        edits = (keep_activations,) if rounds else ()
+        actual = runs.run(edits)
         quantized, _ = runs.expect([run.routes for run in actual], parity.tolerance, edits)
         published = runs.run(()) if rounds else actual
         if rounds:
