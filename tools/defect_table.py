@@ -20,6 +20,7 @@ from seeding import (
     exchange_tokens,
     field,
     ignore_the_mask,
+    insert,
     operator,
     other_template,
     rename_input,
@@ -206,6 +207,51 @@ def _computations() -> list[Defect]:
     ]  # fmt: skip
 
 
+def _experts() -> list[Defect]:
+    """Mixtures in fp16; what is inserted leaves every constant as it is."""
+    layer = ("layers.1.mlp",)
+
+    def exchanged(count: int) -> np.ndarray:
+        order = np.arange(count)
+        order[[1, 2]] = [2, 1]
+        return order
+
+    def raised(count: int, dtype: type) -> np.ndarray:
+        return np.where(np.arange(count) == 1, 0.5, 0).astype(dtype)
+
+    defects = []
+    for model, count in (
+        *(("qwen3_moe_64", 64), ("olmoe_64", 64), ("mixtral_8", 8), ("gpt_oss_8", 8)),
+    ):
+        seeds = {
+            "scores of two experts exchanged": insert(
+                "MoE", 1, 1, "Gather", exchanged(count), axis=-1
+            ),
+            "weights of two experts exchanged": insert(
+                "MoE", 1, 4, "Gather", exchanged(count), axis=0
+            ),
+            "one expert less": attribute("MoE", 1, "k", partial(add, -1)),
+            "one expert more": attribute("MoE", 1, "k", partial(add, 1)),
+            "weights of experts normalized or not": attribute(
+                "MoE", 1, "normalize_routing_weights", lambda n: 1 - (n or 0)
+            ),
+            "a value of an expert": constant(
+                "model.layers.1.mlp.experts.down_proj", add_at((count - 1, 3, 5), 1e-2)
+            ),
+            "bias of a router": insert("MoE", 1, 1, "Add", raised(count, np.float16)),
+        }
+        defects += [Defect(n, model, seed, layer, "fp16") for n, seed in seeds.items()]
+    groups = {
+        "a value of an expert": constant(
+            "model.layers.1.mlp.experts.down_proj", add_at((63, 3, 5), 1e-2)
+        ),
+        "scores of two experts exchanged": insert("TopK", 2, 0, "Gather", exchanged(64), axis=-1),
+        "bias of a router": insert("TopK", 2, 0, "Add", raised(64, np.float32)),
+        "scores of two groups exchanged": insert("TopK", 1, 0, "Gather", exchanged(4), axis=-1),
+    }
+    return defects + [Defect(n, "glm4_moe_64", seed, layer, "fp16") for n, seed in groups.items()]
+
+
 def _beside() -> list[Defect]:
     fields: dict[str, Any] = {
         "model.decoder.head_size": lambda n: n + 8,
@@ -246,5 +292,6 @@ DEFECTS = [
     *_tables(),
     *_weights(),
     *_computations(),
+    *_experts(),
     *_beside(),
 ]

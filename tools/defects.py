@@ -7,7 +7,7 @@ beside the graph with its file and field.
 
     python tools/defects.py                    # every defect
     python tools/defects.py window rope        # those whose names hold a word
-    python tools/defects.py --clean            # no defect: 15 architectures in four dtypes
+    python tools/defects.py --clean            # no defect: 20 models in four dtypes
     python tools/defects.py --json
 
 Exits with 1 if a defect is published, or an export without one is refused.
@@ -45,6 +45,7 @@ from bone_fx.verify.parity import TOLERANCE, difference
 sys.path.insert(0, str(Path(__file__).parents[1]))
 _decoders: Any = import_module("tests.capture.decoder.decoders")
 _architectures: Any = import_module("tests.capture.architectures")
+_mixtures: Any = import_module("tests.verify.mixtures")
 _tiny: Any = import_module("tests.end_to_end.tiny")
 
 CLEAN = (
@@ -85,7 +86,8 @@ class Exports:
             base = _tiny.tiny_base(place / "base")
             _tiny.tiny_tokenizer(base)
             return base, [_tiny.tiny_adapter(place / "adapter")]
-        rows = {row.name: row for row in (*_architectures.ARCHITECTURES, *_decoders.DECODERS)}
+        tables = (_architectures.ARCHITECTURES, _decoders.DECODERS, _mixtures.MIXTURES)
+        rows = {row.name: row for table in tables for row in table}
         rows[model].build().save_pretrained(place / "base")
         return place / "base", []
 
@@ -149,12 +151,12 @@ def effect_of(out: Path, damaged: Path) -> float:
 
 def clean(names: list[str]) -> Iterator[tuple[str, str, str]]:
     """Exports without a defect: model, dtype, and what was wrong with it."""
-    for model in CLEAN:
+    rows = {row.name: row for row in (*_decoders.DECODERS, *_mixtures.MIXTURES)}
+    for model in (*CLEAN, *(row.name for row in _mixtures.MIXTURES)):
         for dtype in CLEAN_DTYPES:
             if names and not any(name in model for name in names):
                 continue
             with TemporaryDirectory() as folder:
-                rows = {row.name: row for row in _decoders.DECODERS}
                 rows[model].build().save_pretrained(Path(folder) / "base")
                 provider: Any = "cuda" if dtype == "bf16" else "cpu"
                 wrong = ""

@@ -79,6 +79,26 @@ def exchange_inputs(kind: str, place: int, first: int, second: int) -> Any:
     return seed
 
 
+def insert(
+    kind: str, place: int, index: int, operator: str, array: np.ndarray, **attributes: Any
+) -> Any:
+    """A defect: an input of a node goes through an operator with a constant before."""
+
+    def seed(folder: Path) -> None:
+        with graph_of(folder) as graph:
+            node = nodes(graph, kind)[place]
+            graph.initializer.append(numpy_helper.from_array(array, "seeded_constant"))
+            given = [node.input[index], "seeded_constant"]
+            new = onnx.helper.make_node(operator, given, ["seeded_value"], **attributes)
+            node.input[index] = "seeded_value"
+            kept = list(graph.node)
+            kept.insert(kept.index(node), new)
+            del graph.node[:]
+            graph.node.extend(kept)
+
+    return seed
+
+
 def rename_input(old: str, new: str, of_kind: str, place: int) -> Any:
     """A defect: a node reads another value."""
 

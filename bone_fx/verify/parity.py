@@ -38,8 +38,8 @@ class Parity:
         figures: Largest relative difference by pair: `onnx_vs_unmerged`, `onnx_vs_folded`,
             `unmerged_vs_folded`, `adapter_effect`; where weights were quantized or rounded also
             `onnx_vs_written`, and where the graph rounds activations too `rounded_activations`; for
-            a user's own module `onnx_vs_torch` alone. Of a decoder also `long_texts`,
-            `greedy_tokens` and `routes_by_rounding`, a pair's `_top1` and `_kl`, and `nll_base`,
+            a user's own module `onnx_vs_torch` alone. Of a decoder also `long_texts` and
+            `greedy_tokens`, a pair's `_top1` and `_kl`, and `nll_base`,
             `nll_adapter` and `nll_export` of the user's samples.
         cases: Names of the comparisons that were made.
         skipped: Cases that could not be run, and why.

@@ -1,13 +1,11 @@
-"""Cases that are chosen from a model, and tokens whose experts rounding decides."""
+"""Cases that are chosen from a model, and how outputs are compared."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config
 
 from bone_fx.verify.cases import MORE, SHORT, decoder_cases, edges, rows_of
-from bone_fx.verify.decoder.routes import Routes, say_undecided
 from bone_fx.verify.parity import Parity, difference
 
 LONGROPE = {
@@ -50,36 +48,6 @@ def test_real_text_stands_in_rows_of_its_own() -> None:
     random = rows_of(SHORT[1], 99, 1, text)
     assert [len(row) for row in random] == [14, 7, 10]
     assert random[0][0] == 98
-
-
-@pytest.mark.parametrize(("gap", "decided"), [(0.5, 4), (1e-3, 2)])
-def test_tokens_before_one_that_rounding_sends_elsewhere(gap: float, decided: int) -> None:
-    scores = torch.tensor([[3.0, 2.0, 1.0]] * 4)
-    scores[2] = torch.tensor([3.0, 3.0 - gap, 1.0])
-    with Routes(4, 1e-2) as routes:
-        torch.topk(scores, 1, dim=-1)
-        scores.topk(3)
-        torch.topk(torch.zeros(7, 5), 1)
-    assert routes.decided == decided
-
-
-def test_experts_of_groups_that_are_ruled_out_are_no_scores() -> None:
-    scores = torch.tensor([[3.0, 2.0, 1.0, -torch.inf, -torch.inf, -torch.inf]] * 4)
-    scores[2, 1] = 2.999
-    with Routes(4, 1e-2) as routes:
-        torch.topk(scores, 2)
-        torch.topk(scores, 3)
-        assert routes.decided == 4
-        torch.topk(scores, 1)
-    assert routes.decided == 2
-
-
-def test_a_person_is_told_if_most_tokens_were_not_held_to_the_tolerance() -> None:
-    parity = Parity(2e-2)
-    say_undecided(parity, 4, 8)
-    assert parity.warnings == []
-    say_undecided(parity, 3, 8)
-    assert "5 of 8 tokens were held to 1 of the largest value" in parity.warnings[0]
 
 
 def test_small_outputs_are_compared_by_their_own_size() -> None:

@@ -10,7 +10,7 @@ Shape letters: B batch, S new tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,8 @@ from bone_fx.errors import VerificationError, first_line
 from bone_fx.verify.cases import Case, decoder_cases, rows_of
 from bone_fx.verify.compare_quantized import ROUNDED_ACTIVATIONS, Written
 from bone_fx.verify.decoder.long_texts import verify_long_texts
-from bone_fx.verify.decoder.routes import ROUTED, UNDECIDED, Routes, say_undecided
-from bone_fx.verify.decoder.running import alone, empty_past, step_of
+from bone_fx.verify.decoder.routes import Choices, Routes, joined
+from bone_fx.verify.decoder.running import empty_past, logits_of, outputs_of, past_of, routed
 from bone_fx.verify.decoder.samples import graph_likelihood, torch_likelihood
 from bone_fx.verify.graph import Edit, WrittenGraph, keep_activations
 from bone_fx.verify.locate import first_difference, located
@@ -84,40 +84,44 @@ def verify_decoder(
         rows_of(case, checks.vocab_size, seed, checks.text if seed else ())
         for seed, case in enumerate(cases)
     ]
-    base = [alone(model, r) for r in rows[:2]] if adapters else []
+    runs = _Runs(parity, cases, rows, graph, model)
+    actual = runs.run(()) if written is None else []
+    # What quantization costs is measured against a model that chooses experts by itself.
+    free: list[list[Routes]] = [[[] for _ in r] for r in rows]
+    routes = [run.routes for run in actual] if written is None else free
+    base = runs.expect(routes[:2], math.inf)[0] if adapters else []
     if checks.samples and adapters:
         parity.figures["nll_base"] = torch_likelihood(model, checks.samples)
     load_parameters(model, adapters)
     with unmerged(model, adapters), within_range(model, checks.dtype):
-        reference = [alone(model, r) for r in rows]
+        reference, routes = runs.expect(routes, parity.tolerance)
         if checks.samples:
             name = "nll_adapter" if adapters else "nll_base"
             parity.figures[name] = torch_likelihood(model, checks.samples)
     fold_in_place(model, adapters)
-    folded = [alone(model, r) for r in rows] if adapters else reference
+    folded = runs.expect(routes, parity.tolerance)[0] if adapters else reference
     for case, ones, others in zip(cases, folded, reference, strict=True):
         for row, (one, other) in enumerate(zip(ones, others, strict=True)):
             where = f"{case.name}, row {row}"
             parity.compare("unmerged_vs_folded", where, one, other, TOLERANCE["fp32"])
-    decided = [_decided(model, r, parity.tolerance) for r in rows]
-    say_undecided(parity, sum(map(sum, decided)), sum(len(ids) for r in rows for ids in r))
-    runs = _Runs(parity, cases, rows, decided, graph, model)
     references = {"onnx_vs_unmerged": reference, "onnx_vs_folded": folded}
     edits: tuple[Edit, ...] = ()
     if written is None:
-        runs.compare((), references, parity.tolerance)
+        runs.compare(actual, references, parity.tolerance)
     else:
         written.load_into(model)
-        quantized = {"onnx_vs_written": [alone(model, r) for r in rows]}
-        if graph.rounds_activations():
-            edits = (keep_activations,)
-            rounded = {"rounded_activations": quantized["onnx_vs_written"]}
-            runs.compare((), rounded, ROUNDED_ACTIVATIONS)
-        runs.compare(edits, quantized, parity.tolerance)
-        runs.compare((), references, math.inf)
+        rounds = graph.rounds_activations()
+        edits = (keep_activations,) if rounds else ()
+        actual = runs.run(edits)
+        quantized, _ = runs.expect([run.routes for run in actual], parity.tolerance, edits)
+        published = runs.run(()) if rounds else actual
+        if rounds:
+            runs.compare(published, {"rounded_activations": quantized}, ROUNDED_ACTIVATIONS)
+        runs.compare(actual, {"onnx_vs_written": quantized}, parity.tolerance, edits)
+        runs.compare(published, references, math.inf)
     if not checks.short:
         verify_long_texts(parity, graph, edits, model, checks.context_length)
-        _compare_greedy(parity, graph.session(*edits), model, rows[0][0])
+        _compare_greedy(parity, graph, edits, model, rows[0][0])
     likelihood = graph_likelihood(graph.session(), checks.samples) if checks.samples else None
     if likelihood is not None:
         parity.figures["nll_export"] = likelihood
@@ -131,71 +135,113 @@ def verify_decoder(
 
 
 @dataclass(frozen=True)
+class _Run:
+    """What a graph made of a case.
+
+    Attributes:
+        steps: Step name, row, first position, and logits `[S, V]`.
+        routes: The experts that it chose for each row.
+    """
+
+    steps: list[tuple[str, int, int, Tensor]]
+    routes: list[Routes]
+
+
+@dataclass(frozen=True)
 class _Runs:
     """Cases, the token ids of their rows, and who runs them."""
 
     parity: Parity
     cases: Sequence[Case]
     rows: Sequence[list[list[int]]]
-    decided: Sequence[list[int]]
     graph: WrittenGraph
     model: nn.Module
 
-    def compare(
-        self,
-        edits: Sequence[Edit],
-        references: Mapping[str, Sequence[Sequence[Tensor]]],
-        tolerance: float,
-    ) -> None:
-        """Compare a graph's logits with logits `[S, V]` by pair, case and row."""
-        session = self.graph.session(*edits)
-        for number, case in enumerate(self.cases):
+    def run(self, edits: Sequence[Edit]) -> list[_Run]:
+        """Run the graph on every case; one that cannot be run has no steps."""
+        choices = Choices.of(self.graph, edits)
+        session = self.graph.session(*edits, *choices.edits)
+        runs = []
+        for case, rows in zip(self.cases, self.rows, strict=True):
             try:
-                outputs = list(_run(session, case, self.rows[number]))
+                runs.append(_run(session, choices, case, rows))
             except Exception as error:  # of ONNX Runtime, whose classes have no common one
                 if case.buffer is None or self.graph.shares_a_buffer():
                     raise _refused(case, error) from error
                 self.parity.skip(case.name, first_line(error))
-                continue
-            for step, row, position, logits in outputs:
-                decided = max(0, self.decided[number][row] - position)
+                runs.append(_Run([], [[] for _ in rows]))
+        return runs
+
+    def expect(
+        self, routes: Sequence[list[Routes]], tolerance: float, edits: Sequence[Edit] = ()
+    ) -> tuple[list[list[Tensor]], list[list[Routes]]]:
+        """The reference's logits `[S, V]` by case and row, and the experts that it took.
+
+        Args:
+            routes: The experts that it is given, of as many cases as are run.
+            tolerance: How far its scores may be from those that choose them.
+            edits: Edits of the graph that chose them.
+        """
+        logits: list[list[Tensor]] = []
+        made: list[list[Routes]] = []
+        for case, rows, given in zip(self.cases, self.rows, routes, strict=False):
+            logits.append([])
+            made.append([])
+            for row, (ids, told) in enumerate(zip(rows, given, strict=True)):
+                where = f"{case.name}, row {row}"
+                try:
+                    values, chosen = routed(self.model, ids, told, tolerance, where)
+                except VerificationError as error:
+                    raise located(error, self._where(edits, ids, tolerance)) from None
+                logits[-1].append(values)
+                made[-1].append(chosen)
+        return logits, made
+
+    def compare(
+        self,
+        runs: Sequence[_Run],
+        references: Mapping[str, Sequence[Sequence[Tensor]]],
+        tolerance: float,
+        edits: Sequence[Edit] = (),
+    ) -> None:
+        """Compare a graph's logits with logits `[S, V]` by pair, case and row."""
+        for number, (case, run) in enumerate(zip(self.cases, runs, strict=True)):
+            for step, row, position, logits in run.steps:
                 for pair, reference in references.items():
-                    where = f"{case.name}: {step}, row {row}"
                     values = reference[number][row][position : position + len(logits)]
+                    where = f"{case.name}: {step}, row {row}"
                     try:
-                        self.parity.compare(
-                            pair, where, logits[:decided], values[:decided], tolerance
-                        )
+                        self.parity.compare(pair, where, logits, values, tolerance)
                     except VerificationError as error:
                         ids = self.rows[number][row][: position + len(logits)]
                         raise located(error, self._where(edits, ids, tolerance)) from None
-                    if decided < len(logits):
-                        rest = logits[decided:], values[decided:]
-                        self.parity.compare(ROUTED, where, *rest, max(UNDECIDED, tolerance))
                     self.parity.compare_choices(pair, logits, values)
 
     def _where(self, edits: Sequence[Edit], ids: list[int], tolerance: float) -> str | None:
         """The first layer that differs on some tokens, all at once or the last after the others."""
+        choices = Choices.of(self.graph, edits)
         for cached in (0, len(ids) - 1):
+            routes: Routes = []
 
-            def run(session: onnxruntime.InferenceSession, cached: int = cached) -> Sequence[Any]:
-                past = empty_past(session, 1)
-                if cached:
-                    before = np.array([ids[:cached]], dtype=np.int64)
-                    _, past = step_of(session, before, np.ones_like(before), past)
-                feeds = {
-                    "input_ids": np.array([ids[cached:]], dtype=np.int64),
-                    "attention_mask": np.ones((1, len(ids)), dtype=np.int64),
-                    **past,
-                }
-                inputs = {value.name for value in session.get_inputs()}
-                arrays: list[Any] = session.run(
-                    None, {k: v for k, v in feeds.items() if k in inputs}
-                )
-                return arrays
+            def run(
+                session: onnxruntime.InferenceSession, cached: int = cached, to: Routes = routes
+            ) -> Sequence[Any]:
+                past, outputs, pieces = empty_past(session, 1), {}, []
+                for start, end in ((0, cached), (cached, len(ids))):
+                    if start < end:
+                        tokens = np.array([ids[start:end]], dtype=np.int64)
+                        mask = np.ones((1, end), dtype=np.int64)
+                        outputs = outputs_of(session, tokens, mask, past)
+                        past = past_of(outputs)
+                        pieces.append([c[0] for c in choices.read(outputs, tokens.shape)])
+                to[:] = joined(pieces)
+                return list(outputs.values())
+
+            def call(routes: Routes = routes) -> object:
+                return routed(self.model, ids, routes, tolerance)
 
             where = first_difference(
-                self.graph, edits, self.model, run, lambda: alone(self.model, [ids]), tolerance
+                self.graph, (*edits, *choices.edits), self.model, run, call, tolerance
             )
             if where is not None:
                 return where
@@ -211,20 +257,10 @@ def _refused(case: Case, error: Exception) -> VerificationError:
     )
 
 
-def _decided(model: nn.Module, rows: Sequence[Sequence[int]], tolerance: float) -> list[int]:
-    """Tokens of each row before the first that rounding may send to another expert."""
-    counts = []
-    for row in rows:
-        with Routes(len(row), tolerance) as routes:
-            alone(model, [row])
-        counts.append(routes.decided)
-    return counts
-
-
 def _run(
-    session: onnxruntime.InferenceSession, case: Case, rows: list[list[int]]
-) -> Iterator[tuple[str, int, int, Tensor]]:
-    """Yield (step name, row, first position, logits `[S, V]`) of the prefill and each step."""
+    session: onnxruntime.InferenceSession, choices: Choices, case: Case, rows: list[list[int]]
+) -> _Run:
+    """The prefill and each step of a case."""
     longest = max(case.lengths)
     ids = np.zeros((len(rows), longest), dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -233,22 +269,31 @@ def _run(
         mask[row, :length] = 1
     past = empty_past(session, len(rows), case.buffer or 0)
     piece = case.chunks or longest
+    steps: list[tuple[str, int, int, Tensor]] = []
+    chosen: list[list[list[Tensor]]] = [[] for _ in rows]
     for start in range(0, longest, piece):
         end = min(start + piece, longest)
-        logits, past = step_of(session, ids[:, start:end], _wide(mask[:, :end], case), past)
+        outputs = outputs_of(session, ids[:, start:end], _wide(mask[:, :end], case), past)
+        logits, past = logits_of(outputs), past_of(outputs)
+        experts = choices.read(outputs, (len(rows), end - start))
         for row, length in enumerate(case.lengths):
+            chosen[row].append([each[row, : max(0, length - start)] for each in experts])
             if logits.shape[1] == 1:  # of the last token only
-                yield "prefill", row, min(length, end) - 1, logits[row]
+                steps.append(("prefill", row, min(length, end) - 1, logits[row]))
             else:
-                yield "prefill", row, start, logits[row, : length - start]
+                steps.append(("prefill", row, start, logits[row, : length - start]))
     for step in range(case.steps):
         ids = np.array(
             [[rows[row][length + step]] for row, length in enumerate(case.lengths)], dtype=np.int64
         )
         mask = np.concatenate([mask, np.ones((len(rows), 1), dtype=np.int64)], axis=1)
-        logits, past = step_of(session, ids, _wide(mask, case), past)
+        outputs = outputs_of(session, ids, _wide(mask, case), past)
+        logits, past = logits_of(outputs), past_of(outputs)
+        experts = choices.read(outputs, ids.shape)
         for row, length in enumerate(case.lengths):
-            yield f"decode step {step + 1}", row, length + step, logits[row]
+            chosen[row].append([each[row] for each in experts])
+            steps.append((f"decode step {step + 1}", row, length + step, logits[row]))
+    return _Run(steps, [joined(pieces) for pieces in chosen])
 
 
 def _wide(mask: Any, case: Case) -> Any:
@@ -257,20 +302,25 @@ def _wide(mask: Any, case: Case) -> Any:
 
 
 def _compare_greedy(
-    parity: Parity, session: onnxruntime.InferenceSession, model: nn.Module, prompt: list[int]
+    parity: Parity,
+    graph: WrittenGraph,
+    edits: Sequence[Edit],
+    model: nn.Module,
+    prompt: list[int],
 ) -> None:
     """Generate greedily with the graph; each token must be the reference's best, or as good."""
+    choices = Choices.of(graph, edits)
+    session = graph.session(*edits, *choices.edits)
     ids = np.array([prompt], dtype=np.int64)
-    past, tokens = empty_past(session, 1), list(prompt)
+    past, tokens, chosen = empty_past(session, 1), list(prompt), []
     for _ in range(_GREEDY_TOKENS):
-        mask = np.ones((1, len(tokens)), dtype=np.int64)
-        logits, past = step_of(session, ids, mask, past)
-        tokens.append(int(logits[0, -1].argmax()))
+        outputs = outputs_of(session, ids, np.ones((1, len(tokens)), dtype=np.int64), past)
+        past = past_of(outputs)
+        chosen.append([each[0] for each in choices.read(outputs, ids.shape)])
+        tokens.append(int(logits_of(outputs)[0, -1].argmax()))
         ids = np.array([tokens[-1:]], dtype=np.int64)
-    [reference] = alone(model, [tokens])
-    scored = reference[len(prompt) - 1 : -1]
-    chosen = scored.gather(1, torch.tensor(tokens[len(prompt) :])[:, None])[:, 0]
-    best = scored.amax(1)
-    [decided] = _decided(model, [tokens], parity.tolerance)
-    tolerance = parity.tolerance if decided == len(tokens) else UNDECIDED
-    parity.compare("greedy_tokens", f"{_GREEDY_TOKENS} tokens, greedily", chosen, best, tolerance)
+    case = f"{_GREEDY_TOKENS} tokens, greedily"
+    reference, _ = routed(model, tokens[:-1], joined(chosen), parity.tolerance, case)
+    scored = reference[len(prompt) - 1 :]
+    generated = scored.gather(1, torch.tensor(tokens[len(prompt) :])[:, None])[:, 0]
+    parity.compare("greedy_tokens", case, generated, scored.amax(1), parity.tolerance)

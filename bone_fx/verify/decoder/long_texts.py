@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bone_fx.errors import VerificationError
 from bone_fx.verify.cases import LONGEST, edges, vocabulary_of
 from bone_fx.verify.decoder.layers import LayerList, check_alike, layer_outputs
-from bone_fx.verify.decoder.routes import ROUTED, UNDECIDED, Routes
+from bone_fx.verify.decoder.routes import Choices, Routed, Routes
 from bone_fx.verify.graph import Edit, WrittenGraph, cut_at
 from bone_fx.verify.locate import first_difference, located
 from bone_fx.verify.parity import Parity
@@ -92,7 +92,8 @@ class _FirstLayers:
     Attributes:
         graph: The graph.
         edits: Edits that make it comparable, and cut it behind them.
-        session: The graph so edited.
+        choices: The nodes of the graph so edited that choose experts.
+        session: The graph so edited, with what these choose.
         parts: Names of the values whose sum leaves the last of them.
         model: The reference.
         layers: The list of its layers.
@@ -102,6 +103,7 @@ class _FirstLayers:
 
     graph: WrittenGraph
     edits: tuple[Edit, ...]
+    choices: Choices
     session: onnxruntime.InferenceSession
     parts: tuple[str, ...]
     model: nn.Module
@@ -127,9 +129,12 @@ class _FirstLayers:
         if not outputs:
             return None
         edits = (*edits, cut_at(outputs))
-        session = graph.session(*edits)
-        all_parts = cls(graph, edits, session, (), model, layers, count, int(config.hidden_size))
-        leaving, expected = all_parts.values(_SHORT_IDS), all_parts.expected(_SHORT_IDS)
+        choices = Choices.of(graph, edits)
+        edits = (*edits, *choices.edits)
+        session, hidden = graph.session(*edits), int(config.hidden_size)
+        all_parts = cls(graph, edits, choices, session, (), model, layers, count, hidden)
+        leaving, routes = all_parts.values(_SHORT_IDS)
+        expected = all_parts.expected(_SHORT_IDS, None, routes)
         for size in range(len(leaving), 0, -1):
             for parts in combinations(leaving, size):
                 if _alike(torch.stack([leaving[name] for name in parts]).sum(0), expected):
@@ -139,51 +144,62 @@ class _FirstLayers:
     def takes_a_past(self) -> bool:
         """Whether the cache lies in the graph as it does in the reference, on a short past."""
         past = self.past(len(_SHORT_IDS[0]), ())
+        actual, routes = self.run(_SHORT_IDS, past)
         try:
-            expected = self.expected(_SHORT_IDS, past)
+            expected = self.expected(_SHORT_IDS, past, routes)
         except RuntimeError:  # a window of one token: transformers' cache keeps all of them
             return False
-        return _alike(self.run(_SHORT_IDS, past), expected)
+        return _alike(actual, expected)
 
     def compare(self, parity: Parity, case: str, ids: Tensor, past: Past | None = None) -> None:
         """Compare what leaves the last layer of both; an error names the first that differs."""
-        with Routes(ids.shape[1], parity.tolerance) as routes:
-            expected = self.expected(ids, past)
-        actual, decided = self.run(ids, past), routes.decided
-        parity.compare(ROUTED, case, actual[:, decided:], expected[:, decided:], UNDECIDED)
+        actual, routes = self.run(ids, past)
+
+        def expected() -> Tensor:
+            with Routed(self.model, ids.numel(), routes, parity.tolerance, case):
+                return self.expected(ids, past)
+
         try:
-            parity.compare(PAIR, case, actual[:, :decided], expected[:, :decided])
+            parity.compare(PAIR, case, actual, expected())
         except VerificationError as error:
             where = first_difference(
                 self.graph,
                 self.edits,
                 self.model,
                 lambda session: session.run(None, self._feeds(session, ids, past)),
-                lambda: self.expected(ids, past),
+                expected,
                 parity.tolerance,
             )
             raise located(error, where) from None
 
-    def run(self, ids: Tensor, past: Past | None = None) -> Tensor:
-        """What leaves the last layer of the graph, `[B, S, H]`."""
-        values = self.values(ids, past)
-        return torch.stack([values[name] for name in self.parts]).sum(0)
+    def run(self, ids: Tensor, past: Past | None = None) -> tuple[Tensor, Routes]:
+        """What leaves the last layer of the graph, `[B, S, H]`, and the experts that it chose."""
+        values, routes = self.values(ids, past)
+        return torch.stack([values[name] for name in self.parts]).sum(0), routes
 
-    def values(self, ids: Tensor, past: Past | None = None) -> dict[str, Tensor]:
-        """The values `[B, S, H]` that later layers read, by name."""
+    def values(self, ids: Tensor, past: Past | None = None) -> tuple[dict[str, Tensor], Routes]:
+        """The values `[B, S, H]` that later layers read, by name, and the experts chosen."""
         names = [value.name for value in self.session.get_outputs()]
-        values = self.session.run(names, self._feeds(self.session, ids, past))
-        return {
+        arrays = self.session.run(names, self._feeds(self.session, ids, past))
+        outputs = dict(zip(names, arrays, strict=True))
+        chosen = self.choices.read(outputs, (1, ids.numel()))
+        values = {
             name: torch.from_numpy(value).float().reshape(*ids.shape, -1)
-            for name, value in zip(names, values, strict=True)
-            if value.shape[-1:] == (self.hidden,) and value.size == ids.numel() * self.hidden
+            for name, value in outputs.items()
+            if value.shape[-1:] == (self.hidden,)
+            and value.size == ids.numel() * self.hidden
+            and name not in self.choices.taken
         }
+        return values, [each[0] for each in chosen]
 
-    def expected(self, ids: Tensor, past: Past | None = None) -> Tensor:
-        """What leaves the same layer of the reference, `[B, S, H]`."""
+    def expected(
+        self, ids: Tensor, past: Past | None = None, routes: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """What leaves the same layer of the reference, `[B, S, H]`, whose experts are given."""
         length = 0 if past is None else past[0][0].shape[2]
         mask = torch.ones(len(ids), length + ids.shape[1], dtype=torch.long)
-        return self._reference(ids, mask, self._cache(past))
+        with Routed(self.model, ids.numel(), routes):
+            return self._reference(ids, mask, self._cache(past))
 
     def most_positions(self) -> int:
         """Positions of the longest past within the bound on its bytes."""

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bone_fx.verify.decoder.routes import Routed, Routes
+
 if TYPE_CHECKING:
     import onnxruntime
 
@@ -32,22 +34,50 @@ def alone(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         ]
 
 
+def routed(
+    model: nn.Module,
+    row: Sequence[int],
+    routes: Sequence[Tensor],
+    tolerance: float,
+    case: str = "",
+) -> tuple[Tensor, Routes]:
+    """Logits `[S, V]` of a row whose tokens go to some experts, and all that were chosen."""
+    with Routed(model, len(row), routes, tolerance, case) as choices:
+        [logits] = alone(model, [row])
+    return logits, choices.made
+
+
 def step_of(
     session: onnxruntime.InferenceSession, ids: Any, mask: Any, past: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
     """The logits `[B, S, V]` of a run, and the past of the next one."""
+    values = outputs_of(session, ids, mask, past)
+    return logits_of(values), past_of(values)
+
+
+def outputs_of(
+    session: onnxruntime.InferenceSession, ids: Any, mask: Any, past: dict[str, Any]
+) -> dict[str, Any]:
+    """All outputs of a run, by name."""
     names = [output.name for output in session.get_outputs()]
     feeds = {"input_ids": ids, "attention_mask": mask, **past}
     inputs = {i.name for i in session.get_inputs()}
-    values = dict(
-        zip(names, session.run(None, {k: v for k, v in feeds.items() if k in inputs}), strict=True)
-    )
-    presents = {
+    arrays = session.run(None, {k: v for k, v in feeds.items() if k in inputs})
+    return dict(zip(names, arrays, strict=True))
+
+
+def logits_of(values: dict[str, Any]) -> Tensor:
+    """The logits `[B, S, V]` among the outputs of a run."""
+    return torch.from_numpy(values["logits"]).float()
+
+
+def past_of(values: dict[str, Any]) -> dict[str, Any]:
+    """The cache among the outputs of a run, as the next one takes it."""
+    return {
         name.replace("present.", "past_key_values."): value
         for name, value in values.items()
         if name.startswith("present.")
     }
-    return torch.from_numpy(values["logits"]).float(), presents
 
 
 def empty_past(
