@@ -165,7 +165,7 @@ class Decoder:
             run.add_run_config_entry("gpu_graph_id", str(self._captures if new == 1 else -1))
         self.session.run_with_iobinding(binding, run)
         if not self._shares:
-            outputs = dict(zip(values["names"], binding.get_outputs(), strict=True))  # type: ignore[arg-type]
+            outputs = dict(zip(values["names"], binding.get_outputs(), strict=True))
             values["logits"] = outputs["logits"]
             for name in self._past:
                 self._cache[name] = outputs[_present(name)]
@@ -227,7 +227,7 @@ def fill_at_random(folder: Path) -> None:
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     generator = np.random.default_rng(0)
     small = generator.standard_normal(_BLOCK) * 0.02
-    blocks = {
+    blocks: dict[int, bytes] = {
         onnx.TensorProto.FLOAT: small.astype(np.float32).tobytes(),
         onnx.TensorProto.FLOAT16: small.astype(np.float16).tobytes(),
         onnx.TensorProto.BFLOAT16: small.astype(ml_dtypes.bfloat16).tobytes(),

@@ -11,7 +11,6 @@ cannot be captured as a CUDA graph (onnxruntime/core/session/inference_session.c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,7 +159,7 @@ def _stays_on_cpu(
         if dtypes.get(value, value.dtype) in _NARROW:
             return False
         if _is_constant(value):
-            if math.prod(_sizes(value)) > _SMALL:
+            if value.const_value is not None and value.const_value.size > _SMALL:
                 return False
         elif not value.is_graph_input() and (value not in hosted or reads_on_host(node, place)):
             return False
@@ -190,11 +189,6 @@ def _is_constant(value: ir.Value) -> bool:
     return value.is_initializer() or (
         producer is not None and producer.domain == "" and producer.op_type == _MADE_CONSTANT
     )
-
-
-def _sizes(value: ir.Value) -> tuple[int, ...]:
-    tensor = value.const_value
-    return () if tensor is None else tuple(int(size) for size in tensor.shape)
 
 
 def _dtype(

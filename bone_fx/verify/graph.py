@@ -47,7 +47,8 @@ class WrittenGraph:
         """Whether attention is the operator in every layer, which takes a cache of fixed size."""
         graph = self.read().graph
         layers = sum(value.name.endswith(".key") for value in graph.input)
-        return sum(node.op_type == "GroupQueryAttention" for node in graph.node) == layers
+        fused = sum(node.op_type == "GroupQueryAttention" for node in graph.node)
+        return bool(fused == layers)
 
     def session(self, *edits: Edit) -> onnxruntime.InferenceSession:
         """A session of the model, or of a copy that was edited.

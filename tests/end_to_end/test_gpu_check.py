@@ -31,11 +31,10 @@ QUICK = ["--prompts", "4,12", "--tokens", "4", "--repeats", "1", "--provider", P
 
 
 def exported(name: str, out: Path, dtype: Any, **choices: Any) -> Path:
-    model = ROW[name].build(**choices.pop("fields", {}))
-    model.save_pretrained(out / "base")
+    ROW[name].build().save_pretrained(out / "base")
     choices = {"provider": "cuda", "verify": "fast", "verify_on": PROVIDER, **choices}
     bone_fx.export(out / "base", output=out / dtype, dtype=dtype, **choices)
-    return out / dtype
+    return out / str(dtype)
 
 
 def rows_of(folder: Path, *more: str) -> list[dict[str, Any]]:
