@@ -35,6 +35,7 @@ PAIR = "long_texts"
 _CACHE_BYTES = 1 << 30
 """The largest past that is made up, of all layers that are run, in float32."""
 _NEW = 3
+_SHORT_PAST = 5
 _LOUD = 8
 """A loud value of the past is its length over this many times larger than the others."""
 
@@ -83,6 +84,10 @@ def verify_long_texts(
     for positions in sorted({*(n + 1 for n in lengths if n + 1 < longest), longest}):
         name = f"{first.count} layers, {_NEW} tokens after a past of {positions}"
         first.compare(parity, name, _ids(vocabulary, _NEW), first.past(positions, lengths))
+    for padding in (n + 1 for n in lengths if n + 1 < longest - _SHORT_PAST):
+        name = f"{first.count} layers, {_NEW} tokens after a past of {_SHORT_PAST}, padded"
+        past = first.past(_SHORT_PAST, ())
+        first.compare(parity, f"{name} by {padding}", _ids(vocabulary, _NEW), past, padding)
 
 
 @dataclass(frozen=True)
@@ -145,11 +150,16 @@ class _FirstLayers:
             return False
         return _alike(self.run(_SHORT_IDS, past), expected)
 
-    def compare(self, parity: Parity, case: str, ids: Tensor, past: Past | None = None) -> None:
-        """Compare what leaves the last layer of both; an error names the first that differs."""
+    def compare(
+        self, parity: Parity, case: str, ids: Tensor, past: Past | None = None, padding: int = 0
+    ) -> None:
+        """Compare what leaves the last layer of both; an error names the first that differs.
+
+        The graph's past has so many slots of padding behind it, as a short text has in a batch.
+        """
         with Routes(ids.shape[1], parity.tolerance) as routes:
             expected = self.expected(ids, past)
-        actual, decided = self.run(ids, past), routes.decided
+        actual, decided = self.run(ids, past, padding), routes.decided
         parity.compare(ROUTED, case, actual[:, decided:], expected[:, decided:], UNDECIDED)
         try:
             parity.compare(PAIR, case, actual[:, :decided], expected[:, :decided])
@@ -158,21 +168,23 @@ class _FirstLayers:
                 self.graph,
                 self.edits,
                 self.model,
-                lambda session: session.run(None, self._feeds(session, ids, past)),
+                lambda session: session.run(None, self._feeds(session, ids, past, padding)),
                 lambda: self.expected(ids, past),
                 parity.tolerance,
             )
             raise located(error, where) from None
 
-    def run(self, ids: Tensor, past: Past | None = None) -> Tensor:
+    def run(self, ids: Tensor, past: Past | None = None, padding: int = 0) -> Tensor:
         """What leaves the last layer of the graph, `[B, S, H]`."""
-        values = self.values(ids, past)
+        values = self.values(ids, past, padding)
         return torch.stack([values[name] for name in self.parts]).sum(0)
 
-    def values(self, ids: Tensor, past: Past | None = None) -> dict[str, Tensor]:
+    def values(
+        self, ids: Tensor, past: Past | None = None, padding: int = 0
+    ) -> dict[str, Tensor]:
         """The values `[B, S, H]` that later layers read, by name."""
         names = [value.name for value in self.session.get_outputs()]
-        values = self.session.run(names, self._feeds(self.session, ids, past))
+        values = self.session.run(names, self._feeds(self.session, ids, past, padding))
         return {
             name: torch.from_numpy(value).float().reshape(*ids.shape, -1)
             for name, value in zip(names, values, strict=True)
@@ -211,17 +223,19 @@ class _FirstLayers:
         return past
 
     def _feeds(
-        self, session: onnxruntime.InferenceSession, ids: Tensor, past: Past | None
+        self, session: onnxruntime.InferenceSession, ids: Tensor, past: Past | None, padding: int
     ) -> dict[str, Any]:
         length = 0 if past is None else past[0][0].shape[2]
-        mask = np.ones((len(ids), length + ids.shape[1]), dtype=np.int64)
+        mask = np.ones((len(ids), length + padding + ids.shape[1]), dtype=np.int64)
+        mask[:, length : length + padding] = 0
         feeds: dict[str, Any] = {"input_ids": ids.numpy(), "attention_mask": mask}
         inputs = {value.name: value for value in session.get_inputs()}
         for name, value in inputs.items():
             if name.startswith("past_key_values."):
                 _, number, side = name.split(".")
                 half = value.type == "tensor(float16)"
-                cached = _cached(past, int(number), side, value.shape).numpy()
+                cached = _cached(past, int(number), side, value.shape)
+                cached = nn.functional.pad(cached, (0, 0, 0, padding), value=1.0).numpy()
                 feeds[name] = cached.astype(np.float16 if half else np.float32)
         return {name: array for name, array in feeds.items() if name in inputs}
 
@@ -280,9 +294,12 @@ def _only(model: nn.Module, layers: LayerList, count: int) -> Iterator[None]:
 
 
 def _cached(past: Past | None, number: int, side: str, shape: Sequence[Any]) -> Tensor:
-    """One input of the cache; a graph that keeps a key for every query head gets copies."""
-    if past is None:
-        return torch.zeros(1, shape[1], 0, shape[3])
+    """One input of the cache; a graph that keeps a key for every query head gets copies.
+
+    Of a layer behind the cut nothing but the size may be read.
+    """
+    if past is None or number >= len(past):
+        return torch.zeros(1, shape[1], 0 if past is None else past[0][0].shape[2], shape[3])
     tensor = past[number][side == "value"]
     return tensor.repeat_interleave(shape[1] // tensor.shape[1], dim=1)
 
