@@ -35,6 +35,7 @@ from bone_fx.deploy.earlier_output import (
 )
 from bone_fx.deploy.output_checks import Output, check_output
 from bone_fx.errors import ExportError, InputRefusedError, VerificationError, some
+from bone_fx.files.inputs import place_of
 from bone_fx.files.renames import exchange, rename_new
 from bone_fx.files.work_folder import WorkFolder, dead_work_folders, make_work_folder
 
@@ -165,7 +166,8 @@ class Staging:
             )
 
     def _is_earlier_rejected(self, place: Path) -> bool:
-        if place.is_symlink() or any(place == i or place in i.parents for i in self.inputs):
+        there = place_of(place)
+        if place.is_symlink() or any(there in map(place_of, (i, *i.parents)) for i in self.inputs):
             return False
         manifest = read_manifest(place)
         is_rejected = manifest is not None and manifest.get("kind") == REJECTED

@@ -179,9 +179,7 @@ class _FirstLayers:
         values = self.values(ids, past, padding)
         return torch.stack([values[name] for name in self.parts]).sum(0)
 
-    def values(
-        self, ids: Tensor, past: Past | None = None, padding: int = 0
-    ) -> dict[str, Tensor]:
+    def values(self, ids: Tensor, past: Past | None = None, padding: int = 0) -> dict[str, Tensor]:
         """The values `[B, S, H]` that later layers read, by name."""
         names = [value.name for value in self.session.get_outputs()]
         values = self.session.run(names, self._feeds(self.session, ids, past, padding))
