@@ -192,7 +192,7 @@ def exported_of(
     return Exported(
         folder=folder,
         activations=manifest["activations"],
-        quantized=manifest["quantization"] is not None,
+        accuracy_level=(manifest["quantization"] or {}).get("accuracy_level"),
         examples=None if is_decoder else random_inputs(fold.skeleton.model),
         tokenizer=companions.tokenizer_folder,
     )

@@ -39,9 +39,12 @@ class Written:
 
     Attributes:
         folder: The folder with `model.onnx`.
+        accuracy_level: What its products say of their activations, as `MatMulNBits` takes it: 4
+            rounds them to int8, 0 keeps them.
     """
 
     folder: Path
+    accuracy_level: int = 0
 
     def load_into(self, model: nn.Module) -> int:
         """Replace a folded model's weights by those that were written; returns how many.
@@ -50,7 +53,7 @@ class Written:
             VerificationError: A written weight is not the model's, rounded to nearest.
         """
         loaded = 0
-        for written in _weights(self.folder / "model.onnx", model):
+        for written in _weights(self.folder / "model.onnx", model, self.accuracy_level):
             name, bits = written.name, written.bits
             owner, attribute, weight = _parameter(model, name, gathered=written.gathered)
             stored = weight.detach().float()
@@ -137,7 +140,7 @@ class _Weight:
         return self.rows(tensor_of(value.const_value))
 
 
-def _weights(path: Path, model: nn.Module) -> Iterator[_Weight]:
+def _weights(path: Path, model: nn.Module, accuracy_level: int) -> Iterator[_Weight]:
     """The quantized weights of a file; those that were packed into one product each by itself."""
     for node in ir.load(path).graph:
         gathered = node.op_type == "GatherBlockQuantized"
@@ -160,6 +163,14 @@ def _weights(path: Path, model: nn.Module) -> Iterator[_Weight]:
                 f"verification failed: {codes.name}: its node reads codes of another size",
                 expected=" or ".join(f"{known} bits" for known in LARGEST_ERROR),
                 found=f"{bits} bits, {size} to a block",
+                next_step="nothing was published; the build is kept as <output>.rejected",
+            )
+        level = node.attributes.get_int("accuracy_level", 0)
+        if not gathered and level != accuracy_level:
+            raise VerificationError(
+                f"verification failed: {codes.name}: its product rounds activations otherwise",
+                expected=f"accuracy_level {accuracy_level}",
+                found=f"accuracy_level {level}",
                 next_step="nothing was published; the build is kept as <output>.rejected",
             )
         whole = _Weight(str(codes.name), gathered, bits, size, codes, scales, zeros)

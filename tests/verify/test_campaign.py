@@ -25,6 +25,7 @@ SAMPLE = [
     ("unadapted weight, one value", "llama"),
     ("layers exchanged", "llama"),
     ("a value of q, k or v", "tiny"),
+    ("accuracy level", "llama"),
     ("genai_config.json: model.eos_token_id", "tiny"),
     ("genai_config.json: model.context_length", "tiny"),
     ("another tokenizer", "tiny"),
