@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bone_fx.errors import VerificationError
 from bone_fx.onnx.packed_names import groups_of, parts_of
+from bone_fx.verify.constants import kept_by_inputs
 from bone_fx.verify.graph import tensor_of
 from bone_fx.weights.recipes.nbits import QuantizedGroups, unpack
 from bone_fx.weights.recipes.reorder import row_order
@@ -61,6 +62,8 @@ class Written:
             values = groups.values()
             # A product's weight lies [N, K] in the file; the model may keep it [K, N].
             fits = [w for w in (stored, stored.t()) if w.shape == values.shape]
+            if len(fits) > 1 and (by_inputs := kept_by_inputs(owner)) is not None:
+                fits = [fits[by_inputs]]
             wrong = [_what_differs(w, values, groups, bits) for w in fits]
             if not wrong or all(wrong):
                 raise VerificationError(
