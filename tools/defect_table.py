@@ -93,7 +93,7 @@ def _attention() -> list[Defect]:
         Defect("softcap", "gemma2", attribute(GQA, 1, "softcap", lambda s: s * 0.5),
                ("layers.1.",)),
         Defect("rotary table of another layer type", "gemma3_text",
-               rename_input("cos_cache", "cos_cache_1", GQA, 0), ("layers.0.",)),
+               rename_input("cos_cache", "cos_cache_1", GQA, 0), ("layers.0", "cos_cache_1")),
         Defect("mask ignored", "llama", ignore_the_mask, ()),
     ]  # fmt: skip
 
