@@ -10,6 +10,7 @@ Shape letters: B batch, S tokens, H hidden, N heads of the cache, P positions of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bone_fx.errors import VerificationError
+from bone_fx.errors import VerificationError, first_line
 from bone_fx.verify.cases import LONGEST, edges, vocabulary_of
 from bone_fx.verify.decoder.layers import LayerList, check_alike, layer_outputs
 from bone_fx.verify.decoder.routes import ROUTED, UNDECIDED, Routes
 from bone_fx.verify.graph import Edit, WrittenGraph, cut_at
 from bone_fx.verify.locate import first_difference, located
-from bone_fx.verify.parity import Parity
+from bone_fx.verify.parity import Parity, difference
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -36,6 +37,8 @@ _CACHE_BYTES = 1 << 30
 """The largest past that is made up, of all layers that are run, in float32."""
 _NEW = 3
 _SHORT_PAST = 5
+_ALIKE = 0.05
+"""Of the largest value: two values are the same up to roundings to 16 bits."""
 _LOUD = 8
 """A loud value of the past is its length over this many times larger than the others."""
 
@@ -66,9 +69,10 @@ def verify_long_texts(
     layers = LayerList.of(model)
     if layers is not None:
         check_alike(graph.read().graph, layers, config.get_text_config())
-    first = _FirstLayers.of(graph, edits, model)
-    if first is None:
-        parity.skip("long texts", "the graph is not cut between layers")
+    try:
+        first = _FirstLayers.of(graph, edits, model)
+    except _CutError as reason:
+        parity.skip("long texts", str(reason))
         return
     vocabulary = vocabulary_of(model)
     for length in lengths:
@@ -77,8 +81,8 @@ def verify_long_texts(
             name = f"{first.count} layers, a text of {tokens} tokens, beyond {length}"
             ids = _ids(vocabulary, tokens)
             first.compare(parity, name, ids)
-    if not first.takes_a_past():
-        parity.skip("a made-up past", "the cache's layout is not the reference's")
+    if why_not := first.why_no_past():
+        parity.skip("a made-up past", why_not)
         return
     longest = min(first.most_positions(), (context_length or LONGEST) - _NEW)
     for positions in sorted({*(n + 1 for n in lengths if n + 1 < longest), longest}):
@@ -115,40 +119,49 @@ class _FirstLayers:
     hidden: int
 
     @classmethod
-    def of(
-        cls, graph: WrittenGraph, edits: Sequence[Edit], model: nn.Module
-    ) -> _FirstLayers | None:
-        """As many layers as hold one of every kind; None if the graph cannot be cut there.
+    def of(cls, graph: WrittenGraph, edits: Sequence[Edit], model: nn.Module) -> _FirstLayers:
+        """As many layers as hold one of every kind.
 
         The cut is tried on a short text: the parts are those whose sum is the reference's.
+
+        Raises:
+            _CutError: The graph cannot be cut there.
         """
         whole: Any = model.config
         config = whole.get_text_config()
         layers = LayerList.of(model)
         if layers is None:
-            return None
+            raise _CutError("the reference has no list of its layers")
         count = layers.distinct(config)
         outputs = layer_outputs(graph.read().graph, layers.path).get(count - 1, [])
         if not outputs:
-            return None
+            raise _CutError(f"nothing in the graph leaves layer {count - 1}")
         edits = (*edits, cut_at(outputs))
         session = graph.session(*edits)
         all_parts = cls(graph, edits, session, (), model, layers, count, int(config.hidden_size))
         leaving, expected = all_parts.values(_SHORT_IDS), all_parts.expected(_SHORT_IDS)
+        smallest = math.inf
         for size in range(len(leaving), 0, -1):
             for parts in combinations(leaving, size):
-                if _alike(torch.stack([leaving[name] for name in parts]).sum(0), expected):
+                whole = torch.stack([leaving[name] for name in parts]).sum(0)
+                smallest = min(smallest, gap := difference(whole, expected))
+                if gap <= _ALIKE:
                     return replace(all_parts, parts=parts)
-        return None
+        raise _CutError(
+            f"what leaves layer {count - 1} of the graph differs {_by(smallest)} from the"
+            " reference's on a short text"
+        )
 
-    def takes_a_past(self) -> bool:
-        """Whether the cache lies in the graph as it does in the reference, on a short past."""
+    def why_no_past(self) -> str:
+        """Why no past is made up, tried on a short one; empty if it can be."""
         past = self.past(len(_SHORT_IDS[0]), ())
         try:
             expected = self.expected(_SHORT_IDS, past)
-        except RuntimeError:  # a window of one token: transformers' cache keeps all of them
-            return False
-        return _alike(self.run(_SHORT_IDS, past), expected)
+        except RuntimeError as error:
+            # A window of one token: transformers' cache keeps all of them.
+            return f"the reference does not run after a short one: {first_line(error)}"
+        gap = difference(self.run(_SHORT_IDS, past), expected)
+        return "" if gap <= _ALIKE else f"after a short one the graph differs {_by(gap)}"
 
     def compare(
         self, parity: Parity, case: str, ids: Tensor, past: Past | None = None, padding: int = 0
@@ -273,6 +286,10 @@ class _FirstLayers:
         return outputs[0].float().reshape(*ids.shape, -1)
 
 
+class _CutError(Exception):
+    """Why a graph is not run behind its first layers alone."""
+
+
 class _Reached(Exception):  # noqa: N818 - no error: what comes behind is of no use
     pass
 
@@ -307,8 +324,5 @@ def _ids(vocabulary: int, tokens: int) -> Tensor:
     return torch.randint(0, vocabulary, (1, tokens), generator=generator)
 
 
-def _alike(actual: Tensor, expected: Tensor) -> bool:
-    """Whether two values are the same up to a rounding to 16 bits."""
-    if actual.shape != expected.shape:
-        return False
-    return float((actual - expected).abs().max()) <= 0.05 * float(expected.abs().max())
+def _by(gap: float) -> str:
+    return "(shape, NaN or Inf)" if math.isinf(gap) else f"by {gap:.2g} of the largest value"
