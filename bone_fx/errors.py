@@ -122,10 +122,10 @@ def printable(text: str, *, lines: bool = True) -> str:
     )
 
 
-def some(names: Sequence[str], most: int = 5) -> str:
+def some(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
     """The first of many names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more
+    return (separator.join(names[:most]) or "none") + more
 
 
 def first_line(error: BaseException) -> str:
