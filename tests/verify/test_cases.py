@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ def test_cases_that_a_context_holds() -> None:
 
 
 def test_no_case_crosses_an_original_context() -> None:
-    config = LlamaConfig(original_max_position_embeddings=6)
+    fields: dict[str, Any] = {"original_max_position_embeddings": 6}
+    config = LlamaConfig(**fields)
     for case in decoder_cases(config, 4096, short=False):
         assert case.tokens <= 6 or min(case.lengths) > 6
 
