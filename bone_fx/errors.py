@@ -12,6 +12,11 @@ from collections.abc import Sequence
 INTERNAL = 70
 """Exit status of a fault of our own (`EX_SOFTWARE` of sysexits.h)."""
 
+KEPT = "<output>.rejected"
+"""How a message of a failed verification names the folder in which the build is kept."""
+LOOK = f"nothing was published; the build is kept as {KEPT}"
+"""The next step where there is nothing to do but to look at the build."""
+
 
 _INDENTED = "\n            "
 

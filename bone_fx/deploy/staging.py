@@ -34,14 +34,12 @@ from bone_fx.deploy.earlier_output import (
     read_manifest,
 )
 from bone_fx.deploy.output_checks import Output, check_output
-from bone_fx.errors import ExportError, InputRefusedError, VerificationError, some
+from bone_fx.errors import KEPT, LOOK, ExportError, InputRefusedError, VerificationError, some
 from bone_fx.files.inputs import place_of
 from bone_fx.files.renames import exchange, rename_new
 from bone_fx.files.work_folder import WorkFolder, dead_work_folders, make_work_folder
 
 _PUBLISHING = "publishing"
-KEPT = "<output>.rejected"
-"""How a message of a failed verification names the folder in which the build is kept."""
 
 
 @dataclass
@@ -244,7 +242,7 @@ def _saying_where(error: VerificationError, kept: Path | None) -> VerificationEr
     """The error, with the folder in which the build is kept."""
     step = "nothing was published, and the build could not be kept"
     if kept is not None:
-        step = error.next_step or f"nothing was published; the build is kept as {KEPT}"
+        step = error.next_step or LOOK
         step = step.replace(KEPT, str(kept))
     return type(error)(error.what, expected=error.expected, found=error.found, next_step=step)
 

@@ -23,9 +23,8 @@ from bone_fx.deploy.companions.choice import choose_companions, hashes_beside_we
 from bone_fx.deploy.earlier_output import MANIFEST, REJECTED, read_manifest
 from bone_fx.deploy.manifest import adapter_entry, figures_of
 from bone_fx.deploy.options import Compared, Provider
-from bone_fx.deploy.staging import KEPT
 from bone_fx.deploy.verification import Exported, verify_checkpoint
-from bone_fx.errors import UsageError, VerificationError
+from bone_fx.errors import KEPT, UsageError, VerificationError
 from bone_fx.onnx.writer import MODEL_FILE
 from bone_fx.progress import Progress, Silent
 from bone_fx.runtime.session import open_session, require_provider
@@ -126,7 +125,10 @@ def verify_export(
     require_provider(provider)
     if base is None:
         progress.stage(f"run the graph on {provider}")
-        warnings = _run_alone(folder, manifest, provider)
+        try:
+            warnings = _run_alone(folder, manifest, provider)
+        except VerificationError as error:
+            raise _of_a_published_folder(error) from error
         return VerifyResult(folder, files, None, warnings)
     progress.stage("read the inputs")
     inputs = open_checkpoint(
@@ -186,13 +188,13 @@ def exported_of(
             "ONNX Runtime does not load a bf16 model on the CPU provider",
             next_step="--provider cuda",
         )
-    is_decoder = manifest["kind"] == "decoder"
+    is_decoder, quantization = manifest["kind"] == "decoder", manifest["quantization"]
     companions = choose_companions(inputs.checkpoint.folder, inputs.adapters)
     fold = inputs.fold(torch.float32)
     return Exported(
         folder=folder,
         activations=manifest["activations"],
-        accuracy_level=(manifest["quantization"] or {}).get("accuracy_level"),
+        accuracy_level=quantization and quantization.get("accuracy_level", 0),
         examples=None if is_decoder else random_inputs(fold.skeleton.model),
         tokenizer=companions.tokenizer_folder,
     )

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from bone_fx.errors import VerificationError
+from bone_fx.errors import LOOK, VerificationError
 from bone_fx.onnx.packed_names import groups_of, parts_of
 from bone_fx.verify.constants import kept_by_inputs
 from bone_fx.verify.graph import tensor_of
@@ -70,7 +70,7 @@ class Written:
                     f"verification failed: {name}: the written weight is not the folded one",
                     expected=f"the folded weight rounded to {bits} bits",
                     found=wrong[0] if wrong else f"shape {list(values.shape)}",
-                    next_step="nothing was published; the build is kept as <output>.rejected",
+                    next_step=LOOK,
                 )
             written = replace(written, transposed=fits[wrong.index("")] is not stored)
             setattr(owner, attribute, replacement(weight, written.as_stored(values), written.read))
@@ -166,7 +166,7 @@ def _weights(path: Path, model: nn.Module, accuracy_level: int) -> Iterator[_Wei
                 f"verification failed: {codes.name}: its node reads codes of another size",
                 expected=" or ".join(f"{known} bits" for known in LARGEST_ERROR),
                 found=f"{bits} bits, {size} to a block",
-                next_step="nothing was published; the build is kept as <output>.rejected",
+                next_step=LOOK,
             )
         level = node.attributes.get_int("accuracy_level", 0)
         if not gathered and level != accuracy_level:
@@ -174,7 +174,7 @@ def _weights(path: Path, model: nn.Module, accuracy_level: int) -> Iterator[_Wei
                 f"verification failed: {codes.name}: its product rounds activations otherwise",
                 expected=f"accuracy_level {accuracy_level}",
                 found=f"accuracy_level {level}",
-                next_step="nothing was published; the build is kept as <output>.rejected",
+                next_step=LOOK,
             )
         whole = _Weight(str(codes.name), gathered, bits, size, codes, scales, zeros)
         parts = parts_of(whole.name)
@@ -202,7 +202,7 @@ def _parameter(model: nn.Module, codes: str, *, gathered: bool) -> tuple[nn.Modu
     if name is None:
         raise VerificationError(
             f"verification failed: {codes}: the model has no such weight",
-            next_step="nothing was published; the build is kept as <output>.rejected",
+            next_step=LOOK,
         )
     weight = parameters[name]
     aliases = [n for n, p in parameters.items() if p is weight]

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from bone_fx.errors import VerificationError
+from bone_fx.errors import LOOK, VerificationError
 from bone_fx.onnx.packed_names import groups_of, parts_of
 from bone_fx.verify.graph import tensor_of
 from bone_fx.verify.reference import Adapters, adapted_layers, folded_weight, steps_of, stored
@@ -76,7 +76,7 @@ def verify_constants(
         if not sources.aliases(f"{layer}.weight") & right:
             raise VerificationError(
                 f"verification failed: {layer}: the exported model has no constant {layer}.weight",
-                next_step="nothing was published; the build is kept as <output>.rejected",
+                next_step=LOOK,
             )
     return Compared(frozenset(right), tuple(others))
 
@@ -140,7 +140,7 @@ class _Sources:
             found="the base weight, unfolded"
             if of_base
             else ("the weight, transposed" if turned else "other values"),
-            next_step="nothing was published; the build is kept as <output>.rejected",
+            next_step=LOOK,
         )
 
     def _is_made_of(

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from bone_fx.errors import VerificationError
+from bone_fx.errors import LOOK, VerificationError
 from bone_fx.verify.decoder.layers import LayerList, reading_layers
 from bone_fx.verify.graph import tensor_of
 
@@ -64,7 +64,7 @@ def verify_rotary_tables(folder: Path, model: nn.Module, names: Iterable[str]) -
                 f"verification failed: {name}{reader}: the table of positions is not the model's",
                 expected="the cosines and sines of the reference's rotary embedding",
                 found=f"other values from position {first} on",
-                next_step="nothing was published; the build is kept as <output>.rejected",
+                next_step=LOOK,
             )
     return names
 

@@ -114,7 +114,7 @@ class CheckpointBuild(Build):
         exported = Exported(
             folder=folder,
             activations=self.activations,
-            accuracy_level=(self.quantization or {}).get("accuracy_level"),
+            accuracy_level=self.quantization and self.quantization["accuracy_level"],
             examples=None if isinstance(graph, DecoderGraph) else graph.examples,
             tokenizer=self.companions.tokenizer_folder,
             twin=self.twin,

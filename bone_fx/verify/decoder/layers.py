@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 from torch import nn
 
-from bone_fx.errors import VerificationError
+from bone_fx.errors import LOOK, VerificationError
 from bone_fx.onnx.packed_names import parts_of
 
 _ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
@@ -80,7 +80,7 @@ def check_alike(graph: onnx.GraphProto, layers: LayerList, config: Any) -> None:
                 f" layers that are like it (node {node.op_type} {node.name or node.output[0]})",
                 expected=dict(sorted(expected.items())),
                 found=dict(sorted(numbers.items())),
-                next_step="nothing was published; the build is kept as <output>.rejected",
+                next_step=LOOK,
             )
 
 
