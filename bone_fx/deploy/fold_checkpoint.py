@@ -149,7 +149,7 @@ def fold_checkpoint(
         manifest = manifest_of(
             "checkpoint",
             architecture=inputs.architecture.__name__,
-            base_name=Path(inputs.checkpoint.origin).name,
+            base_name=inputs.checkpoint.name,
             base_files=inputs.checkpoint.sha256() | hashes_beside_weights(inputs.checkpoint.folder),
             base_origin=read_origin(inputs.checkpoint.origin, inputs.checkpoint.folder),
             adapters=inputs.adapters,

@@ -170,7 +170,7 @@ def build_checkpoint(
         model=graph.model,
         kind="decoder" if isinstance(graph, DecoderGraph) else "model",
         architecture=inputs.architecture.__name__,
-        base_name=Path(inputs.checkpoint.origin).name,
+        base_name=inputs.checkpoint.name,
         dtype=options.weight_dtype,
         activations=options.activation_dtype,
         quantization=quantization,
