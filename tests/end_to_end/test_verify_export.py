@@ -82,6 +82,19 @@ def test_a_missing_file(folder: Path, tmp_path: Path) -> None:
         bone_fx.verify_export(out)
 
 
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_report_that_is_not_the_one_that_was_written(
+    folder: Path, tmp_path: Path, *, edited: bool
+) -> None:
+    page = copy_of(folder / "out", tmp_path / "out") / "report.html"
+    if edited:
+        page.write_text(page.read_text().replace("bone_fx", "another"))
+    else:
+        page.unlink()
+    with pytest.raises(VerificationError, match=r"report\.html: missing, or not the page"):
+        bone_fx.verify_export(page.parent)
+
+
 def test_other_adapters(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match="adapters are not those"):
         bone_fx.verify_export(folder / "out", base=folder / "base")
