@@ -52,7 +52,9 @@ def verify_rotary_tables(folder: Path, model: nn.Module, names: Iterable[str]) -
         assert value is not None
         table = tensor_of(value)
         cosine = name.startswith("cos")
-        readers: list[int] = [] if layers is None else reading_layers(graph, layers.path, name)
+        readers: list[int | None] = []
+        if layers is not None:
+            readers += reading_layers(graph, layers.path, name)
         wrong = cache(partial(_wrong_row, table, cosine=cosine))
         for layer in readers or [None]:
             rows = [wrong(*own) for own in _modules_of(layer, layers, model)]

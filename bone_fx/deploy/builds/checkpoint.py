@@ -110,11 +110,11 @@ class CheckpointBuild(Build):
         """Compare the written model with the base under its adapters, unmerged and folded."""
         from bone_fx.deploy.verification import Exported, verify_checkpoint
 
-        graph = self.graph
+        graph, of_weights = self.graph, self.quantization
         exported = Exported(
             folder=folder,
             activations=self.activations,
-            accuracy_level=self.quantization and self.quantization["accuracy_level"],
+            accuracy_level=None if of_weights is None else int(of_weights["accuracy_level"]),
             examples=None if isinstance(graph, DecoderGraph) else graph.examples,
             tokenizer=self.companions.tokenizer_folder,
             twin=self.twin,

@@ -67,7 +67,7 @@ def _python(project: Distribution) -> Finding:
     from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
     version = ".".join(map(str, sys.version_info[:3]))
-    needed = project.metadata.get("Requires-Python") or ""
+    needed = ", ".join(project.metadata.get_all("Requires-Python") or ())
     try:
         fits = SpecifierSet(needed).contains(version)
     except InvalidSpecifier:

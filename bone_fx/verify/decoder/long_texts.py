@@ -246,8 +246,8 @@ class _FirstLayers:
                 _, number, side = name.split(".")
                 half = value.type == "tensor(float16)"
                 cached = _cached(past, int(number), side, value.shape)
-                cached = nn.functional.pad(cached, (0, 0, 0, padding), value=1.0).numpy()
-                feeds[name] = cached.astype(np.float16 if half else np.float32)
+                cached = nn.functional.pad(cached, (0, 0, 0, padding), value=1.0)
+                feeds[name] = cached.numpy().astype(np.float16 if half else np.float32)
         return {name: array for name, array in feeds.items() if name in inputs}
 
     def _short_cache(self) -> Past:
