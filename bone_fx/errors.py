@@ -12,6 +12,11 @@ from collections.abc import Sequence
 INTERNAL = 70
 """Exit status of a fault of our own (`EX_SOFTWARE` of sysexits.h)."""
 
+KEPT = "<output>.rejected"
+"""How a message of a failed verification names the folder in which the build is kept."""
+LOOK = f"nothing was published; the build is kept as {KEPT}"
+"""The next step where there is nothing to do but to look at the build."""
+
 
 _INDENTED = "\n            "
 
@@ -122,10 +127,10 @@ def printable(text: str, *, lines: bool = True) -> str:
     )
 
 
-def some(names: Sequence[str], most: int = 5) -> str:
+def some(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
     """The first of many names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more
+    return (separator.join(names[:most]) or "none") + more
 
 
 def first_line(error: BaseException) -> str:

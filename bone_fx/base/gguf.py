@@ -22,7 +22,7 @@ import torch
 from bone_fx.base.left_over import without_adapter
 from bone_fx.base.sizes.config_sizes import refuse_impossible_gguf
 from bone_fx.base.tokenizer import cannot_be_read
-from bone_fx.errors import BaseModelError
+from bone_fx.errors import BaseModelError, some
 from bone_fx.files.renames import rename_new
 from bone_fx.files.work_folder import dead_work_folders, make_work_folder
 from bone_fx.weights.storage.safetensors_file import file_sha256
@@ -147,11 +147,10 @@ def _check_complete(file: Path, report: Mapping[str, Collection[object]]) -> Non
     for kind in ("missing_keys", "mismatched_keys"):
         names = sorted(str(name) for name in report.get(kind, ()))
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise BaseModelError(
                 f"{file} does not hold the whole model: {names[0]} would be random",
                 expected="a tensor for every weight that its metadata describe",
-                found=f"{kind.replace('_', ' ')}: {', '.join(names[:3])}{more}",
+                found=f"{kind.replace('_', ' ')}: {some(names, 3)}",
                 next_step="download it again, or use the model's safetensors checkpoint",
             )
 

@@ -68,6 +68,11 @@ class BaseCheckpoint:
     _hashes: list[Future[str]] = field(default_factory=list, repr=False)
 
     @property
+    def name(self) -> str:
+        """The last part of what the caller gave, which messages call the base by."""
+        return Path(os.path.abspath(self.origin)).name
+
+    @property
     def architecture(self) -> type[PreTrainedModel]:
         """The class that config.json names, or transformers' plain model for its type.
 

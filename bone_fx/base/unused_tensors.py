@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from bone_fx.errors import BaseModelError
+from bone_fx.errors import BaseModelError, some
 from bone_fx.weights.load_plan import LoadPlan
 from bone_fx.weights.recipes.recipe import Read
 from bone_fx.weights.storage.safetensors_file import same_bytes
@@ -189,6 +189,4 @@ def _count(names: Collection[str]) -> str:
 
 
 def _listed(names: Collection[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return some(list(names), _SHOWN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from bone_fx.errors import BaseModelError
+from bone_fx.errors import BaseModelError, some
 from bone_fx.files.inputs import unsafe_entries
 from bone_fx.files.json_file import NotJsonError, read_object
 from bone_fx.weights.recipes.recipe import Read
@@ -57,11 +57,10 @@ def refuse_unsafe(folder: Path) -> None:
             next_step="make it readable",
         ) from error
     if unsafe:
-        more = f" and {len(unsafe) - 5} more" if len(unsafe) > 5 else ""
         raise BaseModelError(
             f"{folder} holds links that leave it, or no regular files",
             expected="files, and links within the folder",
-            found=", ".join(unsafe[:5]) + more,
+            found=some(unsafe),
             next_step="put the files themselves there, or take the links away",
         )
 
@@ -180,11 +179,10 @@ def check_index(folder: Path, named: object, tensors: Mapping[str, Read]) -> Non
     weight_map = _weight_map(index)
     lost = [key for key, name in weight_map.items() if not _lies_in(tensors, key, folder / name)]
     if lost:
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise BaseModelError(
             f"{index} lists {lost[0]!r}, which {weight_map[lost[0]]} does not hold",
             expected=f"{len(weight_map)} tensors where the index says",
-            found=f"{len(lost)} that are not there: {', '.join(lost[:3])}{more}",
+            found=f"{len(lost)} that are not there: {some(lost, 3)}",
             next_step="download it again",
         )
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from bone_fx.capture.flat_outputs import different_from, flat_outputs
-from bone_fx.capture.trace.default_inputs import default_inputs
+from bone_fx.capture.trace.default_inputs import default_inputs, missing_inputs
 from bone_fx.capture.trace.dynamic_axes import (
     Roles,
     fixed_dims,
@@ -123,9 +123,11 @@ def _capture(
         return capture
     assert first is not None
     asked = f" with dynamic_shapes {dynamic_shapes}" if dynamic_shapes is not None else ""
+    step = "see the error that this one comes from for the line in the model"
+    advice = missing_inputs(model, examples.inputs, first)
     raise CaptureError(
         f"{type(model).__name__} cannot be captured{asked}: {reason_line(first)}",
-        next_step="see the error that this one comes from for the line in the model",
+        **{"next_step": step, **advice},
     ) from first
 
 

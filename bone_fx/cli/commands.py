@@ -15,6 +15,7 @@ from bone_fx.cli.settings import (
     AllowUnused,
     AsJson,
     Debug,
+    Quiet,
     RemoteCode,
     Revision,
     option,
@@ -96,7 +97,6 @@ ADAPTER = typer.Option(
     help="Bone, BAT or MiSS adapter in PEFT's layout; repeat to apply several, in order.",
 )
 Overwrite = Annotated[bool, option("overwrite", "--overwrite")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 app = typer.Typer(**SETTINGS)
 fold_app = typer.Typer(**SETTINGS)

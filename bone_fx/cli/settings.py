@@ -27,6 +27,7 @@ RemoteCode = Annotated[bool, option("trust_remote_code", "--trust-remote-code")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result, or the error, as JSON on stdout.")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Debug = Annotated[
     bool,
     typer.Option("--debug", help="Write a report of a failure, with its traceback, to a file."),

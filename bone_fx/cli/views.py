@@ -13,6 +13,7 @@ from bone_fx.cli.settings import (
     AllowUnused,
     AsJson,
     Debug,
+    Quiet,
     RemoteCode,
     Revision,
 )
@@ -45,6 +46,7 @@ def bone_export_inspect(
     allow_unused: AllowUnused = None,
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
     """Show what an adapter is, what would be refused, and how it fits a base."""
@@ -68,7 +70,13 @@ def bone_export_inspect(
 
 
 @doctor_app.command(epilog=DOCTOR_EPILOG, context_settings=HELP_FLAGS)
-def bone_export_doctor(as_json: AsJson = False, debug: Debug = False) -> int:
+def bone_export_doctor(
+    as_json: AsJson = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Only what is wrong or worth knowing.")
+    ] = False,
+    debug: Debug = False,
+) -> int:
     """Say what is wrong with this environment, and what to type."""
     from bone_fx.deploy.doctor import examine, exit_code
 
@@ -77,6 +85,8 @@ def bone_export_doctor(as_json: AsJson = False, debug: Debug = False) -> int:
         answer_json({"findings": [finding.entry() for finding in findings]})
     else:
         for finding in findings:
+            if quiet and finding.level == "ok":
+                continue
             for line in finding.lines():
                 answer(line)
     return exit_code(findings)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bone_fx.deploy.checkpoint_inputs import FoldedCheckpoint
-from bone_fx.errors import FoldError, VerificationError
+from bone_fx.errors import LOOK, FoldError, VerificationError
 from bone_fx.weights.load_plan import LoadPlan
 from bone_fx.weights.recipes.fold_recipe import Fold
 from bone_fx.weights.recipes.recipe import Read, Recipe, Value, cast, without_cast
@@ -123,5 +123,5 @@ def _misnamed(name: str, expected: str, found: str) -> VerificationError:
         f"verification failed: transformers does not load what was written for {name}",
         expected=expected,
         found=found,
-        next_step="nothing was published; the build is kept as <output>.rejected; please report it",
+        next_step=f"{LOOK}; please report it",
     )

@@ -69,6 +69,15 @@ def not_made_by_a_run(folder: Path) -> list[str]:
     return sorted(foreign)
 
 
+def changed_pages(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """The pages that a manifest has no bytes of and that are not there as they were written."""
+    return [
+        name
+        for name in map(str, manifest.get(BESIDE, ()))
+        if not _is_inside(name) or not (folder / name).is_file() or _is_changed(folder / name, None)
+    ]
+
+
 def delete_output(folder: Path) -> bool:
     """Delete what a run made, file by file, then the folder; False if something stays."""
     manifest = read_manifest(folder)

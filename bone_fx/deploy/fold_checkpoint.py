@@ -41,7 +41,7 @@ from bone_fx.deploy.report import write_reports
 from bone_fx.deploy.report.origin import read_origin
 from bone_fx.deploy.report.timing import Timed
 from bone_fx.deploy.staging import staged
-from bone_fx.errors import ExportError, UsageError, VerificationError
+from bone_fx.errors import LOOK, ExportError, UsageError, VerificationError
 from bone_fx.passes.fold import fold_weight
 from bone_fx.progress import PUBLISH, Progress, Silent
 from bone_fx.weights.recipes.fold_recipe import Fold, FoldPart
@@ -149,7 +149,7 @@ def fold_checkpoint(
         manifest = manifest_of(
             "checkpoint",
             architecture=inputs.architecture.__name__,
-            base_name=Path(inputs.checkpoint.origin).name,
+            base_name=inputs.checkpoint.name,
             base_files=inputs.checkpoint.sha256() | hashes_beside_weights(inputs.checkpoint.folder),
             base_origin=read_origin(inputs.checkpoint.origin, inputs.checkpoint.folder),
             adapters=inputs.adapters,
@@ -240,7 +240,7 @@ def _verify(files: Iterable[Path], recipes: Mapping[str, Recipe], adapters: Adap
                 raise VerificationError(
                     f"verification failed: {key}: the written tensor is not what was to be written",
                     expected=recipe.describe(),
-                    next_step="nothing was published; please report it",
+                    next_step=f"{LOOK}; please report it",
                 )
             continue
         same = partial(_is_the_fold, by_key[key], recipe, adapters)
@@ -250,7 +250,7 @@ def _verify(files: Iterable[Path], recipes: Mapping[str, Recipe], adapters: Adap
             raise VerificationError(
                 f"verification failed: {recipe.site}: the written weight is not the folded one",
                 expected="torch's fold, bit for bit",
-                next_step="nothing was published; the build is kept as <output>.rejected",
+                next_step=LOOK,
             )
 
 

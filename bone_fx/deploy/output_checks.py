@@ -6,10 +6,12 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from bone_fx.deploy.earlier_output import MANIFEST, not_made_by_a_run, read_manifest
 from bone_fx.errors import ExportError, UsageError, some
+from bone_fx.files.inputs import place_of
 from bone_fx.files.work_folder import NAME_OVERHEAD
 
 _NAME_BYTES = 255
@@ -108,14 +110,19 @@ def _refuse_place(output: str | Path, target: Path) -> None:
 def _refuse_inputs(output: str | Path, target: Path, inputs: Iterable[str | Path]) -> None:
     """Refuse an output that is, holds or lies in one of the inputs: publishing would change it.
 
-    An input is where its name stands, where each link that leads to it stands, and where it is.
+    An input is where its name stands, where each link that leads to it stands, and where it is. A
+    folder that is mounted in two places is one folder.
     """
+    place = cache(place_of)
+    there, around = place(target), {place(parent) for parent in target.parents}
     for each in inputs:
         given = os.path.expanduser(each)
-        link = next((step for step in _steps(Path(given)) if target in step.parents), None)
+        steps = _steps(Path(given))
+        link = next((step for step in steps if there in map(place, step.parents)), None)
         path = Path(os.path.realpath(given))
-        around = path if path.is_dir() else None
-        overlaps = target == path or target in path.parents or around in target.parents
+        overlaps = there in map(place, (path, *path.parents)) or (
+            path.is_dir() and place(path) in around
+        )
         if os.path.lexists(given) and (overlaps or link is not None):
             through = "" if overlaps or link is None else f", which is read through {link}"
             raise UsageError(

@@ -34,13 +34,12 @@ from bone_fx.deploy.earlier_output import (
     read_manifest,
 )
 from bone_fx.deploy.output_checks import Output, check_output
-from bone_fx.errors import ExportError, InputRefusedError, VerificationError, some
+from bone_fx.errors import KEPT, LOOK, ExportError, InputRefusedError, VerificationError, some
+from bone_fx.files.inputs import place_of
 from bone_fx.files.renames import exchange, rename_new
 from bone_fx.files.work_folder import WorkFolder, dead_work_folders, make_work_folder
 
 _PUBLISHING = "publishing"
-KEPT = "<output>.rejected"
-"""How a message of a failed verification names the folder in which the build is kept."""
 
 
 @dataclass
@@ -165,7 +164,8 @@ class Staging:
             )
 
     def _is_earlier_rejected(self, place: Path) -> bool:
-        if place.is_symlink() or any(place == i or place in i.parents for i in self.inputs):
+        there = place_of(place)
+        if place.is_symlink() or any(there in map(place_of, (i, *i.parents)) for i in self.inputs):
             return False
         manifest = read_manifest(place)
         is_rejected = manifest is not None and manifest.get("kind") == REJECTED
@@ -242,7 +242,7 @@ def _saying_where(error: VerificationError, kept: Path | None) -> VerificationEr
     """The error, with the folder in which the build is kept."""
     step = "nothing was published, and the build could not be kept"
     if kept is not None:
-        step = error.next_step or f"nothing was published; the build is kept as {KEPT}"
+        step = error.next_step or LOOK
         step = step.replace(KEPT, str(kept))
     return type(error)(error.what, expected=error.expected, found=error.found, next_step=step)
 

@@ -44,7 +44,8 @@ class Exported:
     Attributes:
         folder: The folder with `model.onnx`.
         activations: Dtype of the activations.
-        quantized: Whether weights are stored in fewer bits.
+        accuracy_level: What products with quantized weights say of their activations, as
+            `MatMulNBits` takes it; None where no weight is quantized.
         examples: Inputs by name of a graph without a cache; None for a decoder.
         tokenizer: The folder that the tokenizer comes from.
         twin: The graph in fp32 with weights rounded to bf16, where bf16 has no kernels.
@@ -52,7 +53,7 @@ class Exported:
 
     folder: Path
     activations: str
-    quantized: bool
+    accuracy_level: int | None
     examples: Mapping[str, Tensor] | None
     tokenizer: Path
     twin: ir.Model | None = None
@@ -106,8 +107,8 @@ def verify_checkpoint(
     dtype = exported.activations
     if exported.twin is not None:
         written, dtype = RoundedWeights(folder), "fp32"
-    elif exported.quantized:
-        written = Written(folder)
+    elif exported.accuracy_level is not None:
+        written = Written(folder, exported.accuracy_level)
     with _runnable(exported) as path:
         graph = WrittenGraph(path, provider)
         if exported.examples is not None:

@@ -20,12 +20,11 @@ from bone_fx.adapter_folder import read_adapters
 from bone_fx.deploy.builds.checkpoint_graph import random_inputs
 from bone_fx.deploy.checkpoint_inputs import CheckpointInputs, open_checkpoint
 from bone_fx.deploy.companions.choice import choose_companions, hashes_beside_weights
-from bone_fx.deploy.earlier_output import MANIFEST, REJECTED, read_manifest
+from bone_fx.deploy.earlier_output import MANIFEST, REJECTED, changed_pages, read_manifest
 from bone_fx.deploy.manifest import adapter_entry, figures_of
 from bone_fx.deploy.options import Compared, Provider
-from bone_fx.deploy.staging import KEPT
 from bone_fx.deploy.verification import Exported, verify_checkpoint
-from bone_fx.errors import UsageError, VerificationError
+from bone_fx.errors import KEPT, UsageError, VerificationError, some
 from bone_fx.onnx.writer import MODEL_FILE
 from bone_fx.progress import Progress, Silent
 from bone_fx.runtime.session import open_session, require_provider
@@ -121,12 +120,16 @@ def verify_export(
         _check_fields(output, manifest)
     progress.stage("hash the files")
     files = _check_files(folder, manifest["files"])
+    _check_pages(folder, manifest)
     if manifest.get("kind") == "checkpoint" or not (folder / MODEL_FILE).is_file():
         return VerifyResult(folder, files, None, (_FOLDED,))
     require_provider(provider)
     if base is None:
         progress.stage(f"run the graph on {provider}")
-        warnings = _run_alone(folder, manifest, provider)
+        try:
+            warnings = _run_alone(folder, manifest, provider)
+        except VerificationError as error:
+            raise _of_a_published_folder(error) from error
         return VerifyResult(folder, files, None, warnings)
     progress.stage("read the inputs")
     inputs = open_checkpoint(
@@ -186,13 +189,13 @@ def exported_of(
             "ONNX Runtime does not load a bf16 model on the CPU provider",
             next_step="--provider cuda",
         )
-    is_decoder = manifest["kind"] == "decoder"
+    is_decoder, quantization = manifest["kind"] == "decoder", manifest["quantization"]
     companions = choose_companions(inputs.checkpoint.folder, inputs.adapters)
     fold = inputs.fold(torch.float32)
     return Exported(
         folder=folder,
         activations=manifest["activations"],
-        quantized=manifest["quantization"] is not None,
+        accuracy_level=quantization and quantization.get("accuracy_level", 0),
         examples=None if is_decoder else random_inputs(fold.skeleton.model),
         tokenizer=companions.tokenizer_folder,
     )
@@ -218,6 +221,16 @@ def _check_files(folder: Path, listed: Mapping[str, Any]) -> int:
                 next_step="export again, or give the files that were exported",
             )
     return len(listed)
+
+
+def _check_pages(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare the pages that a manifest has no bytes of with their own checksums."""
+    if changed := changed_pages(folder, manifest):
+        raise VerificationError(
+            f"verification failed: {some(changed)}: missing, or not the page that was written",
+            expected="the page with its checksum, which is its last line",
+            next_step="copy the whole folder again, or export again",
+        )
 
 
 def _check_inputs(inputs: CheckpointInputs, manifest: Mapping[str, Any]) -> None:

@@ -29,6 +29,18 @@ def unsafe_entries(folder: Path) -> list[str]:
     ]
 
 
+def place_of(path: Path) -> tuple[int, int] | Path:
+    """What two names of one file or folder have in common, bind mounts among them.
+
+    Of a path where nothing is, the path.
+    """
+    try:
+        status = os.stat(path)
+    except OSError:
+        return path
+    return status.st_dev, status.st_ino
+
+
 def is_plain_file(path: Path) -> bool:
     """Whether a path is a regular file, links followed; whatever else it is, nothing is opened."""
     try:

@@ -107,7 +107,7 @@ class Placement:
         raise ExportError(
             "nodes of the graph would leave CUDA for the CPU",
             expected="a CUDA kernel for every node",
-            found=some(named),
+            found=some(named, separator="; "),
             next_step=next_step,
         )
 

@@ -64,8 +64,10 @@ def adapt(
         >>> [name for name, p in adapted.named_parameters() if p.grad is not None]
         ['0.bone_block.default']
     """
+    folder = None
     if not isinstance(config, BoneConfig):
-        read_adapter(config, adapter_name)  # a broken folder is refused before the trace
+        folder = read_adapter(config, adapter_name)  # a broken one is refused before the trace
+        config = folder.config
     training = model.training
     capture = capture_training(model, example_inputs, dynamic_shapes=dynamic_shapes)
     origin = Origin(
@@ -78,10 +80,7 @@ def adapt(
         recompute=recompute,
     )
     adapted = AdaptedModule(origin)
-    if isinstance(config, BoneConfig):
-        adapted.add_adapter(adapter_name, config)
-    else:
-        adapted.load_adapter(config, adapter_name)
+    adapted._mount(adapter_name, config, folder)
     adapted.set_adapter(adapter_name)
     if gradient_checkpointing:
         adapted.gradient_checkpointing_enable()

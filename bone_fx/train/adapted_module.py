@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
-from bone_fx.adapter_folder import read_adapter, write_adapter
+from bone_fx.adapter_folder import AdapterFolder, read_adapter, write_adapter
 from bone_fx.config import BoneConfig
 from bone_fx.dialects import find_sites
 from bone_fx.errors import UsageError
@@ -105,9 +105,7 @@ class AdaptedModule(TrainingGraph):
             UsageError: The name is taken.
         """
         refuse_taken_name(self._adapters, adapter_name)
-        adapter = new_adapter(self._base, self._origin, adapter_name, config)
-        with self._change():
-            self._adapters[adapter_name] = adapter
+        self._mount(adapter_name, config)
 
     def load_adapter(self, directory: str | Path, adapter_name: str = "default") -> None:
         """Add a trained adapter from a folder in PEFT's layout; `set_adapter` makes it active.
@@ -119,11 +117,12 @@ class AdaptedModule(TrainingGraph):
         """
         refuse_taken_name(self._adapters, adapter_name)
         folder = read_adapter(directory, adapter_name)
-        search = find_sites(self._base)
-        folder.match(search.sites, search.others, self._origin.output_layers(folder.config))
-        adapter = new_adapter(self._base, self._origin, adapter_name, folder.config, folder)
+        self._mount(adapter_name, folder.config, folder)
+
+    def _mount(self, name: str, config: BoneConfig, folder: AdapterFolder | None = None) -> None:
+        adapter = new_adapter(self._base, self._origin, name, config, folder)
         with self._change():
-            self._adapters[adapter_name] = adapter
+            self._adapters[name] = adapter
 
     def set_adapter(
         self, adapter_names: str | Sequence[str], *, train: str | Sequence[str] | None = None

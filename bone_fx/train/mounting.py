@@ -300,8 +300,11 @@ def new_adapter(
 
     Raises:
         SiteError: Nothing matched, or a block cannot fit its layer.
-        AdapterError: A trained module of the folder does not fit.
+        AdapterError: The folder, or a trained module of it, does not fit.
     """
+    if folder is not None:
+        search = find_sites(base)
+        folder.match(search.sites, search.others, origin.output_layers(config))
     if folder is None and config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         names = [name for name, _ in base.named_parameters(remove_duplicate=False)]
         heads = [h for h in _HEADS if any(f".{h}." in f".{n}" for n in names)]

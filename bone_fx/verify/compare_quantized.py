@@ -15,8 +15,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from bone_fx.errors import VerificationError
+from bone_fx.errors import LOOK, VerificationError
 from bone_fx.onnx.packed_names import groups_of, parts_of
+from bone_fx.verify.constants import kept_by_inputs
 from bone_fx.verify.graph import tensor_of
 from bone_fx.weights.recipes.nbits import QuantizedGroups, unpack
 from bone_fx.weights.recipes.reorder import row_order
@@ -39,9 +40,12 @@ class Written:
 
     Attributes:
         folder: The folder with `model.onnx`.
+        accuracy_level: What its products say of their activations, as `MatMulNBits` takes it: 4
+            rounds them to int8, 0 keeps them.
     """
 
     folder: Path
+    accuracy_level: int = 0
 
     def load_into(self, model: nn.Module) -> int:
         """Replace a folded model's weights by those that were written; returns how many.
@@ -50,7 +54,7 @@ class Written:
             VerificationError: A written weight is not the model's, rounded to nearest.
         """
         loaded = 0
-        for written in _weights(self.folder / "model.onnx", model):
+        for written in _weights(self.folder / "model.onnx", model, self.accuracy_level):
             name, bits = written.name, written.bits
             owner, attribute, weight = _parameter(model, name, gathered=written.gathered)
             stored = weight.detach().float()
@@ -58,13 +62,15 @@ class Written:
             values = groups.values()
             # A product's weight lies [N, K] in the file; the model may keep it [K, N].
             fits = [w for w in (stored, stored.t()) if w.shape == values.shape]
+            if len(fits) > 1 and (by_inputs := kept_by_inputs(owner)) is not None:
+                fits = [fits[by_inputs]]
             wrong = [_what_differs(w, values, groups, bits) for w in fits]
             if not wrong or all(wrong):
                 raise VerificationError(
                     f"verification failed: {name}: the written weight is not the folded one",
                     expected=f"the folded weight rounded to {bits} bits",
                     found=wrong[0] if wrong else f"shape {list(values.shape)}",
-                    next_step="nothing was published; the build is kept as <output>.rejected",
+                    next_step=LOOK,
                 )
             written = replace(written, transposed=fits[wrong.index("")] is not stored)
             setattr(owner, attribute, replacement(weight, written.as_stored(values), written.read))
@@ -137,7 +143,7 @@ class _Weight:
         return self.rows(tensor_of(value.const_value))
 
 
-def _weights(path: Path, model: nn.Module) -> Iterator[_Weight]:
+def _weights(path: Path, model: nn.Module, accuracy_level: int) -> Iterator[_Weight]:
     """The quantized weights of a file; those that were packed into one product each by itself."""
     for node in ir.load(path).graph:
         gathered = node.op_type == "GatherBlockQuantized"
@@ -160,7 +166,15 @@ def _weights(path: Path, model: nn.Module) -> Iterator[_Weight]:
                 f"verification failed: {codes.name}: its node reads codes of another size",
                 expected=" or ".join(f"{known} bits" for known in LARGEST_ERROR),
                 found=f"{bits} bits, {size} to a block",
-                next_step="nothing was published; the build is kept as <output>.rejected",
+                next_step=LOOK,
+            )
+        level = node.attributes.get_int("accuracy_level", 0)
+        if not gathered and level != accuracy_level:
+            raise VerificationError(
+                f"verification failed: {codes.name}: its product rounds activations otherwise",
+                expected=f"accuracy_level {accuracy_level}",
+                found=f"accuracy_level {level}",
+                next_step=LOOK,
             )
         whole = _Weight(str(codes.name), gathered, bits, size, codes, scales, zeros)
         parts = parts_of(whole.name)
@@ -188,7 +202,7 @@ def _parameter(model: nn.Module, codes: str, *, gathered: bool) -> tuple[nn.Modu
     if name is None:
         raise VerificationError(
             f"verification failed: {codes}: the model has no such weight",
-            next_step="nothing was published; the build is kept as <output>.rejected",
+            next_step=LOOK,
         )
     weight = parameters[name]
     aliases = [n for n, p in parameters.items() if p is weight]

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from bone_fx.errors import VerificationError
+from bone_fx.errors import LOOK, VerificationError
 from bone_fx.onnx.packed_names import groups_of, parts_of
 from bone_fx.verify.graph import tensor_of
 from bone_fx.verify.reference import Adapters, adapted_layers, folded_weight, steps_of, stored
@@ -67,7 +67,8 @@ def verify_constants(
             continue
         parts = [] if not value.dtype.is_floating_point() else sources.parts(name)
         if parts:
-            sources.compare(name, parts, tensor_of(value.const_value))
+            layout = sources.layout(parts, _read_by_inputs(value))
+            sources.compare(name, parts, tensor_of(value.const_value), layout)
             right.update(parts)
         elif value.dtype.is_floating_point() and value.const_value.size > 1:
             others.append(name)
@@ -75,9 +76,22 @@ def verify_constants(
         if not sources.aliases(f"{layer}.weight") & right:
             raise VerificationError(
                 f"verification failed: {layer}: the exported model has no constant {layer}.weight",
-                next_step="nothing was published; the build is kept as <output>.rejected",
+                next_step=LOOK,
             )
     return Compared(frozenset(right), tuple(others))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a constant holds matrices of the model, by what reads it.
+
+    Attributes:
+        outputs: The axis of the model's matrices along which outputs lie, and several stand.
+        transposed: Whether the constant is the transposed.
+    """
+
+    outputs: int
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -98,28 +112,44 @@ class _Sources:
         parameter = stored(self.model, name)
         return {n for n, p in self.model.named_parameters(remove_duplicate=False) if p is parameter}
 
-    def compare(self, constant: str, parts: list[str], actual: Tensor) -> None:
+    def layout(self, parts: list[str], read_by_inputs: bool | None) -> _Layout | None:
+        """How a constant holds matrices of its parameters; None if its reader leaves that open."""
+        owners = [self.model.get_submodule(name.rpartition(".")[0]) for name in parts]
+        kept = {kept_by_inputs(module) for module in owners}
+        if read_by_inputs is None or len(kept) != 1 or None in kept:
+            return None
+        by_inputs = bool(kept.pop())
+        return _Layout(int(by_inputs), transposed=by_inputs != read_by_inputs)
+
+    def compare(
+        self, constant: str, parts: list[str], actual: Tensor, layout: _Layout | None
+    ) -> None:
         """Refuse a constant that is not made of its parameters."""
         folded = [self._folded(name) for name in parts]
-        if self._is_made_of(folded, constant, actual):
+        if self._is_made_of(folded, constant, actual, layout):
             return
         plain = [self._plain(name) for name in parts]
-        of_base = self._is_made_of(plain, constant, actual)
-        layer = self._first_difference(constant, folded, parts, actual)
+        of_base = self._is_made_of(plain, constant, actual, layout)
+        turned = layout is not None and self._is_made_of(folded, constant, actual, None)
+        layer = self._first_difference(constant, folded, parts, actual, layout)
         raise VerificationError(
             f"verification failed: {layer}: the written weight is not the folded one"
             if any(steps_of(name.removesuffix(".weight"), self.adapters) for name in parts)
             else f"verification failed: {layer}: the written constant is not the base's",
             expected="torch's own, bit for bit",
-            found="the base weight, unfolded" if of_base else "other values",
-            next_step="nothing was published; the build is kept as <output>.rejected",
+            found="the base weight, unfolded"
+            if of_base
+            else ("the weight, transposed" if turned else "other values"),
+            next_step=LOOK,
         )
 
-    def _is_made_of(self, parts: list[Tensor], constant: str, actual: Tensor) -> bool:
+    def _is_made_of(
+        self, parts: list[Tensor], constant: str, actual: Tensor, layout: _Layout | None
+    ) -> bool:
         """Whether a constant holds parts as they are read, or rounded to what they are kept in."""
         return any(
             _same(actual, expected.to(kept).to(actual.dtype))
-            for expected in _layouts(constant, parts)
+            for expected in _layouts(constant, parts, layout)
             for kept in dict.fromkeys((actual.dtype, self.dtype))
         )
 
@@ -135,7 +165,12 @@ class _Sources:
         return folded_weight(self.model, layer, self.adapters)
 
     def _first_difference(
-        self, constant: str, folded: list[Tensor], parts: list[str], actual: Tensor
+        self,
+        constant: str,
+        folded: list[Tensor],
+        parts: list[str],
+        actual: Tensor,
+        layout: _Layout | None,
     ) -> str:
         """The layer of the first part of a packed constant that differs."""
         layers = [name.rpartition(".")[0] or name for name in parts]
@@ -147,7 +182,7 @@ class _Sources:
                 continue
             pieces = torch.split(actual, lengths, dim)
             for layer, piece, part in zip(layers, pieces, folded, strict=True):
-                if not self._is_made_of([part], "", piece):
+                if not self._is_made_of([part], "", piece, layout):
                     return layer
         return layers[0]
 
@@ -156,17 +191,42 @@ def _plain_name(constant: str) -> str:
     return constant.removesuffix(".T").removesuffix(_ADD_ONE)
 
 
-def _layouts(constant: str, parts: list[Tensor]) -> Iterator[Tensor]:
+def kept_by_inputs(module: nn.Module) -> bool | None:
+    """Whether a matrix of a module is [I, O], or [O, I] as torch's; None if nobody says."""
+    if isinstance(module, nn.Linear):
+        return False
+    return True if type(module).__name__ == "Conv1D" else None
+
+
+def _read_by_inputs(value: ir.Value) -> bool | None:
+    """Whether the nodes that read a matrix take it as [I, O], or as [O, I]; None if neither."""
+    ways = {_way(node, place) for node, place in value.uses()}
+    return ways.pop() if len(ways) == 1 else None
+
+
+def _way(node: ir.Node, place: int) -> bool | None:
+    if node.op_type in ("MatMul", "FusedMatMul", "Gemm") and place == 1:
+        return not node.attributes.get_int("transB", 0)
+    return None
+
+
+def _layouts(constant: str, parts: list[Tensor], layout: _Layout | None) -> Iterator[Tensor]:
     """The forms in which a constant may hold its parameters: as they are, or transposed."""
     if constant.removesuffix(".T").endswith(_ADD_ONE):
         parts = [part + 1 for part in parts]
     order = groups_of(_plain_name(constant))
-    for dim in range(min(2, parts[0].dim()) or 1):
+    if any(part.dim() != 2 or part.shape[0] != part.shape[1] for part in parts):
+        layout = None  # shapes tell, and a model may read a layer's matrix from its other side
+    dims = range(min(2, parts[0].dim()) or 1) if layout is None else [layout.outputs]
+    for dim in dims:
         whole = parts[0] if len(parts) == 1 else _joined(parts, dim)
         if whole is None:
             continue
         if order is not None and whole.shape[dim] == len(row_order(*order)):
             whole = whole.index_select(dim, row_order(*order))
+        if layout is not None:
+            yield whole.t() if layout.transposed else whole
+            continue
         yield whole
         if whole.dim() > 1:
             yield whole.transpose(-1, -2)

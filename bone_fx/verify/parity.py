@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bone_fx.errors import VerificationError
+from bone_fx.errors import LOOK, VerificationError
 
 TOLERANCE = {"fp64": 1e-6, "fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Largest difference allowed by export dtype, relative to the reference's largest value.
@@ -86,7 +86,7 @@ class Parity:
             f"verification failed: {pair.replace('_', ' ')}, {case}: {what}",
             expected=f"at most {allowed:.3g} of the largest value",
             found=what,
-            next_step="nothing was published; look at the build that is kept as <output>.rejected",
+            next_step=LOOK,
         )
 
     def skip(self, case: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""The tables of rotary embeddings in a graph, each row against the reference model's own module.
+"""The tables of rotary embeddings in a graph, each row against the module of the reading layer.
 
 Short texts read the first rows only; a table that is wrong beyond them would pass every prompt of a
 verification.
@@ -7,14 +7,17 @@ verification.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import cache, partial
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from bone_fx.errors import VerificationError
+from bone_fx.errors import LOOK, VerificationError
+from bone_fx.verify.decoder.layers import LayerList, reading_layers
 from bone_fx.verify.graph import tensor_of
 
 _ROWS = 1 << 15
@@ -36,33 +39,55 @@ def verify_rotary_tables(folder: Path, model: nn.Module, names: Iterable[str]) -
         The names of the tables that are right; a reference without such a module gives none.
 
     Raises:
-        VerificationError: A table is that of none of the reference's modules.
+        VerificationError: A layer reads a table that is not its own in the reference.
     """
-    constants = ir.load(folder / "model.onnx").graph.initializers
     names = [name for name in names if name.startswith(("cos_cache", "sin_cache"))]
-    modules = [m for m in model.modules() if _is_rotary(m)]
-    if not modules:
+    if not names or not any(map(_is_rotary, model.modules())):
         return []
+    constants = ir.load(folder / "model.onnx").graph.initializers
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    layers = LayerList.of(model)
     for name in names:
         value = constants[name].const_value
         assert value is not None
         table = tensor_of(value)
-        differences = [
-            first
-            for module in modules
-            for kind in _kinds(module, model)
-            for first in _first_wrong_rows(table, module, kind, cosine=name.startswith("cos"))
-        ]
-        if None in differences:
-            continue
-        row = max(row for row in differences if row is not None)
-        raise VerificationError(
-            f"verification failed: {name}: the table of positions is not the model's",
-            expected="the cosines and sines of the reference's rotary embedding",
-            found=f"other values from position {row} on",
-            next_step="nothing was published; the build is kept as <output>.rejected",
-        )
+        cosine = name.startswith("cos")
+        readers: list[int | None] = []
+        if layers is not None:
+            readers += reading_layers(graph, layers.path, name)
+        wrong = cache(partial(_wrong_row, table, cosine=cosine))
+        for layer in readers or [None]:
+            rows = [wrong(*own) for own in _modules_of(layer, layers, model)]
+            if None in rows:
+                continue
+            first = max(row for row in rows if row is not None)
+            reader = "" if layer is None or layers is None else f", read by {layers.path}.{layer}"
+            raise VerificationError(
+                f"verification failed: {name}{reader}: the table of positions is not the model's",
+                expected="the cosines and sines of the reference's rotary embedding",
+                found=f"other values from position {first} on",
+                next_step=LOOK,
+            )
     return names
+
+
+def _modules_of(
+    layer: int | None, layers: LayerList | None, model: nn.Module
+) -> list[tuple[nn.Module, str | None]]:
+    """The rotary modules that a layer may read, each with the kind of its layer.
+
+    A layer's own, else those that no layer owns; of an unknown layer all, for all kinds.
+    """
+    modules = [m for m in model.modules() if _is_rotary(m)]
+    if layer is None or layers is None:
+        return [(module, kind) for module in modules for kind in _kinds(module, model)]
+    of_layers = {m for m in layers.layers.modules() if _is_rotary(m)}
+    own = [m for m in modules if m in set(layers.layers[layer].modules())]
+    return [
+        (module, kind)
+        for module in own or [m for m in modules if m not in of_layers]
+        for kind in _kinds(module, model, layer)
+    ]
 
 
 def _is_rotary(module: nn.Module) -> bool:
@@ -72,22 +97,24 @@ def _is_rotary(module: nn.Module) -> bool:
     )
 
 
-def _kinds(module: nn.Module, model: nn.Module) -> list[str | None]:
-    """The kinds of layers that a module has tables for; one None where all share one."""
+def _kinds(module: nn.Module, model: nn.Module, layer: int | None = None) -> list[str | None]:
+    """The kinds of layers that a module has tables for, or that of one layer; None for all."""
     if "layer_type" not in inspect.signature(module.forward).parameters:
         return [None]
     config = getattr(module, "config", model.config)
-    return list(dict.fromkeys(getattr(config, "layer_types", None) or [None]))
+    kinds = getattr(config, "layer_types", None) or [None]
+    return list(dict.fromkeys(kinds if layer is None or layer >= len(kinds) else [kinds[layer]]))
 
 
-def _first_wrong_rows(
-    table: Tensor, module: nn.Module, kind: str | None, *, cosine: bool
-) -> Iterator[int | None]:
-    """The first wrong row by length that the module may choose a table for; None if all fit."""
+def _wrong_row(table: Tensor, module: nn.Module, kind: str | None, *, cosine: bool) -> int | None:
+    """The first wrong row of a table that a module makes for one length of a text; None for none.
+
+    Which length it chooses a table by is the graph's affair: one that fits is enough.
+    """
     original = getattr(getattr(module, "config", None), "original_max_position_embeddings", None)
-    lengths = {len(table), min(len(table), original or len(table))}
-    for length in sorted(lengths):
-        yield _first_wrong_row(table, module, kind, length, cosine=cosine)
+    lengths = sorted({len(table), min(len(table), original or len(table))})
+    rows = [_first_wrong_row(table, module, kind, n, cosine=cosine) for n in lengths]
+    return None if None in rows else max(row for row in rows if row is not None)
 
 
 def _first_wrong_row(

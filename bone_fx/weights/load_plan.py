@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from bone_fx.errors import AdapterError, BaseModelError
+from bone_fx.errors import AdapterError, BaseModelError, some
 from bone_fx.weights.recipes.recipe import Converted, Read, Recipe, Value, cast, dtype_name
 
 
@@ -203,11 +203,10 @@ def _check_extra(extra: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> 
 
 
 def _no_bytes(missing: Sequence[str], stored: Mapping[str, Read]) -> BaseModelError:
-    shown = [f"{name} (nearest: {_nearest(name, stored)})" for name in missing[:5]]
-    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    shown = some([f"{name} (nearest: {_nearest(name, stored)})" for name in missing], 5, "; ")
     return BaseModelError(
         f"{len(missing)} parameter(s) of the model are not in the checkpoint: {missing[0]}",
-        expected=f"bytes for {'; '.join(shown)}{more}",
+        expected=f"bytes for {shown}",
         found=f"{len(stored)} tensors",
         next_step="use the complete checkpoint, or an adapter that saved these (modules_to_save): "
         "nothing is initialised at random",

@@ -83,10 +83,13 @@ INSPECT_OPTIONS = {
     "base": ["--base"],
     **{
         name: OPTIONS[name]
-        for name in ("revision", "allow_unused", "trust_remote_code", "as_json", "debug", "help")
+        for name in (
+            *("revision", "allow_unused", "trust_remote_code", "as_json", "quiet", "debug"),
+            "help",
+        )
     },
 }
-DOCTOR_OPTIONS = {name: OPTIONS[name] for name in ("as_json", "debug", "help")}
+DOCTOR_OPTIONS = {name: OPTIONS[name] for name in ("as_json", "quiet", "debug", "help")}
 CHOICES = {
     "dtype": (None, ["fp32", "fp16", "bf16", "int4", "int8"]),
     "provider": ("cpu", ["cpu", "cuda"]),

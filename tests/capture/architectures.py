@@ -309,6 +309,19 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 UNLISTED: tuple[Architecture, ...] = (
     _causal("nemotron", "Nemotron", {**_LLAMA, "attention_dropout": 0.1}),
     _causal("olmo", "Olmo", _LLAMA),
+    _causal(
+        "gpt_neo",
+        "GPTNeo",
+        {
+            **_TOKENS,
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["local", "global"], 1]],
+            "window_size": 6,
+            "max_position_embeddings": 100,
+        },
+    ),
 )
 """Architectures that nobody made plans for."""
 

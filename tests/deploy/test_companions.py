@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,22 @@ def test_a_tokenizer_that_cannot_be_converted_is_named(tmp_path: Path) -> None:
     assert "tokenizer.model and no tokenizer.json" in notes[0]
     assert "not converted" in notes[0]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tokenizer.model"]
+
+
+def test_the_base_is_called_by_what_was_given_and_not_by_its_place_in_a_cache(
+    tmp_path: Path,
+) -> None:
+    cached = tmp_path / "gguf2-0123"
+    GPT2LMHeadModel(small_gpt2()).save_pretrained(cached)
+    checkpoint = replace(open_base(cached), origin="models/given.gguf")
+    (tmp_path / "out").mkdir()
+    [note] = copy_for_genai(choose_companions(cached), checkpoint, tmp_path / "out")
+    assert note.startswith("given.gguf has no tokenizer.json")
+    (cached / "tokenizer.model").write_bytes(b"no sentencepiece")
+    (cached / "own.py").touch()
+    notes = copy_for_genai(choose_companions(cached), checkpoint, tmp_path / "out")
+    notes += files_left_out(checkpoint, [])
+    assert [note.partition(" ")[0] for note in notes] == ["given.gguf"] * 2
 
 
 def test_what_is_not_used_is_named(tmp_path: Path) -> None:

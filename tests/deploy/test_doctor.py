@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,18 @@ def test_a_sound_environment_has_no_problem(site: Path) -> None:
     [note] = [finding for finding in found if finding.level == "note"]
     assert "onnxruntime-genai-cuda is not installed (extra genai)" in note.what
     assert note.next_step == "pip install 'bone_fx[genai]'"
+
+
+@pytest.mark.parametrize(("needed", "fits"), [(">=3.11", True), (">=3.99", False)])
+def test_the_interpreter_is_compared_with_what_is_declared(
+    needed: str, tmp_path: Path, *, fits: bool
+) -> None:
+    install(tmp_path, "bone_fx", "0.1.0")
+    metadata = tmp_path / "bone_fx-0.1.0.dist-info/METADATA"
+    metadata.write_text(metadata.read_text() + f"Requires-Python: {needed}\n")
+    found = [problem.what for problem in problems(tmp_path)]
+    running = ".".join(map(str, sys.version_info[:3]))
+    assert found == ([] if fits else [f"Python {running} runs, {needed} is needed"])
 
 
 @pytest.mark.parametrize(
@@ -176,6 +189,7 @@ def test_this_environment_is_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not [f for f in findings if f["level"] == "problem" and f["about"] != "provider"]
     assert done.returncode in ((0, 7) if has_gpu() else (0,))
     monkeypatch.setenv("BONE_FX_CACHE", "/dev/null/cache")
-    done = run("doctor")
+    done = run("doctor", "-q")
     assert done.returncode == 5
     assert "next: export BONE_FX_CACHE=FOLDER" in done.stdout
+    assert not [line for line in done.stdout.splitlines() if line.startswith("ok")]

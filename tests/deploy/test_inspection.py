@@ -57,7 +57,7 @@ def test_figures_are_those_of_the_tensors(inputs: Path) -> None:
 
 
 def test_layers_of_a_site_share_a_line(inputs: Path) -> None:
-    done = run("inspect", inputs / "adapter")
+    done = run("inspect", "-q", inputs / "adapter")
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     [line] = [line.split() for line in lines if "up_proj" in line and "layers" in line]

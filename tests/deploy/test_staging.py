@@ -6,9 +6,11 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import socket
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +348,33 @@ def test_inputs_are_never_the_output(tmp_path: Path) -> None:
             export(output, overwrite=True, inputs=[base])
     with pytest.raises(UsageError, match="overlaps the input"):
         export(base, overwrite=True, inputs=[text])
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    """The folder `models`, which holds a base, mounted in another place too."""
+    (tmp_path / "models/base").mkdir(parents=True)
+    there = tmp_path / "mounted"
+    there.mkdir()
+    if not (mount := shutil.which("mount")):
+        pytest.skip("no command `mount`")
+    command = [mount, "--bind", str(tmp_path / "models"), str(there)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("folders cannot be mounted here")
+    yield there
+    subprocess.run(["umount", str(there)], check=True)
+
+
+def test_an_input_that_is_mounted_in_two_places_is_one(mounted: Path, tmp_path: Path) -> None:
+    base = tmp_path / "models/base"
+    (base / "model.safetensors").touch()
+    for output in (mounted / "base/out", mounted / "base"):
+        with pytest.raises(UsageError, match="overlaps the input"):
+            export(output, overwrite=True, inputs=[base])
+        with pytest.raises(UsageError, match="overlaps the input"):
+            export(base / "out", overwrite=True, inputs=[mounted / "base"])
+    export(mounted / "out", inputs=[base])
+    assert names(base) == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EDQUOT])

@@ -82,6 +82,19 @@ def test_a_missing_file(folder: Path, tmp_path: Path) -> None:
         bone_fx.verify_export(out)
 
 
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_report_that_is_not_the_one_that_was_written(
+    folder: Path, tmp_path: Path, *, edited: bool
+) -> None:
+    page = copy_of(folder / "out", tmp_path / "out") / "report.html"
+    if edited:
+        page.write_text(page.read_text().replace("bone_fx", "another"))
+    else:
+        page.unlink()
+    with pytest.raises(VerificationError, match=r"report\.html: missing, or not the page"):
+        bone_fx.verify_export(page.parent)
+
+
 def test_other_adapters(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match="adapters are not those"):
         bone_fx.verify_export(folder / "out", base=folder / "base")
@@ -132,19 +145,21 @@ def test_samples_of_no_text(folder: Path, tmp_path: Path) -> None:
     assert "is no file" in done.stderr
 
 
+@pytest.mark.parametrize("alone", [False, True])
 def test_a_failure_of_a_published_folder_names_no_rejected_build(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, *, alone: bool
 ) -> None:
     out = copy_of(folder / "out", tmp_path / "out")
     genai, manifest = out / "genai_config.json", out / "bone_export.json"
-    genai.write_text(genai.read_text().replace('"head_size": 16', '"head_size": 8'))
+    old, new = ("past_key_values", "past") if alone else ('"head_size": 16', '"head_size": 8')
+    genai.write_text(genai.read_text().replace(old, new))
     content = json.loads(manifest.read_text())
     content["files"]["genai_config.json"]["sha256"] = file_sha256(genai)
     manifest.write_text(json.dumps(content))
-    with pytest.raises(VerificationError, match="head_size") as caught:
-        bone_fx.verify_export(
-            out, base=folder / "base", adapters=[folder / "adapter"], verify="fast"
-        )
+    inputs: dict[str, Any] = {"base": folder / "base", "adapters": [folder / "adapter"]}
+    expected = "does not run the folder" if alone else "head_size"
+    with pytest.raises(VerificationError, match=expected) as caught:
+        bone_fx.verify_export(out, verify="fast", **({} if alone else inputs))
     assert "rejected" not in str(caught.value)
     assert "export again" in str(caught.value)
 

@@ -41,6 +41,7 @@ SAMPLE = [
     ("one expert less", "olmoe_64"),
     ("weights of experts normalized or not", "olmoe_64"),
     ("scores of two groups exchanged", "glm4_moe_64"),
+    ("accuracy level", "llama"),
     ("genai_config.json: model.eos_token_id", "tiny"),
     ("genai_config.json: model.context_length", "tiny"),
     ("another tokenizer", "tiny"),

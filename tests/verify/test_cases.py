@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config
+from pathlib import Path
+from typing import Any
 
+import torch
+from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Phi3Config
+
+import bone_fx
 from bone_fx.verify.cases import MORE, SHORT, decoder_cases, edges, rows_of
+from bone_fx.verify.decoder.long_texts import verify_long_texts
+from bone_fx.verify.graph import WrittenGraph
 from bone_fx.verify.parity import Parity, difference
+from tests.end_to_end.tiny import tiny_base
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -37,7 +44,8 @@ def test_cases_that_a_context_holds() -> None:
 
 
 def test_no_case_crosses_an_original_context() -> None:
-    config = LlamaConfig(original_max_position_embeddings=6)
+    fields: dict[str, Any] = {"original_max_position_embeddings": 6}
+    config = LlamaConfig(**fields)
     for case in decoder_cases(config, 4096, short=False):
         assert case.tokens <= 6 or min(case.lengths) > 6
 
@@ -59,3 +67,19 @@ def test_small_outputs_are_compared_by_their_own_size() -> None:
     parity.compare(
         "pair", "a difference below fp16's numbers", torch.full((3,), 1e-8), torch.zeros(3)
     )
+
+
+def test_layers_that_are_not_the_references_are_said_to_differ(tmp_path: Path) -> None:
+    base, out = tiny_base(tmp_path / "base"), tmp_path / "out"
+    bone_fx.export(base, output=out, verify="off")
+    graph, reference = (
+        WrittenGraph(out / "model.onnx", "cpu"),
+        LlamaForCausalLM.from_pretrained(base),
+    )
+    parity = Parity(1e-4)
+    verify_long_texts(parity, graph, (), reference, 64)
+    assert parity.skipped == {}
+    reference.model.layers[0].mlp.down_proj.weight.data *= 3
+    verify_long_texts(parity, graph, (), reference, 64)
+    reason = parity.skipped["long texts"]
+    assert reason.startswith("what leaves layer 0 of the graph differs by 0."), reason

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM
 
 import bone_fx
 from bone_fx.errors import VerificationError
+from bone_fx.verify.compare_quantized import Written
+from bone_fx.verify.constants import verify_constants
 from bone_fx.verify.parity import TOLERANCE
+from tests.capture.decoder.decoders import DECODERS
 from tests.end_to_end.tiny import tiny_base
 
 
@@ -40,3 +43,23 @@ def test_a_router_in_float32_and_groups_of_experts_are_verified_in_fp16(tmp_path
     result = bone_fx.export(tmp_path / "base", output=tmp_path / "out", dtype="fp16", verify="fast")
     figures = result.manifest["verification"]["figures"]
     assert figures["onnx_vs_unmerged"] <= TOLERANCE["fp16"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int4"])
+def test_a_square_weight_is_not_taken_for_its_transposed(dtype: Any, tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    model: Any = next(row for row in DECODERS if row.name == "gpt2").build()
+    model.save_pretrained(base)
+    bone_fx.export(base, output=out, dtype=dtype, verify="off")
+
+    def compare(reference: Any) -> None:
+        verify_constants(out, reference, [])
+        if dtype == "int4":
+            assert Written(out, accuracy_level=4).load_into(reference) > 0
+
+    compare(model)
+    reference: Any = AutoModelForCausalLM.from_pretrained(base)
+    layer = reference.transformer.h[1].attn.c_proj
+    layer.weight.data = layer.weight.data.t().contiguous()
+    with pytest.raises(VerificationError, match=r"h\.1\.attn\.c_proj"):
+        compare(reference)

@@ -137,7 +137,7 @@ for out in map(Path, sys.argv[1:]):
     fold_in_place(model, adapters)
     alone(model, [range(40)])
     if out.name == "int4":
-        assert Written(out).load_into(model) > 7
+        assert Written(out, accuracy_level=4).load_into(model) > 7
         alone(model, [range(40)])
     {PRINT_PEAK.strip().replace(chr(10), chr(10) + "    ")}
 """

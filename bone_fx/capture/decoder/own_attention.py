@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor
+from torch import SymInt, Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -24,6 +24,42 @@ OWN_ATTENTION = "the model computes its attention by itself: it is written out"
 aten = torch.ops.aten
 
 
+class LeftPadding:
+    """A past whose padding is moved to its left end, so that neighbours are neighbours in slots.
+
+    A graph is fed prompts padded on the right, and what is generated comes behind the padding. A
+    model whose mask of its own has a window counts the slots of its cache, padding included; with
+    the padding before all tokens it counts tokens, as in transformers' own batches.
+
+    Args:
+        mask_BP: The attention mask of the past, 1 for tokens and 0 for padding.
+    """
+
+    def __init__(self, mask_BP: Tensor) -> None:
+        # Counted on the device: sizes stand on the host, and a CUDA graph copies nothing from it.
+        padding_BP = 1 - mask_BP
+        padding_B1 = padding_BP.sum(1, keepdim=True)
+        token_BP = padding_B1 + torch.cumsum(mask_BP, 1) - 1
+        self._slot_BP = torch.where(mask_BP > 0, token_BP, torch.cumsum(padding_BP, 1) - 1)
+        slot_BP = torch.cumsum(torch.ones_like(mask_BP), 1) - 1
+        self.mask_BP = (slot_BP >= padding_B1).to(mask_BP.dtype)
+
+    def moved(self, past_BKPD: Tensor) -> Tensor:
+        """Past keys or values, padding first."""
+        return past_BKPD.scatter(2, self._slot_BP[:, None, :, None].expand_as(past_BKPD), past_BKPD)
+
+
+def counts_slots(model: nn.Module) -> bool:
+    """Whether a model keeps a mask of its own that hides more than later slots: a window's."""
+    return any(
+        mask.dtype == torch.bool
+        and mask.dim() >= 2
+        and mask.shape[-1] == mask.shape[-2]
+        and not torch.equal(mask, torch.ones_like(mask).tril())
+        for mask in model.buffers()
+    )
+
+
 class ConcatenatingCache(PassThroughCache):
     """Gives a model its past and new keys and values as one.
 
@@ -33,6 +69,7 @@ class ConcatenatingCache(PassThroughCache):
         total: Number of tokens, new ones included.
         heads: Number of query heads.
         layers: Receives the description of each layer's attention.
+        padding: How the past is ordered for a model that counts slots; None for as it is kept.
     """
 
     def __init__(
@@ -43,9 +80,11 @@ class ConcatenatingCache(PassThroughCache):
         total: int | SymInt,
         heads: int,
         layers: list[AttentionLayer],
+        padding: LeftPadding | None = None,
     ) -> None:
         super().__init__(pasts, query_offset=query_offset, total=total)
         self._heads = heads
+        self._padding = padding
         self._layers = layers
 
     def update(
@@ -74,7 +113,10 @@ class ConcatenatingCache(PassThroughCache):
             )
         )
         self.presents[layer] = concatenated(past, new)
-        return self.presents[layer]
+        if self._padding is None:
+            return self.presents[layer]
+        key, value = past
+        return concatenated((self._padding.moved(key), self._padding.moved(value)), new)
 
 
 def compute_bfloat16_in_float32(graph: Graph) -> None:

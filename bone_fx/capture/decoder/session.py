@@ -35,7 +35,12 @@ from bone_fx.capture.decoder.norms import (
     recognise_norms,
 )
 from bone_fx.capture.decoder.ort_operators import new_tokens, total_length
-from bone_fx.capture.decoder.own_attention import OWN_ATTENTION, ConcatenatingCache
+from bone_fx.capture.decoder.own_attention import (
+    OWN_ATTENTION,
+    ConcatenatingCache,
+    LeftPadding,
+    counts_slots,
+)
 from bone_fx.capture.decoder.pasts import Pasts, SharedPasts
 from bone_fx.capture.decoder.rotary.watcher import RotaryWatcher
 from bone_fx.capture.decoder.stamping.layers import equal_layers_once
@@ -119,6 +124,7 @@ class CaptureSession:
         self.rotary = RotaryWatcher(model, self.horizon, self.dtype)
         self.emitter: AttentionEmitter | None = None
         self.last_tokens: Tensor | None = None
+        self._counts_slots = facts.own_attention and counts_slots(model)
         self._query_heads = int(config.num_attention_heads)
         self._forward = model.forward
         shapes = facts.shapes
@@ -247,15 +253,20 @@ class CaptureSession:
         pasts = Pasts(pairs, self._input_of, shared=self.options.stamp)
         layers: list[AttentionLayer] = []
         sizes = {"query_offset": total - tokens, "total": total}
+        mask = attention_mask
         if self.facts.own_attention:
-            heads = self._query_heads
-            cache: PassThroughCache = ConcatenatingCache(pasts, heads=heads, layers=layers, **sizes)
+            padding = LeftPadding(mask[:, : total - tokens]) if self._counts_slots else None
+            cache: PassThroughCache = ConcatenatingCache(
+                pasts, heads=self._query_heads, layers=layers, padding=padding, **sizes
+            )
+            if padding is not None:
+                mask = torch.cat((padding.mask_BP, mask[:, total - tokens :]), dim=1)
         else:
             cache = PassThroughCache(pasts, **sizes)
         self.last_tokens = torch.minimum(valid_B, new_1) - 1
         self.emitter = AttentionEmitter(cache, attention_mask, lengths, layers, self.unfused)
         self.rotary.begin(positions, valid_B, (lengths[1], total))
-        inputs = model_inputs(self._forward, input_ids, attention_mask, positions, cache)
+        inputs = model_inputs(self._forward, input_ids, mask, positions, cache)
         output = self._forward(**inputs)
         presents = cache.finish()
         shapes = tuple((a.kv_heads, a.key_size, a.value_size) for a in self.layers)

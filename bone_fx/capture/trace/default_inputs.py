@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from bone_fx.errors import UsageError
 
 ROWS, LENGTH, DECODER_LENGTH = 2, 7, 5
 _SAMPLES = 16000
+_KINDS = ("input_ids", "pixel_values", "input_features", "input_values", "decoder_input_ids")
+"""Names of a model's main inputs, by what transformers' classes call them."""
 
 
 def default_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -52,6 +56,32 @@ def default_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = torch.zeros(ROWS, DECODER_LENGTH, dtype=torch.long)
     return inputs
+
+
+def missing_inputs(
+    model: torch.nn.Module, given: Collection[str], error: Exception
+) -> dict[str, str]:
+    """What an error of a model that was not given one of its kinds of input says beside its text.
+
+    Args:
+        model: The model.
+        given: Names of the inputs that it was given.
+        error: What it raised.
+
+    Returns:
+        `expected` and `next_step` of the error; nothing where no input is to blame.
+    """
+    takes = inspect.signature(model.forward).parameters
+    names = [name for name in _KINDS if name in takes and name not in given]
+    text = str(error)
+    if not names or not ("NoneType" in text or any(name in text for name in names)):
+        return {}
+    listed = " and ".join(names)
+    return {
+        "expected": f"{listed} beside {', '.join(given)}: the model's forward takes them",
+        "next_step": f"call bone_fx with the model itself and example_inputs that hold {listed} "
+        "too, or use the class of one of its parts",
+    }
 
 
 def _image_size(config: Any) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
+from bone_fx.capture.trace.default_inputs import missing_inputs
 from bone_fx.capture.trace.dynamic_axes import fixed_dims, reason_line, user_inputs
 from bone_fx.capture.trace.examples import Examples
 from bone_fx.capture.trace.flat_call import flat_forward
@@ -65,9 +66,10 @@ def trace(
     if type(first).__name__ == "GuardOnDataDependentSymNode":
         why = f"its forward branches on the values of a tensor{_line_of(first)}"
         avoid = "compute both sides and choose with torch.where: a graph holds one path"
+    advice = missing_inputs(model, examples.inputs, first)
     raise CaptureError(
         f"{type(model).__name__} cannot be captured: {why}",
-        next_step=settings_to_blame(model) or avoid,
+        **{"next_step": settings_to_blame(model) or avoid, **advice},
     ) from first
 
 

@@ -110,11 +110,11 @@ class CheckpointBuild(Build):
         """Compare the written model with the base under its adapters, unmerged and folded."""
         from bone_fx.deploy.verification import Exported, verify_checkpoint
 
-        graph = self.graph
+        graph, of_weights = self.graph, self.quantization
         exported = Exported(
             folder=folder,
             activations=self.activations,
-            quantized=self.quantization is not None,
+            accuracy_level=None if of_weights is None else int(of_weights["accuracy_level"]),
             examples=None if isinstance(graph, DecoderGraph) else graph.examples,
             tokenizer=self.companions.tokenizer_folder,
             twin=self.twin,
@@ -170,7 +170,7 @@ def build_checkpoint(
         model=graph.model,
         kind="decoder" if isinstance(graph, DecoderGraph) else "model",
         architecture=inputs.architecture.__name__,
-        base_name=Path(inputs.checkpoint.origin).name,
+        base_name=inputs.checkpoint.name,
         dtype=options.weight_dtype,
         activations=options.activation_dtype,
         quantization=quantization,

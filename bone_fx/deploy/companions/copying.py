@@ -50,7 +50,7 @@ def copy_for_genai(companions: Companions, checkpoint: BaseCheckpoint, folder: P
         return notes
     if DEFAULT not in companions.templates:
         others = ", ".join(companions.templates)
-        source = companions.adapter or printable(companions.base.name, lines=False)
+        source = companions.adapter or printable(checkpoint.name, lines=False)
         notes.append(
             f"{source} has no chat template"
             f"{f' called default, only {others}' if others else ''}: prompts are passed as they are"
@@ -74,9 +74,8 @@ def _make_tokenizer_json(
         return []
     vocabulary = next((name for name in VOCABULARIES if name in companions.tokenizer), None)
     if vocabulary is None:
-        return [
-            f"{companions.base.name} has no tokenizer.json: onnxruntime-genai gets token ids only"
-        ]
+        name = printable(checkpoint.name, lines=False)
+        return [f"{name} has no tokenizer.json: onnxruntime-genai gets token ids only"]
     from bone_fx.base.tokenizer import TokenizerError, write_tokenizer_json
 
     path = companions.tokenizer[vocabulary]
@@ -84,9 +83,10 @@ def _make_tokenizer_json(
     try:
         write_tokenizer_json(path, checkpoint.config, folder, trust_remote_code=trusted)
     except TokenizerError as error:
+        source = checkpoint.name if path.parent == companions.base else path.parent.name
         return [
             (
-                f"{path.parent.name} has {vocabulary} and no tokenizer.json, which "
+                f"{printable(source, lines=False)} has {vocabulary} and no tokenizer.json, which "
                 f"onnxruntime-genai needs to read texts, and it was not converted: {error}"
             )
         ]

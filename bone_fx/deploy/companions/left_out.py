@@ -31,12 +31,12 @@ def files_left_out(checkpoint: BaseCheckpoint, adapters: Adapters) -> list[str]:
     """
     base = checkpoint.folder
     notes = [
-        *_left_over_adapter(base),
-        *_code(base, trusted=checkpoint.trust_remote_code),
-        *_quantization(base),
+        *_left_over_adapter(base, checkpoint.name),
+        *_code(base, checkpoint.name, trusted=checkpoint.trust_remote_code),
+        *_quantization(base, checkpoint.name),
     ]
     for name, adapter in adapters:
-        notes += _code(adapter.path, trusted=False)
+        notes += _code(adapter.path, adapter.path.name, trusted=False)
         notes += _other_config(base, adapter.path, adapter_label(name, adapter))
     return [printable(note, lines=False) for note in notes]
 
@@ -48,19 +48,19 @@ def sentence_notes(base: Path, adapters: Adapters) -> list[str]:
     return notes[-1:]
 
 
-def _left_over_adapter(folder: Path) -> list[str]:
+def _left_over_adapter(folder: Path, label: str) -> list[str]:
     names = [name for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS) if (folder / name).is_file()]
     if not names:
         return []
     return [
         (
-            f"{folder.name} holds an adapter beside its weights ({', '.join(names)}), which is not "
-            f"applied: if its weights are not merged, pass --adapter {folder.name}"
+            f"{label} holds an adapter beside its weights ({', '.join(names)}), which is not "
+            f"applied: if its weights are not merged, pass --adapter {label}"
         )
     ]
 
 
-def _code(folder: Path, *, trusted: bool) -> list[str]:
+def _code(folder: Path, label: str, *, trusted: bool) -> list[str]:
     names = sorted(path.name for path in folder.glob("*.py"))
     names += sorted(
         f"{path.parent.name}/{path.name}" for path in folder.glob("custom_generate/*.py")
@@ -69,15 +69,15 @@ def _code(folder: Path, *, trusted: bool) -> list[str]:
         return []
     return [
         (
-            f"{folder.name} brings code that was neither run nor copied: {some(names)}; "
+            f"{label} brings code that was neither run nor copied: {some(names)}; "
             "read it, and pass --trust-remote-code if the model needs it"
         )
     ]
 
 
-def _quantization(folder: Path) -> list[str]:
+def _quantization(folder: Path, label: str) -> list[str]:
     return [
-        f"{folder.name} holds {name}, which is not read: the weights are taken as they are stored"
+        f"{label} holds {name}, which is not read: the weights are taken as they are stored"
         for name in _QUANTIZATION
         if (folder / name).is_file()
     ]

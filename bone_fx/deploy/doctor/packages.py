@@ -42,7 +42,7 @@ def examine_packages(path: Sequence[str] | None = None) -> list[Finding]:
             )
         ]
     return [
-        _python(),
+        _python(installed[PROJECT][0]),
         *_requirements(installed),
         *_doubles(installed),
         *_same_files(installed),
@@ -62,8 +62,24 @@ def _installed(path: Sequence[str]) -> dict[str, list[Distribution]]:
     return found
 
 
-def _python() -> Finding:
-    return Finding("ok", "package", f"Python {sys.version.split()[0]}")
+def _python(project: Distribution) -> Finding:
+    """The interpreter against what the project declares."""
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+    version = ".".join(map(str, sys.version_info[:3]))
+    needed = ", ".join(project.metadata.get_all("Requires-Python") or ())
+    try:
+        fits = SpecifierSet(needed).contains(version)
+    except InvalidSpecifier:
+        fits = True
+    if fits:
+        return Finding("ok", "package", f"Python {version}")
+    return Finding(
+        "problem",
+        "package",
+        f"Python {version} runs, {needed} is needed",
+        f"install bone_fx in an environment of Python {needed}",
+    )
 
 
 def _declared(distribution: Distribution) -> Iterator[tuple[Requirement, str]]:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from bone_fx.errors import some
+
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 _SHOWN = 12
 """Most names of a list that is shown on a line."""
@@ -115,6 +117,5 @@ def _size(count: int | None) -> str:
 
 def _short(value: object) -> str:
     if isinstance(value, list):
-        more = f" and {len(value) - _SHOWN} more" if len(value) > _SHOWN else ""
-        return ", ".join(map(str, value[:_SHOWN])) + more
+        return some([str(each) for each in value], _SHOWN) if value else ""
     return str(value)[:400]

@@ -220,7 +220,7 @@ def _fit(
                 "change": change.get(row["name"]),
             }
     return {
-        "name": Path(inputs.checkpoint.origin).name,
+        "name": inputs.checkpoint.name,
         "architecture": inputs.architecture.__name__,
         "layers": len(layers),
         "adapted": len(folded.sites),

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bone_fx.errors import VerificationError, first_line
+from bone_fx.errors import LOOK, VerificationError, first_line
 from bone_fx.verify.cases import Case, decoder_cases, rows_of
 from bone_fx.verify.compare_quantized import ROUNDED_ACTIVATIONS, Written
 from bone_fx.verify.decoder.long_texts import verify_long_texts
@@ -253,7 +253,7 @@ def _refused(case: Case, error: Exception) -> VerificationError:
         f"verification failed: ONNX Runtime cannot run the graph: {case.name}",
         expected="logits",
         found=first_line(error),
-        next_step="nothing was published; look at the build that is kept as <output>.rejected",
+        next_step=LOOK,
     )
 
 

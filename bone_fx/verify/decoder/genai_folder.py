@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, GenerationConfig
 
-from bone_fx.errors import InputRefusedError, VerificationError, first_line
+from bone_fx.errors import LOOK, InputRefusedError, VerificationError, first_line
 from bone_fx.verify.decoder.running import empty_past, step_of
 from bone_fx.verify.graph import WrittenGraph
 from bone_fx.verify.parity import Parity
@@ -84,7 +84,7 @@ def verify_generation(parity: Parity, graph: WrittenGraph) -> None:
             "verification failed: onnxruntime-genai does not run the folder",
             expected="the tokens of the graph",
             found=first_line(error),
-            next_step=f"nothing was published; look at {CONFIG} of the build that was kept",
+            next_step=f"{LOOK}; look at its {CONFIG}",
         ) from error
     pairs = zip(tokens, expected, strict=False)
     first = next((i for i, (token, other) in enumerate(pairs) if token != other), None)
@@ -98,7 +98,7 @@ def verify_generation(parity: Parity, graph: WrittenGraph) -> None:
             "verification failed: onnxruntime-genai generates other tokens than the graph",
             expected=expected,
             found=tokens,
-            next_step=f"nothing was published; look at {CONFIG} of the build that was kept",
+            next_step=f"{LOOK}; look at its {CONFIG}",
         )
     parity.cases.append(f"onnxruntime-genai: {len(tokens)} tokens")
 
@@ -114,7 +114,7 @@ def _check(field: str, found: object, expected: object) -> None:
             f"verification failed: {CONFIG}: {field}",
             expected=expected,
             found=found,
-            next_step="nothing was published; the build is kept as <output>.rejected",
+            next_step=LOOK,
         )
 
 
@@ -223,7 +223,7 @@ def _verify_tokenizer(
         raise VerificationError(
             f"verification failed: {TOKENIZER}: transformers does not load it",
             found=f"{type(error).__name__}: {error}",
-            next_step="nothing was published; the build is kept as <output>.rejected",
+            next_step=LOOK,
         ) from error
     expected = _tokenizer(source)
     ids, of_source = actual(_TEXT)["input_ids"], expected(_TEXT)["input_ids"]
@@ -233,14 +233,14 @@ def _verify_tokenizer(
             f"verification failed: {TOKENIZER}: another tokenizer than that of {source.name}",
             expected=of_source,
             found=ids,
-            next_step="nothing was published; the build is kept as <output>.rejected",
+            next_step=LOOK,
         )
     if max(ids, default=0) >= vocab_size:
         raise VerificationError(
             f"verification failed: {TOKENIZER}: it gives ids that the model has not",
             expected=f"below {vocab_size}",
             found=max(ids),
-            next_step="nothing was published; the build is kept as <output>.rejected",
+            next_step=LOOK,
         )
     _verify_template(actual, [_tokenizer(s) for s in sources if (s / TOKENIZER).is_file()])
     parity.cases.append(f"{TOKENIZER}: {len(actual)} tokens")
@@ -254,7 +254,7 @@ def _verify_template(tokenizer: Any, sources: Sequence[Any]) -> None:
             "verification failed: the chat template is another than its source's",
             expected=templates[0][:80],
             found=str(tokenizer.chat_template)[:80],
-            next_step="nothing was published; the build is kept as <output>.rejected",
+            next_step=LOOK,
         )
 
 

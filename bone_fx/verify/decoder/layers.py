@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 from torch import nn
 
-from bone_fx.errors import VerificationError
+from bone_fx.errors import LOOK, VerificationError
 from bone_fx.onnx.packed_names import parts_of
 
 _ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
@@ -80,7 +80,7 @@ def check_alike(graph: onnx.GraphProto, layers: LayerList, config: Any) -> None:
                 f" layers that are like it (node {node.op_type} {node.name or node.output[0]})",
                 expected=dict(sorted(expected.items())),
                 found=dict(sorted(numbers.items())),
-                next_step="nothing was published; the build is kept as <output>.rejected",
+                next_step=LOOK,
             )
 
 
@@ -89,6 +89,40 @@ def layer_outputs(graph: onnx.GraphProto, path: str) -> dict[int, list[str]]:
 
     Those of the shape `[B, S, H]` are the parts of a sum: the layer's output.
     """
+    levels, after_all = _levels(graph, path)
+    depth: dict[str, int] = {}
+    readers: dict[str, list[int]] = {}
+    for node, level in zip(graph.node, levels, strict=True):
+        for name in node.output:
+            depth[name] = level
+        for name in node.input:
+            readers.setdefault(name, []).append(level)
+    return {
+        layer: [
+            name
+            for name, level in depth.items()
+            if level <= layer and any(reader > layer for reader in readers.get(name, []))
+        ]
+        for layer in range(after_all)
+    }
+
+
+def reading_layers(graph: onnx.GraphProto, path: str, constant: str) -> list[int]:
+    """The layers that read a constant, or what is computed from it before all of them."""
+    levels, after_all = _levels(graph, path)
+    derived, layers = {constant}, set()
+    for node, level in zip(graph.node, levels, strict=True):
+        if derived.isdisjoint(node.input):
+            continue
+        if level < 0:
+            derived.update(node.output)
+        elif level < after_all:
+            layers.add(level)
+    return sorted(layers)
+
+
+def _levels(graph: onnx.GraphProto, path: str) -> tuple[list[int], int]:
+    """The layer of each node, -1 before all, and the number of what stands behind all."""
     prefix = f"{path}."
     constants = {tensor.name for tensor in graph.initializer}
 
@@ -102,7 +136,7 @@ def layer_outputs(graph: onnx.GraphProto, path: str) -> dict[int, list[str]]:
         (k for name in constants if (k := layer_of_constant(name)) is not None), default=-1
     )
     depth: dict[str, int] = {}
-    readers: dict[str, list[int]] = {}
+    levels = []
     for node in graph.node:
         of_constants = [k for n in node.input if (k := layer_of_constant(n)) is not None]
         of_values = [depth[n] for n in node.input if n in depth]
@@ -110,18 +144,9 @@ def layer_outputs(graph: onnx.GraphProto, path: str) -> dict[int, list[str]]:
         of_others = any(n in constants and "." in n for n in node.input) and not of_constants
         if of_others and of_values and level == after_all - 1:
             level = after_all  # the last norm and the head
-        for name in node.output:
-            depth[name] = level
-        for name in node.input:
-            readers.setdefault(name, []).append(level)
-    return {
-        layer: [
-            name
-            for name, level in depth.items()
-            if level <= layer and any(reader > layer for reader in readers.get(name, []))
-        ]
-        for layer in range(after_all)
-    }
+        levels.append(level)
+        depth.update(dict.fromkeys(node.output, level))
+    return levels, after_all
 
 
 def _size(module: nn.Module) -> int:

@@ -10,6 +10,7 @@ Shape letters: B batch, S tokens, H hidden, N heads of the cache, P positions of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bone_fx.errors import VerificationError
+from bone_fx.errors import VerificationError, first_line
 from bone_fx.verify.cases import LONGEST, edges, vocabulary_of
 from bone_fx.verify.decoder.layers import LayerList, check_alike, layer_outputs
 from bone_fx.verify.decoder.routes import Choices, Routed, Routes
 from bone_fx.verify.graph import Edit, WrittenGraph, cut_at
 from bone_fx.verify.locate import first_difference, located
-from bone_fx.verify.parity import Parity
+from bone_fx.verify.parity import Parity, difference
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -35,6 +36,9 @@ PAIR = "long_texts"
 _CACHE_BYTES = 1 << 30
 """The largest past that is made up, of all layers that are run, in float32."""
 _NEW = 3
+_SHORT_PAST = 5
+_ALIKE = 0.05
+"""Of the largest value: two values are the same up to roundings to 16 bits."""
 _LOUD = 8
 """A loud value of the past is its length over this many times larger than the others."""
 
@@ -65,9 +69,10 @@ def verify_long_texts(
     layers = LayerList.of(model)
     if layers is not None:
         check_alike(graph.read().graph, layers, config.get_text_config())
-    first = _FirstLayers.of(graph, edits, model)
-    if first is None:
-        parity.skip("long texts", "the graph is not cut between layers")
+    try:
+        first = _FirstLayers.of(graph, edits, model)
+    except _CutError as reason:
+        parity.skip("long texts", str(reason))
         return
     vocabulary = vocabulary_of(model)
     for length in lengths:
@@ -76,13 +81,17 @@ def verify_long_texts(
             name = f"{first.count} layers, a text of {tokens} tokens, beyond {length}"
             ids = _ids(vocabulary, tokens)
             first.compare(parity, name, ids)
-    if not first.takes_a_past():
-        parity.skip("a made-up past", "the cache's layout is not the reference's")
+    if why_not := first.why_no_past():
+        parity.skip("a made-up past", why_not)
         return
     longest = min(first.most_positions(), (context_length or LONGEST) - _NEW)
     for positions in sorted({*(n + 1 for n in lengths if n + 1 < longest), longest}):
         name = f"{first.count} layers, {_NEW} tokens after a past of {positions}"
         first.compare(parity, name, _ids(vocabulary, _NEW), first.past(positions, lengths))
+    for padding in (n + 1 for n in lengths if n + 1 < longest - _SHORT_PAST):
+        name = f"{first.count} layers, {_NEW} tokens after a past of {_SHORT_PAST}, padded"
+        past = first.past(_SHORT_PAST, ())
+        first.compare(parity, f"{name} by {padding}", _ids(vocabulary, _NEW), past, padding)
 
 
 @dataclass(frozen=True)
@@ -112,22 +121,23 @@ class _FirstLayers:
     hidden: int
 
     @classmethod
-    def of(
-        cls, graph: WrittenGraph, edits: Sequence[Edit], model: nn.Module
-    ) -> _FirstLayers | None:
-        """As many layers as hold one of every kind; None if the graph cannot be cut there.
+    def of(cls, graph: WrittenGraph, edits: Sequence[Edit], model: nn.Module) -> _FirstLayers:
+        """As many layers as hold one of every kind.
 
         The cut is tried on a short text: the parts are those whose sum is the reference's.
+
+        Raises:
+            _CutError: The graph cannot be cut there.
         """
         whole: Any = model.config
         config = whole.get_text_config()
         layers = LayerList.of(model)
         if layers is None:
-            return None
+            raise _CutError("the reference has no list of its layers")
         count = layers.distinct(config)
         outputs = layer_outputs(graph.read().graph, layers.path).get(count - 1, [])
         if not outputs:
-            return None
+            raise _CutError(f"nothing in the graph leaves layer {count - 1}")
         edits = (*edits, cut_at(outputs))
         choices = Choices.of(graph, edits)
         edits = (*edits, *choices.edits)
@@ -135,25 +145,38 @@ class _FirstLayers:
         all_parts = cls(graph, edits, choices, session, (), model, layers, count, hidden)
         leaving, routes = all_parts.values(_SHORT_IDS)
         expected = all_parts.expected(_SHORT_IDS, None, routes)
+        smallest = math.inf
         for size in range(len(leaving), 0, -1):
             for parts in combinations(leaving, size):
-                if _alike(torch.stack([leaving[name] for name in parts]).sum(0), expected):
+                whole = torch.stack([leaving[name] for name in parts]).sum(0)
+                smallest = min(smallest, gap := difference(whole, expected))
+                if gap <= _ALIKE:
                     return replace(all_parts, parts=parts)
-        return None
+        raise _CutError(
+            f"what leaves layer {count - 1} of the graph differs {_by(smallest)} from the"
+            " reference's on a short text"
+        )
 
-    def takes_a_past(self) -> bool:
-        """Whether the cache lies in the graph as it does in the reference, on a short past."""
+    def why_no_past(self) -> str:
+        """Why no past is made up, tried on a short one; empty if it can be."""
         past = self.past(len(_SHORT_IDS[0]), ())
         actual, routes = self.run(_SHORT_IDS, past)
         try:
             expected = self.expected(_SHORT_IDS, past, routes)
-        except RuntimeError:  # a window of one token: transformers' cache keeps all of them
-            return False
-        return _alike(actual, expected)
+        except RuntimeError as error:
+            # A window of one token: transformers' cache keeps all of them.
+            return f"the reference does not run after a short one: {first_line(error)}"
+        gap = difference(actual, expected)
+        return "" if gap <= _ALIKE else f"after a short one the graph differs {_by(gap)}"
 
-    def compare(self, parity: Parity, case: str, ids: Tensor, past: Past | None = None) -> None:
-        """Compare what leaves the last layer of both; an error names the first that differs."""
-        actual, routes = self.run(ids, past)
+    def compare(
+        self, parity: Parity, case: str, ids: Tensor, past: Past | None = None, padding: int = 0
+    ) -> None:
+        """Compare what leaves the last layer of both; an error names the first that differs.
+
+        The graph's past has so many slots of padding behind it, as a short text has in a batch.
+        """
+        actual, routes = self.run(ids, past, padding)
 
         def expected() -> Tensor:
             with Routed(self.model, ids.numel(), routes, parity.tolerance, case):
@@ -166,21 +189,23 @@ class _FirstLayers:
                 self.graph,
                 self.edits,
                 self.model,
-                lambda session: session.run(None, self._feeds(session, ids, past)),
+                lambda session: session.run(None, self._feeds(session, ids, past, padding)),
                 expected,
                 parity.tolerance,
             )
             raise located(error, where) from None
 
-    def run(self, ids: Tensor, past: Past | None = None) -> tuple[Tensor, Routes]:
+    def run(self, ids: Tensor, past: Past | None = None, padding: int = 0) -> tuple[Tensor, Routes]:
         """What leaves the last layer of the graph, `[B, S, H]`, and the experts that it chose."""
-        values, routes = self.values(ids, past)
+        values, routes = self.values(ids, past, padding)
         return torch.stack([values[name] for name in self.parts]).sum(0), routes
 
-    def values(self, ids: Tensor, past: Past | None = None) -> tuple[dict[str, Tensor], Routes]:
+    def values(
+        self, ids: Tensor, past: Past | None = None, padding: int = 0
+    ) -> tuple[dict[str, Tensor], Routes]:
         """The values `[B, S, H]` that later layers read, by name, and the experts chosen."""
         names = [value.name for value in self.session.get_outputs()]
-        arrays = self.session.run(names, self._feeds(self.session, ids, past))
+        arrays = self.session.run(names, self._feeds(self.session, ids, past, padding))
         outputs = dict(zip(names, arrays, strict=True))
         chosen = self.choices.read(outputs, (1, ids.numel()))
         values = {
@@ -227,18 +252,20 @@ class _FirstLayers:
         return past
 
     def _feeds(
-        self, session: onnxruntime.InferenceSession, ids: Tensor, past: Past | None
+        self, session: onnxruntime.InferenceSession, ids: Tensor, past: Past | None, padding: int
     ) -> dict[str, Any]:
         length = 0 if past is None else past[0][0].shape[2]
-        mask = np.ones((len(ids), length + ids.shape[1]), dtype=np.int64)
+        mask = np.ones((len(ids), length + padding + ids.shape[1]), dtype=np.int64)
+        mask[:, length : length + padding] = 0
         feeds: dict[str, Any] = {"input_ids": ids.numpy(), "attention_mask": mask}
         inputs = {value.name: value for value in session.get_inputs()}
         for name, value in inputs.items():
             if name.startswith("past_key_values."):
                 _, number, side = name.split(".")
                 half = value.type == "tensor(float16)"
-                cached = _cached(past, int(number), side, value.shape).numpy()
-                feeds[name] = cached.astype(np.float16 if half else np.float32)
+                cached = _cached(past, int(number), side, value.shape)
+                cached = nn.functional.pad(cached, (0, 0, 0, padding), value=1.0)
+                feeds[name] = cached.numpy().astype(np.float16 if half else np.float32)
         return {name: array for name, array in feeds.items() if name in inputs}
 
     def _short_cache(self) -> Past:
@@ -277,6 +304,10 @@ class _FirstLayers:
         return outputs[0].float().reshape(*ids.shape, -1)
 
 
+class _CutError(Exception):
+    """Why a graph is not run behind its first layers alone."""
+
+
 class _Reached(Exception):  # noqa: N818 - no error: what comes behind is of no use
     pass
 
@@ -296,9 +327,12 @@ def _only(model: nn.Module, layers: LayerList, count: int) -> Iterator[None]:
 
 
 def _cached(past: Past | None, number: int, side: str, shape: Sequence[Any]) -> Tensor:
-    """One input of the cache; a graph that keeps a key for every query head gets copies."""
-    if past is None:
-        return torch.zeros(1, shape[1], 0, shape[3])
+    """One input of the cache; a graph that keeps a key for every query head gets copies.
+
+    Of a layer behind the cut nothing but the size may be read.
+    """
+    if past is None or number >= len(past):
+        return torch.zeros(1, shape[1], 0 if past is None else past[0][0].shape[2], shape[3])
     tensor = past[number][side == "value"]
     return tensor.repeat_interleave(shape[1] // tensor.shape[1], dim=1)
 
@@ -308,8 +342,5 @@ def _ids(vocabulary: int, tokens: int) -> Tensor:
     return torch.randint(0, vocabulary, (1, tokens), generator=generator)
 
 
-def _alike(actual: Tensor, expected: Tensor) -> bool:
-    """Whether two values are the same up to a rounding to 16 bits."""
-    if actual.shape != expected.shape:
-        return False
-    return float((actual - expected).abs().max()) <= 0.05 * float(expected.abs().max())
+def _by(gap: float) -> str:
+    return "(shape, NaN or Inf)" if math.isinf(gap) else f"by {gap:.2g} of the largest value"

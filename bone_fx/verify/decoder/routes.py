@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from bone_fx.errors import VerificationError
+from bone_fx.errors import LOOK, VerificationError
 from bone_fx.verify.graph import Edit, WrittenGraph
 
 Routes = list[Tensor]
@@ -208,7 +208,7 @@ class Routed(TorchFunctionMode):
             f"verification failed: {self._case}: {self._name}: {what}",
             expected=expected,
             found=found,
-            next_step="nothing was published; look at the build that is kept as <output>.rejected",
+            next_step=LOOK,
         )
 
 

@@ -173,6 +173,7 @@ DECODERS: tuple[Decoder, ...] = (
         norms=0,
         fused=False,
     ),
+    Decoder("gpt_neo", "gpt_neo", rotary=("none", "none"), norms=0, fused=False),
     Decoder("nemotron", "nemotron", rotary=("outside", "outside"), norms=5),
     Decoder("olmo", "olmo", norms=0),
     Decoder("mixtral", "mixtral"),
@@ -183,7 +184,7 @@ DECODERS: tuple[Decoder, ...] = (
 CORE = (
     *("llama", "llama_head_20", "qwen2_window", "gemma3_text", "smollm3", "phi3"),
     *("phi3_longrope_long", "cohere", "gpt_neox", "opt", "gpt2", "bloom", "falcon_new"),
-    *("mixtral", "gpt_oss"),
+    *("gpt_neo", "mixtral", "gpt_oss"),
 )
 """The rows of every run: windows, layer types, caps, tables, partial and foreign rotary embeddings,
 learned positions, ALiBi, packed projections, experts, sinks."""

@@ -17,7 +17,7 @@ from tests.capture.decoder.decoders import DECODERS, Decoder
 from tests.capture.decoder.decoding import skeleton_of
 
 ROW = {row.name: row for row in DECODERS}
-OWN = {"bloom", "falcon", "falcon_heads", "falcon_alibi", "falcon_new"}
+OWN = {"bloom", "falcon", "falcon_heads", "falcon_alibi", "falcon_new", "gpt_neo"}
 
 
 def facts_of(model: Any) -> ModelFacts:
