@@ -28,7 +28,7 @@ from bone_fx.errors import UsageError
 from bone_fx.onnx.writer import MODEL_FILE, write_model
 from bone_fx.verify.parity import Parity
 
-_TEXT_TOKENS = 128
+_TEXT_TOKENS = 256
 _SAMPLE, _SAMPLES = 256, 8
 """Tokens of a piece of the samples, and pieces that are run."""
 _STREAMED = (
@@ -164,7 +164,8 @@ def _real_text(inputs: CheckpointInputs, tokenizer: Path) -> tuple[int, ...]:
         ids = token_ids(inputs.checkpoint, built_in_text(), tokenizer)
     except CalibrationError:
         return ()
-    return tuple(ids[:_TEXT_TOKENS].tolist())
+    most = getattr(inputs.config.get_text_config(), "max_position_embeddings", None)
+    return tuple(ids[: min(_TEXT_TOKENS, int(most or _TEXT_TOKENS))].tolist())
 
 
 def _sample_texts(

@@ -13,13 +13,16 @@ import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
+import bone_fx
 from bone_fx.deploy import builds
+from bone_fx.errors import VerificationError
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
 from bone_fx.weights.recipes.fold_recipe import Fold
 from bone_fx.weights.recipes.recipe import Concat, Recipe, Transpose, cast
 from tests.command import run
-from tests.end_to_end.tiny import tiny_adapter, tiny_base
+from tests.end_to_end.tiny import tiny_adapter, tiny_base, tiny_tokenizer
 
 QKV = "model.layers.0.self_attn.q_proj+k_proj+v_proj.weight"
 
@@ -150,3 +153,16 @@ def test_weights_that_overflow_fp16_are_named(folders: tuple[Path, Path], tmp_pa
     done = run(base, "--adapter", adapter, "-o", tmp_path / "out", "--dtype", "fp16")
     assert done.returncode == 6
     assert "model.layers.1.mlp.down_proj" in done.stderr
+
+
+def test_a_real_text_is_held_to_the_range_of_fp16(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=128, n_positions=300, n_embd=32, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(config)
+    place = 250  # beyond the cases' lengths: only a text comes here from its beginning
+    model.transformer.wpe.weight.data[place, 0] = torch.finfo(torch.float16).max
+    model.transformer.wte.weight.data[:, 0] = 100
+    model.save_pretrained(tmp_path / "base")
+    bone_fx.export(tmp_path / "base", output=tmp_path / "without a text", dtype="fp16")
+    tiny_tokenizer(tmp_path / "base")
+    with pytest.raises(VerificationError, match="overflows fp16"):
+        bone_fx.export(tmp_path / "base", output=tmp_path / "out", dtype="fp16")

@@ -30,10 +30,12 @@ class Derived:
     Attributes:
         source: Name of the parameter.
         function: What is done to it: `add_one`, the parameter plus 1.
+        dtype: Dtype of the result.
     """
 
     source: str
     function: str
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,12 @@ def recognise_norms(model: nn.Module) -> dict[str, Norm]:
     return {path: norm for path, norm in norms.items() if norm is not None}
 
 
-def derived_constants(norms: Mapping[str, Norm]) -> dict[str, Derived]:
+def derived_constants(model: nn.Module, norms: Mapping[str, Norm]) -> dict[str, Derived]:
     """The constants `1 + weight` of such norms, by their names in the graph signature."""
     return {
-        f"{path}.{PLUS_ONE}": Derived(f"{path}.weight", "add_one")
+        f"{path}.{PLUS_ONE}": Derived(
+            f"{path}.weight", "add_one", _dtype_of_sum(model.get_submodule(path))
+        )
         for path, norm in norms.items()
         if norm.plus_one
     }
@@ -147,7 +151,9 @@ def norms_as_operators(model: nn.Module, norms: Mapping[str, Norm]) -> Iterator[
     """While open, each recognised norm of a model emits one operator.
 
     A norm that multiplies by `1 + weight` gets a buffer `weight_plus_one` beside its weight for as
-    long as the context is open, so that the sum is a constant of the graph and no node of it.
+    long as the context is open, so that the sum is a constant of the graph and no node of it. In
+    bfloat16, which has 8 bits for that sum, such a norm is computed in float32 between casts, as
+    transformers and onnxruntime-genai's builder compute it.
 
     Args:
         model: The model; the forward of the recognised instances is replaced.
@@ -159,9 +165,8 @@ def norms_as_operators(model: nn.Module, norms: Mapping[str, Norm]) -> Iterator[
             if norm.plus_one:
                 weight = module._parameters["weight"]
                 assert weight is not None
-                module.register_buffer(
-                    PLUS_ONE, torch.empty_like(weight.detach()), persistent=False
-                )
+                plus_one = torch.empty_like(weight.detach(), dtype=_dtype_of_sum(module))
+                module.register_buffer(PLUS_ONE, plus_one, persistent=False)
             _replace_forward(module, norm)
         yield
     finally:
@@ -169,6 +174,13 @@ def norms_as_operators(model: nn.Module, norms: Mapping[str, Norm]) -> Iterator[
             vars(module).pop("forward", None)
             module._buffers.pop(PLUS_ONE, None)
             module._non_persistent_buffers_set.discard(PLUS_ONE)
+
+
+def _dtype_of_sum(module: nn.Module) -> torch.dtype:
+    """Dtype of `1 + weight`."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return torch.float32 if weight.dtype == torch.bfloat16 else weight.dtype
 
 
 def _recognise_once(
@@ -185,14 +197,19 @@ def _recognise_once(
 
 def _replace_forward(module: nn.Module, norm: Norm) -> None:
     def forward(x: Tensor) -> Tensor:
-        weight = module._buffers.get(PLUS_ONE)
-        if weight is None:
-            weight = module._parameters["weight"]
+        plus_one = module._buffers.get(PLUS_ONE)
+        if plus_one is not None and x.dtype == torch.bfloat16:
+            return normalized(x.float(), plus_one.float()).to(x.dtype)
+        weight: Tensor | None = module._parameters["weight"] if plus_one is None else plus_one
         assert weight is not None
         if weight.dtype != x.dtype:  # transformers keeps some norms in float32; operators do not
             weight = weight.to(x.dtype)
+        return normalized(x, weight)
+
+    def normalized(x: Tensor, weight: Tensor) -> Tensor:
         if norm.centred:
-            bias = module._parameters.get("bias")
+            bias: Tensor | None = module._parameters.get("bias")
+            bias = None if bias is None else bias.to(x.dtype)
             return nn.functional.layer_norm(x, weight.shape, weight, bias, norm.epsilon)
         return simplified_layer_norm(x, weight, norm.epsilon)
 

@@ -120,7 +120,7 @@ class CaptureSession:
         self.unfused = options.unfused or (OWN_ATTENTION if facts.own_attention else None)
         self.plain = self.unfused is not None or any(why_plain(k, v) for _, k, v in facts.shapes)
         self.norms = recognise_norms(model)
-        self.derived = derived_constants(self.norms)
+        self.derived = derived_constants(model, self.norms)
         self.rotary = RotaryWatcher(model, self.horizon, self.dtype)
         self.emitter: AttentionEmitter | None = None
         self.last_tokens: Tensor | None = None

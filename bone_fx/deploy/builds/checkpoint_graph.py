@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bone_fx.capture.decoder.capture_decoder import DecoderCapture
+    from bone_fx.capture.decoder.norms import Derived
 
 RIGHT_PADDING = (
     "batches are padded on the right: with padding on the left the outputs are wrong, so set "
@@ -94,7 +95,7 @@ def _capture_decoder(
     progress.stage("translate to ONNX")
     computed = {name: Value(value, "computed") for name, value in capture.constants.items()}
     derived = {
-        name: _derived(folded.recipes[constant.source], constant.function)
+        name: _derived(folded.recipes[constant.source], constant)
         for name, constant in capture.derived.items()
     }
     model = translate(
@@ -112,13 +113,13 @@ def _capture_decoder(
     return DecoderGraph(model, capture, (*capture.notes, *padding, *left_out))
 
 
-def _derived(source: Recipe, function: str) -> Recipe:
+def _derived(source: Recipe, constant: Derived) -> Recipe:
     """The recipe of a constant that is computed from one parameter, in float32, rounded once."""
-    compute = {"add_one": lambda tensors: tensors[0] + 1}[function]
+    compute = {"add_one": lambda tensors: tensors[0] + 1}[constant.function]
     exact = source.recipe if isinstance(source, Cast) else source
     in_float32 = cast(exact, torch.float32)
-    label = function.replace("_", " ")
-    return cast(Converted((in_float32,), compute, source.shape, label), source.dtype)
+    label = constant.function.replace("_", " ")
+    return cast(Converted((in_float32,), compute, source.shape, label), constant.dtype)
 
 
 def _capture_forward(

@@ -28,7 +28,7 @@ from bone_fx.verify.decoder.samples import graph_likelihood, torch_likelihood
 from bone_fx.verify.graph import Edit, WrittenGraph, keep_activations
 from bone_fx.verify.locate import first_difference, located
 from bone_fx.verify.parity import SMALLEST, TOLERANCE, Parity, check_effect
-from bone_fx.verify.ranges import within_range
+from bone_fx.verify.ranges import LARGEST, within_range
 from bone_fx.verify.reference import Adapters, fold_in_place, load_parameters, unmerged
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ def verify_decoder(
     load_parameters(model, adapters)
     with unmerged(model, adapters), within_range(model, checks.dtype):
         reference, routes = runs.expect(routes, parity.tolerance)
+        if checks.text and checks.dtype in LARGEST:
+            torch_likelihood(model, (checks.text,))  # for its activations, the first token's too
         if checks.samples:
             name = "nll_adapter" if adapters else "nll_base"
             parity.figures[name] = torch_likelihood(model, checks.samples)

@@ -68,6 +68,19 @@ def test_a_window_wider_by_one_is_seen(name: str) -> None:
     assert min(found["prefill"], found["decode"]) > 1e-2
 
 
+def test_gemmas_norms_keep_float32_in_bf16() -> None:
+    model = ROW["gemma"].build()
+    bf16 = capture_of(model, torch.bfloat16)
+    assert {derived.dtype for derived in bf16.derived.values()} == {torch.float32}
+    nodes = [n for n in onnx_of(bf16, model).graph if n.op_type.endswith("LayerNormalization")]
+    before = [node.inputs[0].producer() for node in nodes]
+    after = [[use.node.op_type for use in node.outputs[0].uses()] for node in nodes]
+    assert [node.op_type for node in before if node is not None] == ["Cast"] * len(nodes)
+    assert after == [["Cast"]] * len(nodes)
+    fp16 = capture_of(model, torch.float16)
+    assert {derived.dtype for derived in fp16.derived.values()} == {torch.float16}
+
+
 def test_gemma3_has_a_table_for_each_kind_of_layer() -> None:
     capture = captured("gemma3_text").capture
     assert {"cos_cache", "sin_cache", "cos_cache_1", "sin_cache_1"} <= set(capture.constants)
