@@ -39,7 +39,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotJsonError):
         return None
     files = content.get("files")
-    if not isinstance(files, dict) or not isinstance(content.get(BESIDE, []), list):
+    beside = content.get(BESIDE, [])
+    if not isinstance(files, dict) or not isinstance(beside, list):
+        return None
+    if not all(isinstance(name, str) for name in beside):
         return None
     return content if all(isinstance(entry, dict) for entry in files.values()) else None
 
