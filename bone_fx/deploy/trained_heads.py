@@ -95,7 +95,8 @@ def without_unused(
         if given_up:
             notes.append(f"left out as allowed: {', '.join(given_up)} of adapter {label!r}")
         rest = {k: v for k, v in adapter.modules_to_save.items() if k not in heads}
-        kept.append((label, replace(adapter, modules_to_save=rest)))
+        whole = replace(adapter, modules_to_save=rest, given_up=tuple(given_up))
+        kept.append((label, whole))
     return kept, notes
 
 

@@ -238,6 +238,22 @@ def test_a_tensor_that_means_nothing(name: str, base: Path) -> None:
     assert any(name in note for note in result.manifest["notes"])
 
 
+def test_what_is_given_up_is_no_part_of_the_reference(base: Path) -> None:
+    """A plain weight of an adapted layer, which PEFT does not load, and a name of no layer."""
+    names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.7.mlp.bias"]
+    adapter = adapter_with(base.parent / "a", {name: torch.ones(48, 48) for name in names})
+    assert names[0] in refused(base, adapter)
+    patterns = ["*.q_proj.weight", "model.layers.7.*"]
+    result = bone_fx.export(
+        base, adapters=[adapter], output=base.parent / "out", allow_unused=patterns
+    )
+    assert any(all(name in note for name in names) for note in result.manifest["notes"])
+    without = tiny_adapter(base.parent / "b")
+    bone_fx.export(base, adapters=[without], output=base.parent / "same", verify="off")
+    data = [(base.parent / out / "model.onnx.data").read_bytes() for out in ("out", "same")]
+    assert data[0] == data[1]
+
+
 def test_a_head_that_is_used_is_never_left_out(base: Path) -> None:
     head = {"lm_head.weight": torch.ones(128, 48)}
     adapter = adapter_with(base.parent / "a", head, modules_to_save=["lm_head"])
