@@ -54,7 +54,7 @@ def _write(
     file: Path,
     merge: str = "! #",
     extra: Mapping[str, Any] = MappingProxyType({}),
-    values: Mapping[str, Any] = MappingProxyType({}),
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """A tiny Llama as GGUF, matrices in Q8_0; gives back what it dequantizes to, by HF name."""
     gguf = pytest.importorskip("gguf")
@@ -67,9 +67,9 @@ def _write(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    if None not in values.values():
+    if None not in more.values():
         writer.add_layer_norm_rms_eps(1e-6)
-    for key, value in values.items():
+    for key, value in more.items():
         if isinstance(value, str):
             writer.add_string(key, value)
         elif value is not None:
@@ -200,7 +200,7 @@ def test_values_that_transformers_does_not_read(
 ) -> None:
     """Scaled positions, windows, caps: transformers drops what is not in its tables."""
     file = tmp_path / "model.gguf"
-    _write(file, values=values)
+    _write(file, more=values)
     base = open_base(file, cache_dir=tmp_path / "cache")
     assert base.unread == (tuple(values) if lost else ())
     shell = skeleton(base, torch.float32)
@@ -221,7 +221,7 @@ def test_values_that_the_configuration_says_by_default() -> None:
 
 
 def test_a_file_that_says_nothing_of_its_norms(tmp_path: Path) -> None:
-    _write(tmp_path / "model.gguf", values={"llama.attention.layer_norm_rms_epsilon": None})
+    _write(tmp_path / "model.gguf", more={"llama.attention.layer_norm_rms_epsilon": None})
     with pytest.raises(BaseModelError, match="norms"):
         open_base(tmp_path / "model.gguf", cache_dir=tmp_path / "cache")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ END = 9
 @pytest.mark.parametrize("place", [0, 1, 4])
 def test_a_text_that_ends_after_a_few_tokens(place: int, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
-    model = LlamaForCausalLM.from_pretrained(tiny_base(tmp_path / "plain"))
+    model: Any = LlamaForCausalLM.from_pretrained(tiny_base(tmp_path / "plain"))
     prompt = torch.from_numpy(np.random.default_rng(0).integers(0, 128, (1, 5)))
     tokens = model.generate(prompt, do_sample=False, max_new_tokens=8, eos_token_id=None)
     end = int(tokens[0, 5 + place])

@@ -66,7 +66,7 @@ def _fields_read(architecture: str) -> Mapping[str, str | None]:
     """Field of the configuration by the name of a value, as transformers has it."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
-    tables: Mapping[str, Any] = GGUF_TO_TRANSFORMERS_MAPPING["config"]
+    tables: Any = GGUF_TO_TRANSFORMERS_MAPPING["config"]
     plain = re.sub(r"[-_]|encoder$", "", architecture)
     return next((table for name, table in tables.items() if name.replace("_", "") == plain), {})
 
