@@ -202,6 +202,21 @@ def test_two_adapters_with_different_heads(base: Path) -> None:
     assert torch.equal(load_file(out / "model.safetensors")["lm_head.weight"], torch.ones(128, 48))
 
 
+def test_a_whole_weight_after_a_block(base: Path) -> None:
+    """In the other order the block acts on the weight, as PEFT has it of a merged model."""
+    blocks = tiny_adapter(base.parent / "blocks")
+    site = "model.layers.1.self_attn.q_proj"
+    name, weight = f"{site}.base_layer.weight", torch.ones(48, 48)
+    whole = adapter_with(base.parent / "whole", {name: weight})
+    with pytest.raises(AdapterError, match=rf"{site}\.weight whole.*'blocks' before it"):
+        bone_fx.export(base, adapters=[blocks, whole], output=base.parent / "out")
+    out = base.parent / "folded"
+    bone_fx.fold_checkpoint(base, adapters=[whole, blocks], output=out)
+    block = load_file(blocks / "adapter_model.safetensors")[f"base_model.model.{site}.bone_block"]
+    folded = load_file(out / "model.safetensors")[f"{site}.weight"]
+    assert torch.allclose(folded, weight + 2 * block.T.repeat(1, 3), atol=1e-5)
+
+
 def test_a_head_that_the_file_lacks(base: Path) -> None:
     adapter = tiny_adapter(base.parent / "a", modules_to_save=["lm_head"])
     assert "its file does not hold lm_head.weight" in refused(base, adapter)
