@@ -9,7 +9,8 @@ Keys, after `base_model.model.`, as PEFT 0.18.1 writes and reads them:
 - `<site>.bone_block.<name>`, `<module>.original_module.weight`, `<module>.modules_to_save.weight`:
   other adapters' blocks and second copies, which PEFT ignores when it loads; so do we.
 
-Whatever else a file holds is listed as unused. Folders are untrusted: safetensors only.
+Whatever else a file holds is listed as unused, such as `<site>.weight`: PEFT looks for a site's own
+weight under `base_layer`. Folders are untrusted: safetensors only.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class AdapterFolder:
         modules_to_save: Tensor by parameter name of every parameter that the file brings besides.
         in_base: Those of them that PEFT writes into the base itself, whatever else is tied to it.
         unused: Keys of tensors that mean nothing for this kind of adapter.
+        given_up: Names and keys of tensors that the person gave up.
     """
 
     path: Path
@@ -59,6 +61,7 @@ class AdapterFolder:
     modules_to_save: dict[str, Tensor]
     in_base: frozenset[str] = frozenset()
     unused: tuple[str, ...] = ()
+    given_up: tuple[str, ...] = ()
 
     def match(
         self,
@@ -231,6 +234,8 @@ def _sorted(folder: Path, config: BoneConfig, tensors: Mapping[str, Tensor]) -> 
     in_base: set[str] = set()
     unused: list[str] = []
     copies = AdapterFolder(folder, config, {}, {})
+    names = (key.removeprefix(_PREFIX) for key in tensors)
+    sites = {name.removesuffix(leaf) for name in names if name.endswith(leaf)}
     for key in sorted(tensors, key=lambda key: (_BASE_LAYER in key, key)):
         name = key.removeprefix(_PREFIX)
         parameter = name.replace(_BASE_LAYER, ".")
@@ -238,7 +243,7 @@ def _sorted(folder: Path, config: BoneConfig, tensors: Mapping[str, Tensor]) -> 
             blocks[name.removesuffix(leaf)] = tensors[key]
         elif f"{leaf}." in name or any(part in name for part in _SECOND_COPIES):
             continue
-        elif _BLOCK_KEY.search(name) or parameter in saved:
+        elif _BLOCK_KEY.search(name) or parameter in saved or name.rpartition(".")[0] in sites:
             unused.append(key)
         else:
             saved[parameter] = tensors[key]

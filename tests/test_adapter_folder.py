@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bone_fx
-from bone_fx.adapter_folder import read_adapters, write_adapter
+from bone_fx.adapter_folder import read_adapter, read_adapters, write_adapter
 from bone_fx.errors import UsageError
 
 CONFIG = bone_fx.BoneConfig(r=4, target_modules=["lin"])
@@ -56,3 +56,18 @@ def test_a_folder_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     for again in (folder, tmp_path / "chat" / ".." / "chat", link):
         with pytest.raises(UsageError, match="given twice"):
             read_adapters([folder, again])
+
+
+def test_a_weight_of_a_site_that_is_not_under_base_layer_is_unused(tmp_path: Path) -> None:
+    """PEFT looks for it at `base_layer`: the plain name means nothing to it."""
+    weight = torch.ones(8, 8)
+    trained = {"lin.weight": weight, "lin.bias": torch.ones(8), "norm.weight": torch.ones(8)}
+    write_adapter(tmp_path / "plain", CONFIG, {"lin": torch.ones(4, 8)}, trained)
+    adapter = read_adapter(tmp_path / "plain")
+    assert list(adapter.modules_to_save) == ["norm.weight"]
+    assert adapter.unused == ("base_model.model.lin.bias", "base_model.model.lin.weight")
+    trained = {"lin.base_layer.weight": weight}
+    write_adapter(tmp_path / "wrapped", CONFIG, {"lin": torch.ones(4, 8)}, trained)
+    adapter = read_adapter(tmp_path / "wrapped")
+    assert list(adapter.modules_to_save) == ["lin.weight"]
+    assert adapter.unused == ()

@@ -1,8 +1,8 @@
 """GGUF files: dequantized by transformers, once, into a safetensors folder in the cache.
 
 A file that lacks a tensor of its model is refused: transformers would fill it with random values.
-Tensors that transformers does not read are listed in the folder for `unread_tensors`. The folder is
-keyed by the file's SHA-256, written under another name and moved into place when it is complete.
+Tensors and values that transformers does not read are listed in the folder for `unread`. The folder
+is keyed by the file's SHA-256, written under another name and moved into place when it is complete.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 
 from bone_fx.base.left_over import without_adapter
 from bone_fx.base.sizes.config_sizes import refuse_impossible_gguf
+from bone_fx.base.sizes.gguf_header import read_head
+from bone_fx.base.sizes.gguf_values import lacks_epsilon, unread_values
 from bone_fx.base.tokenizer import cannot_be_read
 from bone_fx.errors import BaseModelError, some
 from bone_fx.files.renames import rename_new
@@ -30,12 +32,12 @@ from bone_fx.weights.storage.safetensors_file import file_sha256
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LAYOUT = "gguf2"
+LAYOUT = "gguf3"
 """Part of the key: changed when the folder's content would be another for the same file."""
-_UNREAD = "unread_tensors.json"
-"""In the folder: names in the GGUF file of the tensors that transformers does not read."""
-_LAYER = re.compile(r"^(enc\.|dec\.)?blk\.\d+\.(?!.*(_exps|_shexp|ssm_|shortconv|time_mix_))")
-"""Tensors of a layer; those of experts and of state spaces transformers takes apart by itself."""
+_UNREAD = "unread.json"
+"""In the folder: names in the GGUF file of the tensors and values that transformers drops."""
+_TAKEN_APART = re.compile(r"^(enc\.|dec\.)?blk\.\d+\..*(_exps|_shexp|ssm_|shortconv|time_mix_)")
+"""Tensors of experts and of state spaces, which transformers takes apart by itself."""
 _ROPE_FACTORS = "rope_freqs.weight"
 _log = logging.getLogger(__name__)
 _READ_ERRORS = (
@@ -86,7 +88,7 @@ def dequantized_folder(file: Path, cache: Path) -> Path:
     return folder
 
 
-def unread_tensors(folder: Path) -> tuple[str, ...]:
+def unread(folder: Path) -> tuple[str, ...]:
     """What a dequantized folder lists as not read by transformers, by the names in the GGUF."""
     path = folder / _UNREAD
     return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ()
@@ -129,12 +131,12 @@ def _dequantize(file: Path, target: Path) -> None:
                 next_step="use the model's safetensors checkpoint",
             ) from error
         _check_complete(file, report)
-        unread = _unread(file, model)
+        dropped = [*_unread_tensors(file, model), *_unread_values(file, model)]
         for owner, mark in ((model, "hf_quantizer"), (model.config, "quantization_config")):
             vars(owner).pop(mark, None)  # what would keep a plain model from being saved as one
         model.save_pretrained(target)
-        if unread:
-            (target / _UNREAD).write_text(json.dumps(unread), encoding="utf-8")
+        if dropped:
+            (target / _UNREAD).write_text(json.dumps(dropped), encoding="utf-8")
         _save_tokenizer(source, target)
 
 
@@ -155,8 +157,8 @@ def _check_complete(file: Path, report: Mapping[str, Collection[object]]) -> Non
             )
 
 
-def _unread(file: Path, model: PreTrainedModel) -> list[str]:
-    """Names in the file of what changes the model's outputs and transformers has no use for."""
+def _unread_tensors(file: Path, model: PreTrainedModel) -> list[str]:
+    """Names of the tensors that change the model's outputs and transformers has no use for."""
     from gguf import GGUFReader
     from transformers import modeling_gguf_pytorch_utils as reading
 
@@ -166,9 +168,27 @@ def _unread(file: Path, model: PreTrainedModel) -> list[str]:
     return [
         tensor.name
         for tensor in GGUFReader(file).tensors
-        if (_LAYER.search(tensor.name) and tensor.name not in read)
-        or (tensor.name == _ROPE_FACTORS and not bool((tensor.data == 1).all()))
+        if tensor.name not in read
+        and not _TAKEN_APART.search(tensor.name)
+        and not (tensor.name == _ROPE_FACTORS and bool((tensor.data == 1).all()))
     ]
+
+
+def _unread_values(file: Path, model: PreTrainedModel) -> list[str]:
+    """Names of the values that change the model's outputs and transformers has no use for.
+
+    Raises:
+        BaseModelError: A value that no default stands for is missing.
+    """
+    values = read_head(file).values
+    if lacks_epsilon(values):
+        raise BaseModelError(
+            f"{file} does not say what its norms add to a variance",
+            expected="a value whose name ends in layer_norm_rms_epsilon or layer_norm_epsilon",
+            found="none",
+            next_step="download it again, or use the model's safetensors checkpoint",
+        )
+    return unread_values(values, model.config.to_dict())
 
 
 def _save_tokenizer(source: dict[str, str], target: Path) -> None:

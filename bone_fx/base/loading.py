@@ -55,7 +55,7 @@ class BaseCheckpoint:
         files: Weight files, in order.
         tensors: Every tensor under its name on disk.
         trust_remote_code: Whether the folder's own Python files may be run.
-        unread: Tensors of a GGUF file that transformers does not read, by their names there.
+        unread: Tensors and values of a GGUF file that transformers drops, by their names there.
     """
 
     origin: str
@@ -180,12 +180,12 @@ def open_base(
     if folder.is_dir():
         refuse_unsafe(folder)
     gguf = _gguf_in(folder)
-    unread: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
     if gguf is not None:
-        from bone_fx.base.gguf import dequantized_folder, unread_tensors
+        from bone_fx.base.gguf import dequantized_folder, unread
 
         folder = dequantized_folder(gguf, cache_root(cache_dir))
-        unread = unread_tensors(folder)
+        dropped = unread(folder)
     raw = _read_config(folder)
     named = raw.get("transformers_weights")
     files = find_weights(folder, named)
@@ -207,7 +207,7 @@ def open_base(
     if not trust_remote_code:
         refuse_kernels(folder / "config.json", raw)
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    return BaseCheckpoint(str(base), folder, config, files, tensors, trust_remote_code, unread)
+    return BaseCheckpoint(str(base), folder, config, files, tensors, trust_remote_code, dropped)
 
 
 def skeleton(

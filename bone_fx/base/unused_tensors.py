@@ -21,6 +21,8 @@ from bone_fx.weights.recipes.recipe import Read
 from bone_fx.weights.storage.safetensors_file import same_bytes
 
 _SHOWN = 4
+_TENSOR_ENDS = (".weight", ".bias")
+"""Ends of the names of a GGUF file's tensors, which its values do not have."""
 _FREQUENCIES = re.compile(r"(^|\.)rotary_emb\.(original_)?inv_freq$")
 _INDICES = re.compile(r"(^|\.)(position_ids|relative_position_index|num_batches_tracked)$")
 _MASKS = re.compile(r"(^|\.)\w*(attn|attention)\.(bias|masked_bias)$", re.IGNORECASE)
@@ -61,7 +63,7 @@ def account_for_unused(
         plan: How the checkpoint's names become the model's.
         stored: Every tensor of the checkpoint under its name on disk.
         allowed: Patterns of tensors that the person gives up.
-        unread: Names of tensors of a GGUF file that transformers did not read.
+        unread: Names of tensors and values of a GGUF file that transformers did not read.
 
     Returns:
         Notes: what is left out, by module.
@@ -72,6 +74,15 @@ def account_for_unused(
     given_up = set(matching([*plan.unexpected, *unread], allowed))
     left_out: dict[str, list[str]] = {}
     refused = {name: name for name in unread if name not in given_up}
+    if values := [name for name in refused if not name.endswith(_TENSOR_ENDS)]:
+        raise BaseModelError(
+            f"the GGUF file says {values[0]}, which transformers does not read: the model would "
+            "compute something else",
+            expected="values that become fields of the model's configuration",
+            found=_listed(values),
+            next_step="use the model's safetensors checkpoint, or "
+            f"--allow-unused '{values[0]}' if the model is right without it",
+        )
     doubtful: dict[str, str] = {}
     for key, name in plan.unexpected.items():
         if key in given_up or _is_harmless(key, stored[key]) or _is_copy(key, name, plan, stored):

@@ -39,7 +39,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotJsonError):
         return None
     files = content.get("files")
-    if not isinstance(files, dict) or not isinstance(content.get(BESIDE, []), list):
+    beside = content.get(BESIDE, [])
+    if not isinstance(files, dict) or not isinstance(beside, list):
+        return None
+    if not all(isinstance(name, str) for name in beside):
         return None
     return content if all(isinstance(entry, dict) for entry in files.values()) else None
 
@@ -67,15 +70,6 @@ def not_made_by_a_run(folder: Path) -> list[str]:
             elif path != MANIFEST and _is_changed(folder / path, files.get(path)):
                 foreign.append(f"{path} (changed)")
     return sorted(foreign)
-
-
-def changed_pages(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """The pages that a manifest has no bytes of and that are not there as they were written."""
-    return [
-        name
-        for name in map(str, manifest.get(BESIDE, ()))
-        if not _is_inside(name) or not (folder / name).is_file() or _is_changed(folder / name, None)
-    ]
 
 
 def delete_output(folder: Path) -> bool:

@@ -47,11 +47,22 @@ def brought_tensors(adapters: Adapters) -> dict[str, Tensor]:
     """Every parameter that an adapter brings, by name.
 
     Raises:
-        AdapterError: Two adapters bring different values.
+        AdapterError: Two adapters bring different values, or one brings the whole weight of a layer
+            to which another before it has a block: the block would be lost, or act on a weight
+            that it was not trained on.
     """
     brought: dict[str, tuple[str, Tensor]] = {}
+    with_block: dict[str, str] = {}
     for label, adapter in adapters:
         for name, tensor in adapter.modules_to_save.items():
+            if name in with_block:
+                raise AdapterError(
+                    f"adapter {label!r} brings {name} whole, for which adapter "
+                    f"{with_block[name]!r} before it has a block",
+                    expected="a layer that one of them trains, or the block after the weight",
+                    found=_kind(tensor),
+                    next_step="export them one by one, or give the adapters in the other order",
+                )
             other, value = brought.setdefault(name, (label, tensor))
             if value.shape != tensor.shape or not torch.equal(value, tensor):
                 raise AdapterError(
@@ -60,6 +71,8 @@ def brought_tensors(adapters: Adapters) -> dict[str, Tensor]:
                     found=f"{_kind(value)} and {_kind(tensor)}",
                     next_step="export them one by one, or take the head out of one of them",
                 )
+        weights = {f"{site}.weight" for site in adapter.blocks} - adapter.modules_to_save.keys()
+        with_block |= dict.fromkeys(weights, label)
     return {name: tensor for name, (_, tensor) in brought.items()}
 
 
@@ -95,7 +108,8 @@ def without_unused(
         if given_up:
             notes.append(f"left out as allowed: {', '.join(given_up)} of adapter {label!r}")
         rest = {k: v for k, v in adapter.modules_to_save.items() if k not in heads}
-        kept.append((label, replace(adapter, modules_to_save=rest)))
+        whole = replace(adapter, modules_to_save=rest, given_up=tuple(given_up))
+        kept.append((label, whole))
     return kept, notes
 
 

@@ -99,7 +99,7 @@ def verify_checkpoint(
     model: Any = load_model(
         inputs.checkpoint, inputs.architecture, inputs.overrides, inputs.heads, inputs.untied, room
     )
-    adapters = [PeftAdapter.read(each.path) for _, each in inputs.adapters]
+    adapters = [PeftAdapter.read(each.path, each.given_up) for _, each in inputs.adapters]
     compared = verify_constants(folder, model, adapters, TORCH_DTYPES[exported.activations])
     tables = verify_rotary_tables(folder, model, compared.others)
     config = inputs.config.get_text_config()

@@ -1,6 +1,7 @@
 """`verify_export`: a published folder, verified again later or on another machine.
 
-1. The manifest is read, and every file that it lists is hashed.
+1. The manifest is read, and every file that it lists is hashed; files that it does not list are
+   named.
 2. Without the base there is nothing to compare with: the graph is loaded, and onnxruntime-genai
    generates with a decoder's folder.
 3. With it, the base's and the adapters' files must be those of the manifest, and the verification
@@ -20,17 +21,34 @@ from bone_fx.adapter_folder import read_adapters
 from bone_fx.deploy.builds.checkpoint_graph import random_inputs
 from bone_fx.deploy.checkpoint_inputs import CheckpointInputs, open_checkpoint
 from bone_fx.deploy.companions.choice import choose_companions, hashes_beside_weights
-from bone_fx.deploy.earlier_output import MANIFEST, REJECTED, changed_pages, read_manifest
+from bone_fx.deploy.earlier_output import (
+    BESIDE,
+    MANIFEST,
+    REJECTED,
+    not_made_by_a_run,
+    read_manifest,
+)
+from bone_fx.deploy.genai_config import CONFIG_FILE
 from bone_fx.deploy.manifest import adapter_entry, figures_of
 from bone_fx.deploy.options import Compared, Provider
 from bone_fx.deploy.verification import Exported, verify_checkpoint
-from bone_fx.errors import KEPT, UsageError, VerificationError, some
-from bone_fx.onnx.writer import MODEL_FILE
+from bone_fx.errors import KEPT, UsageError, VerificationError, printable, some
+from bone_fx.files.seal import is_sealed
+from bone_fx.onnx.writer import DATA_FILE, MODEL_FILE
 from bone_fx.progress import Progress, Silent
 from bone_fx.runtime.session import open_session, require_provider
 from bone_fx.weights.storage.safetensors_file import file_sha256
 
 _FOLDED = "a folded checkpoint: its files were hashed; only ONNX outputs are compared with a base"
+_FILES = {
+    "decoder": MODEL_FILE,
+    "model": MODEL_FILE,
+    "module": MODEL_FILE,
+    "checkpoint": "config.json",
+}
+"""A file that each kind of output has."""
+_BESIDE_GRAPH = (DATA_FILE, CONFIG_FILE)
+_ACTIVATIONS = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -106,6 +124,8 @@ def verify_export(
         raise UsageError("adapters go with their base", next_step="pass --base too")
     if verify not in get_args(Compared):
         raise UsageError(f"verify={verify!r} compares nothing", next_step="pass full or fast")
+    if provider not in get_args(Provider):
+        raise UsageError(f"provider={provider!r} is none", next_step="pass cpu or cuda")
     if manifest.get("kind") == REJECTED:
         raise VerificationError(
             f"{output} is a build that failed verification",
@@ -116,21 +136,22 @@ def verify_export(
         raise UsageError(
             f"{output} is an export of a module, which has no base", next_step="leave out --base"
         )
-    if base is not None:
-        _check_fields(output, manifest)
+    _check_fields(output, manifest, compared=base is not None)
+    is_folded = manifest["kind"] == "checkpoint"
     progress.stage("hash the files")
-    files = _check_files(folder, manifest["files"])
-    _check_pages(folder, manifest)
-    if manifest.get("kind") == "checkpoint" or not (folder / MODEL_FILE).is_file():
-        return VerifyResult(folder, files, None, (_FOLDED,))
-    require_provider(provider)
+    files = _check_files(folder, manifest)
+    notes = _other_files(folder)
+    if not is_folded:
+        require_provider(provider)
     if base is None:
+        if is_folded:
+            return VerifyResult(folder, files, None, (_FOLDED, *notes))
         progress.stage(f"run the graph on {provider}")
         try:
-            warnings = _run_alone(folder, manifest, provider)
+            alone = _run_alone(folder, manifest, provider)
         except VerificationError as error:
             raise _of_a_published_folder(error) from error
-        return VerifyResult(folder, files, None, warnings)
+        return VerifyResult(folder, files, None, (*alone, *notes))
     progress.stage("read the inputs")
     inputs = open_checkpoint(
         base,
@@ -140,31 +161,40 @@ def verify_export(
         allow_unused=allow_unused or (),
     )
     _check_inputs(inputs, manifest)
+    if is_folded:
+        return VerifyResult(folder, files, None, (_FOLDED, *notes))
     progress.stage(f"verify ({verify}, on {provider})")
     exported = exported_of(folder, manifest, inputs, provider)
     try:
         parity = verify_checkpoint(exported, inputs, provider, verify, samples)
     except VerificationError as error:
         raise _of_a_published_folder(error) from error
-    return VerifyResult(folder, files, figures_of(parity), tuple(parity.warnings))
+    return VerifyResult(folder, files, figures_of(parity), (*parity.warnings, *notes))
 
 
-def _check_fields(output: str | Path, manifest: Mapping[str, Any]) -> None:
+def _check_fields(output: str | Path, manifest: Mapping[str, Any], *, compared: bool) -> None:
     """Refuse a manifest that does not say what it was made from, as one that was edited may."""
-    base, adapters = manifest.get("base"), manifest.get("adapters")
-    is_whole = (
-        {"kind", "activations", "quantization"} <= set(manifest)
-        and isinstance(base, dict)
+    kind, base, adapters = (manifest.get(name) for name in ("kind", "base", "adapters"))
+    is_known = isinstance(kind, str) and _FILES.get(kind) in manifest["files"]
+    is_whole = not compared or (
+        isinstance(base, dict)
         and {"name", "files"} <= set(base)
         and isinstance(base["files"], dict)
         and isinstance(adapters, list)
         and all(isinstance(a, dict) and {"name", "files"} <= set(a) for a in adapters)
+        and (
+            kind == "checkpoint"
+            or (manifest.get("activations") in _ACTIVATIONS and "quantization" in manifest)
+        )
     )
-    if not is_whole and manifest.get("kind") != "checkpoint":
+    if not is_known or not is_whole:
+        lacking = "was made from" if is_known else "is"
         raise UsageError(
-            f"{MANIFEST} of {output} does not say what the output was made from",
-            expected="kind, activations, quantization, base and adapters, as they were written",
-            next_step="leave out --base to look at the files, or export again",
+            f"{MANIFEST} of {output} does not say what the output {lacking}",
+            expected="kind, files, activations, quantization, base and adapters, as written",
+            next_step="leave out --base to look at the files, or export again"
+            if is_known
+            else "export again",
         )
 
 
@@ -201,36 +231,46 @@ def exported_of(
     )
 
 
-def _check_files(folder: Path, listed: Mapping[str, Any]) -> int:
+def _check_files(folder: Path, manifest: Mapping[str, Any]) -> int:
     """Hash the files of a folder that a manifest lists; returns how many."""
-    for name, entry in listed.items():
+    listed: Mapping[str, Any] = manifest["files"]
+    for name in [*listed, *manifest.get(BESIDE, ())]:
         path = folder / name
-        expected = entry.get("sha256")
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
             raise VerificationError(
                 f"verification failed: {name} is missing",
                 expected=str(path),
                 next_step="copy the whole folder again, or export again",
             )
+        expected = listed[name].get("sha256") if name in listed else None
         found = file_sha256(path)
-        if found != expected:
+        if found != expected and not (name not in listed and is_sealed(path.read_bytes())):
             raise VerificationError(
                 f"verification failed: {name} is another file than {MANIFEST} says",
-                expected=f"SHA-256 {expected}",
+                expected=f"SHA-256 {expected}" if name in listed else "the page as it was written",
                 found=f"SHA-256 {found}",
                 next_step="export again, or give the files that were exported",
             )
     return len(listed)
 
 
-def _check_pages(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare the pages that a manifest has no bytes of with their own checksums."""
-    if changed := changed_pages(folder, manifest):
+def _other_files(folder: Path) -> tuple[str, ...]:
+    """A note on files in the folder that its manifest does not list.
+
+    Raises:
+        VerificationError: One of them belongs to the graph.
+    """
+    foreign = not_made_by_a_run(folder)
+    if read := [name for name in foreign if name in (*_FILES.values(), *_BESIDE_GRAPH)]:
         raise VerificationError(
-            f"verification failed: {some(changed)}: missing, or not the page that was written",
-            expected="the page with its checksum, which is its last line",
+            f"verification failed: {read[0]} is not listed in {MANIFEST}",
+            expected="the files that were exported",
+            found=some(read),
             next_step="copy the whole folder again, or export again",
         )
+    if not foreign:
+        return ()
+    return (printable(f"not of this output, and not looked at: {some(foreign)}", lines=False),)
 
 
 def _check_inputs(inputs: CheckpointInputs, manifest: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, TensorArgument
 from torch.fx import GraphModule, Node
 
-from bone_fx.errors import ExportError
+from bone_fx.errors import BoneFxError, ExportError, first_line
 from bone_fx.onnx import gelu, scaled_attention
 from bone_fx.onnx.prepare import prepare
 from bone_fx.onnx.prepare.decompose import decompose_nodes
@@ -46,14 +46,23 @@ def program_to_ir(program: ExportedProgram) -> tuple[ir.Model, str | None]:
         ExportError: An operator has no translation even when decomposed.
     """
     with _quiet():
-        registry = _registry()
-        prepared = prepare(program.graph_module)
-        if decompose_nodes(prepared, lambda node: _has_no_translation(node, registry)):
-            prepared = prepare(prepared)
-        reason = _untranslatable(prepared, registry)
-        if reason is None:
-            return _translate(program, prepared, registry), None
-        return _export(program, _own_translations(registry)), reason
+        try:
+            return _program_to_ir(program)
+        except (BoneFxError, MemoryError):
+            raise
+        except Exception as error:
+            raise _explained(error) from error
+
+
+def _program_to_ir(program: ExportedProgram) -> tuple[ir.Model, str | None]:
+    registry = _registry()
+    prepared = prepare(program.graph_module)
+    if decompose_nodes(prepared, lambda node: _has_no_translation(node, registry)):
+        prepared = prepare(prepared)
+    reason = _untranslatable(prepared, registry)
+    if reason is None:
+        return _translate(program, prepared, registry), None
+    return _export(program, _own_translations(registry)), reason
 
 
 @functools.cache
@@ -131,15 +140,12 @@ def _is_tensor(node: Node) -> bool:
 
 
 def _translate(program: ExportedProgram, graph_module: GraphModule, registry: Any) -> ir.Model:
-    from torch.onnx._internal.exporter import _core, _errors
+    from torch.onnx._internal.exporter import _core
 
     shadow = copy.copy(program)
     shadow._graph_module = graph_module
     shadow._graph_signature = _signature_of(program, graph_module)
-    try:
-        return _core._exported_program_to_onnx_program(shadow, registry=registry).model
-    except _errors.ConversionError as error:
-        raise _explained(error) from error
+    return _core._exported_program_to_onnx_program(shadow, registry=registry).model
 
 
 def _signature_of(program: ExportedProgram, graph_module: GraphModule) -> ExportGraphSignature:
@@ -155,17 +161,14 @@ def _signature_of(program: ExportedProgram, graph_module: GraphModule) -> Export
 
 
 def _export(program: ExportedProgram, table: dict[Any, Any]) -> ir.Model:
-    try:
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            optimize=False,
-            opset_version=OPSET,
-            verbose=False,
-            custom_translation_table=table,
-        )
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise _explained(error) from error
+    exported = torch.onnx.export(
+        program,
+        dynamo=True,
+        optimize=False,
+        opset_version=OPSET,
+        verbose=False,
+        custom_translation_table=table,
+    )
     assert exported is not None
     return exported.model
 
@@ -174,10 +177,9 @@ def _explained(error: BaseException) -> ExportError:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    first = (str(cause).splitlines() or [type(cause).__name__])[0]
     return ExportError(
         "the graph could not be translated to ONNX",
-        found=first,
+        found=first_line(cause),
         next_step="replace the operator that is named, or report it with the model's configuration",
     )
 

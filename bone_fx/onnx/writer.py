@@ -85,7 +85,9 @@ def write_model(model: ir.Model, folder: Path, progress: Progress | None = None)
         (folder / MODEL_FILE).write_bytes(content)
     except OSError as error:
         raise ExportError(
-            f"{folder} could not be written", found=error.strerror or str(error)
+            f"{folder} could not be written",
+            found=error.strerror or str(error),
+            next_step="choose another -o, on a disk with space and without a limit on files",
         ) from error
     files.insert(0, WrittenFile(MODEL_FILE, len(content), hashlib.sha256(content).hexdigest()))
     return WrittenModel(tuple(files), len(placements))

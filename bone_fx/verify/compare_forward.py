@@ -70,7 +70,7 @@ def verify_model(
     with torch.no_grad():
         if not short:
             cases |= _longer(parity, session, model, examples)
-        cases = {case: _ended(feeds, model.config) for case, feeds in cases.items()}
+        cases = {case: _ended(feeds, model) for case, feeds in cases.items()}
         base = run() if adapters else []
         load_parameters(model, adapters)
         with unmerged(model, adapters), within_range(model, dtype):
@@ -278,14 +278,17 @@ def _resized(example: Tensor, shape: Sequence[int]) -> Tensor:
     return example
 
 
-def _ended(feeds: Feeds, config: Any) -> Feeds:
+def _ended(feeds: Feeds, model: Any) -> Feeds:
     """A case whose texts end with the end token, and whose padding is one token.
 
-    Models that pool at the end token, or at the largest (CLIP), would pool padding else.
+    Models that pool at the end token, or at the largest (CLIP), would pool padding else. An end
+    token that the vocabulary has not, as in configurations that nobody filled in, ends nothing.
     """
     ids, mask = feeds.get("input_ids"), feeds.get(_MASK)
-    end = getattr(config.get_text_config(), "eos_token_id", None)
+    end = getattr(model.config.get_text_config(), "eos_token_id", None)
     if ids is None or mask is None or ids.shape != mask.shape or not isinstance(end, int):
+        return feeds
+    if not 0 <= end < vocabulary_of(model):
         return feeds
     other = 1 if end == 0 else 0
     ended = ids.masked_fill((ids == end) | (mask == 0), other)
@@ -306,7 +309,14 @@ def _fields(output: Any, names: Sequence[str]) -> list[Tensor]:
     fields = []
     for name in names:
         first, *places = name.split(".")
-        value = getattr(output, first)
+        value = getattr(output, first, None)
+        if value is None:
+            raise VerificationError(
+                f"verification failed: the graph's output {name} is none of the model's",
+                expected=", ".join(output),
+                found=name,
+                next_step="check that the graph is an export of this base",
+            )
         for place in places:
             value = value[int(place)] if place.isdigit() else value[place]
         fields.append(value.float())

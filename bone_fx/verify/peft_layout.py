@@ -7,6 +7,7 @@ mistake of the exporter's reader or of its sites shows as a difference.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +40,20 @@ class PeftAdapter:
     parameters: dict[str, Tensor]
 
     @classmethod
-    def read(cls, folder: Path) -> PeftAdapter:
-        """Read `adapter_config.json` and `adapter_model.safetensors` of a folder."""
+    def read(cls, folder: Path, given_up: Collection[str] = ()) -> PeftAdapter:
+        """Read `adapter_config.json` and `adapter_model.safetensors` of a folder.
+
+        Args:
+            folder: The folder.
+            given_up: Tensors that the person gave up, by their keys or names.
+        """
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         leaf = f".{_LEAVES[config['peft_type']]}"
         blocks, parameters = {}, {}
         for key, tensor in sorted(load_file(folder / "adapter_model.safetensors").items()):
             name = key.removeprefix(_PREFIX)
+            if given_up and {key, name, name.replace(_BASE_LAYER, ".")} & set(given_up):
+                continue
             if name.endswith(leaf):
                 blocks[name.removesuffix(leaf)] = tensor.float()
             elif not {*name.split(".")} & _NOT_READ:

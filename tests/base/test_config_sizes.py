@@ -89,6 +89,7 @@ def test_making_large_tensors_is_refused_before_they_are_made() -> None:
     with BoundedMemory(1000):
         assert torch.arange(10).shape == (10,)
         assert torch.empty(10**7, 10**7, device="meta").is_meta
+        assert torch.empty(10**7, 10**7, device="meta")[:, 0::2].shape == (10**7, 10**7 // 2)
         column = torch.ones(100_000, 1)
         makers = [
             lambda: torch.empty(10**6, 10**6),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import Starcoder2Config
 
 from bone_fx.base.loading import open_base, skeleton
+from bone_fx.base.sizes.gguf_values import unread_values
 from bone_fx.base.unused_tensors import account_for_unused
 from bone_fx.errors import BaseModelError
 from bone_fx.weights.load_plan import recipes_for
@@ -48,7 +51,10 @@ def _interleaved(weight: Tensor, heads: int) -> Tensor:
 
 
 def _write(
-    file: Path, merge: str = "! #", extra: Mapping[str, Any] = MappingProxyType({})
+    file: Path,
+    merge: str = "! #",
+    extra: Mapping[str, Any] = MappingProxyType({}),
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """A tiny Llama as GGUF, matrices in Q8_0; gives back what it dequantizes to, by HF name."""
     gguf = pytest.importorskip("gguf")
@@ -61,7 +67,13 @@ def _write(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(1e-6)
+    if None not in more.values():
+        writer.add_layer_norm_rms_eps(1e-6)
+    for key, value in more.items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif value is not None:
+            writer.add_float32(key, value)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(VOCABULARY)
     writer.add_tokenizer_model("gpt2")
@@ -156,17 +168,62 @@ def test_a_file_that_lacks_a_tensor(name: str, tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_transformers_does_not_read(tmp_path: Path) -> None:
-    file, extra = tmp_path / "model.gguf", ("blk.1.ffn_up.bias", "rope_freqs.weight")
+    file, extra = tmp_path / "model.gguf", ("blk.1.ffn_up.bias", "output.bias", "rope_freqs.weight")
     _write(file, extra={name: np.full(4, 2.0, np.float32) for name in extra})
     for _ in range(2):  # the second time from the cache
         base = open_base(file, cache_dir=tmp_path / "cache")
         assert base.unread == extra
     shell = skeleton(base, torch.float32)
-    with pytest.raises(BaseModelError, match=r"2 tensors .* does not take blk\.1\.ffn_up\.bias"):
+    with pytest.raises(BaseModelError, match=r"3 tensors .* does not take blk\.1\.ffn_up\.bias"):
         account_for_unused(*shell, base.tensors, unread=base.unread)
     assert account_for_unused(*shell, base.tensors, extra, base.unread) == [
-        "left out as allowed: blk.1.ffn_up.bias, rope_freqs.weight of the base"
+        "left out as allowed: blk.1.ffn_up.bias, output.bias, rope_freqs.weight of the base"
     ]
+
+
+@pytest.mark.parametrize(
+    ("values", "lost"),
+    [
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, 2),
+        ({"llama.rope.scaling.type": "yarn"}, 1),
+        ({"llama.attention.sliding_window": 7.0}, 1),
+        ({"llama.final_logit_softcapping": 30.0, "llama.residual_scale": 0.5}, 2),
+        ({"llama.something_new": 3.0}, 1),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0}, 0),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, 0),
+        ({"llama.attention.sliding_window": 0.0, "llama.logit_scale": 1.0}, 0),
+        ({"llama.attention.key_length": 16.0, "general.file_type": 7.0}, 0),
+    ],
+)
+def test_values_that_transformers_does_not_read(
+    values: dict[str, Any], lost: int, tmp_path: Path
+) -> None:
+    """Scaled positions, windows, caps: transformers drops what is not in its tables."""
+    file = tmp_path / "model.gguf"
+    _write(file, more=values)
+    base = open_base(file, cache_dir=tmp_path / "cache")
+    assert base.unread == (tuple(values) if lost else ())
+    shell = skeleton(base, torch.float32)
+    if not lost:
+        return
+    first = re.escape(next(iter(values)))
+    with pytest.raises(BaseModelError, match=f"{first}, which transformers does not read"):
+        account_for_unused(*shell, base.tensors, unread=base.unread)
+    (note,) = account_for_unused(*shell, base.tensors, list(values), base.unread)
+    assert note == f"left out as allowed: {', '.join(sorted(values))} of the base"
+
+
+def test_values_that_the_configuration_says_by_default() -> None:
+    theta, name = Starcoder2Config().to_dict(), "starcoder2.rope.freq_base"
+    values = {"general.architecture": "starcoder2", name: theta["rope_parameters"]["rope_theta"]}
+    assert unread_values(values, theta) == []
+    assert unread_values({**values, name: 999999.4}, theta) == [name]
+
+
+def test_a_file_that_says_nothing_of_its_norms(tmp_path: Path) -> None:
+    _write(tmp_path / "model.gguf", more={"llama.attention.layer_norm_rms_epsilon": None})
+    with pytest.raises(BaseModelError, match="norms"):
+        open_base(tmp_path / "model.gguf", cache_dir=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("merge", ["# !", "! $"], ids=["an exception", "a panic"])

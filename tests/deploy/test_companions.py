@@ -241,3 +241,30 @@ def test_pooling_and_norm_of_sentence_models_are_named(tmp_path: Path) -> None:
     (note,) = sentence_notes(tmp_path, [])
     assert "Pooling (mean_tokens), Normalize" in note
     assert "50 tokens" in note
+    (of_decoder,) = sentence_notes(tmp_path, [], decodes=True)
+    assert "such as last_hidden_state" in note
+    assert "no last_hidden_state that could be pooled" in of_decoder
+
+
+def test_settings_of_sentence_models_are_named(tmp_path: Path) -> None:
+    (tmp_path / "1_Pooling").mkdir()
+    pooling = {"pooling_mode_lasttoken": True, "include_prompt": False}
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    modules = [{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}, {"path": ""}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    settings = {"truncate_dim": 64, "activation_fn": "torch.nn.modules.activation.Sigmoid"}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    (note,) = sentence_notes(tmp_path, [])
+    for part in (
+        "Pooling (lasttoken, without the prompt's tokens), a module of no type",
+        "cut to 64 values",
+        "Sigmoid of the scores",
+    ):
+        assert part in note
+
+
+@pytest.mark.parametrize("content", ["{}", '["Pooling"]', "null"])
+def test_modules_that_are_no_list_are_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text(content)
+    with pytest.raises(InputRefusedError, match=r"modules\.json cannot be read"):
+        sentence_notes(tmp_path, [])

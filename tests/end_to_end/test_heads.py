@@ -202,6 +202,21 @@ def test_two_adapters_with_different_heads(base: Path) -> None:
     assert torch.equal(load_file(out / "model.safetensors")["lm_head.weight"], torch.ones(128, 48))
 
 
+def test_a_whole_weight_after_a_block(base: Path) -> None:
+    """In the other order the block acts on the weight, as PEFT has it of a merged model."""
+    blocks = tiny_adapter(base.parent / "blocks")
+    site = "model.layers.1.self_attn.q_proj"
+    name, weight = f"{site}.base_layer.weight", torch.ones(48, 48)
+    whole = adapter_with(base.parent / "whole", {name: weight})
+    with pytest.raises(AdapterError, match=rf"{site}\.weight whole.*'blocks' before it"):
+        bone_fx.export(base, adapters=[blocks, whole], output=base.parent / "out")
+    out = base.parent / "folded"
+    bone_fx.fold_checkpoint(base, adapters=[whole, blocks], output=out)
+    block = load_file(blocks / "adapter_model.safetensors")[f"base_model.model.{site}.bone_block"]
+    folded = load_file(out / "model.safetensors")[f"{site}.weight"]
+    assert torch.allclose(folded, weight + 2 * block.T.repeat(1, 3), atol=1e-5)
+
+
 def test_a_head_that_the_file_lacks(base: Path) -> None:
     adapter = tiny_adapter(base.parent / "a", modules_to_save=["lm_head"])
     assert "its file does not hold lm_head.weight" in refused(base, adapter)
@@ -236,6 +251,22 @@ def test_a_tensor_that_means_nothing(name: str, base: Path) -> None:
         base, adapters=[adapter], output=base.parent / "out", allow_unused=[f"*{name}"]
     )
     assert any(name in note for note in result.manifest["notes"])
+
+
+def test_what_is_given_up_is_no_part_of_the_reference(base: Path) -> None:
+    """A plain weight of an adapted layer, which PEFT does not load, and a name of no layer."""
+    names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.7.mlp.bias"]
+    adapter = adapter_with(base.parent / "a", {name: torch.ones(48, 48) for name in names})
+    assert names[0] in refused(base, adapter)
+    patterns = ["*.q_proj.weight", "model.layers.7.*"]
+    result = bone_fx.export(
+        base, adapters=[adapter], output=base.parent / "out", allow_unused=patterns
+    )
+    assert any(all(name in note for name in names) for note in result.manifest["notes"])
+    without = tiny_adapter(base.parent / "b")
+    bone_fx.export(base, adapters=[without], output=base.parent / "same", verify="off")
+    data = [(base.parent / out / "model.onnx.data").read_bytes() for out in ("out", "same")]
+    assert data[0] == data[1]
 
 
 def test_a_head_that_is_used_is_never_left_out(base: Path) -> None:

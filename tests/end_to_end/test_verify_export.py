@@ -82,19 +82,6 @@ def test_a_missing_file(folder: Path, tmp_path: Path) -> None:
         bone_fx.verify_export(out)
 
 
-@pytest.mark.parametrize("edited", [False, True])
-def test_a_report_that_is_not_the_one_that_was_written(
-    folder: Path, tmp_path: Path, *, edited: bool
-) -> None:
-    page = copy_of(folder / "out", tmp_path / "out") / "report.html"
-    if edited:
-        page.write_text(page.read_text().replace("bone_fx", "another"))
-    else:
-        page.unlink()
-    with pytest.raises(VerificationError, match=r"report\.html: missing, or not the page"):
-        bone_fx.verify_export(page.parent)
-
-
 def test_other_adapters(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match="adapters are not those"):
         bone_fx.verify_export(folder / "out", base=folder / "base")
@@ -177,3 +164,67 @@ def test_what_cannot_be_verified(folder: Path, tmp_path: Path) -> None:
     (out / "bone_export.json").write_text(json.dumps({**manifest, "kind": "module"}))
     with pytest.raises(UsageError, match="no base"):
         bone_fx.verify_export(out, base=folder / "base")
+
+
+def edited(out: Path, **fields: Any) -> Path:
+    manifest = out / "bone_export.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **fields}))
+    return out
+
+
+@pytest.mark.parametrize("fields", [{"files": {}}, {"kind": "something"}, {"kind": ["decoder"]}])
+def test_a_manifest_that_does_not_say_what_the_output_is(
+    fields: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    out = edited(copy_of(folder / "out", tmp_path / "out"), **fields)
+    with pytest.raises(UsageError, match="does not say what the output is"):
+        bone_fx.verify_export(out)
+
+
+@pytest.mark.parametrize("fields", [{"activations": "fp8"}, {"kind": "model"}])
+def test_a_manifest_of_another_output(fields: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    out = edited(copy_of(folder / "out", tmp_path / "out"), **fields)
+    with pytest.raises((UsageError, VerificationError), match=r"made from|none of the model's"):
+        bone_fx.verify_export(out, base=folder / "base", adapters=[folder / "adapter"])
+
+
+@pytest.mark.parametrize("name", ["model.onnx.data", "genai_config.json"])
+def test_a_part_of_the_graph_that_the_manifest_does_not_list(
+    name: str, folder: Path, tmp_path: Path
+) -> None:
+    out = copy_of(folder / "out", tmp_path / "out")
+    files = json.loads((out / "bone_export.json").read_text())["files"]
+    edited(out, files={key: entry for key, entry in files.items() if key != name})
+    with pytest.raises(VerificationError, match=rf"{name} is not listed"):
+        bone_fx.verify_export(out)
+
+
+def test_a_file_beside_an_output_is_named(folder: Path, tmp_path: Path) -> None:
+    out = copy_of(folder / "out", tmp_path / "out")
+    (out / "special_tokens_map.json").write_text("{}")
+    warnings = bone_fx.verify_export(out).warnings
+    assert any("not looked at: special_tokens_map.json" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("content", [None, "<p>verified</p>"])
+def test_a_page_that_is_gone_or_changed(content: str | None, folder: Path, tmp_path: Path) -> None:
+    out = copy_of(folder / "out", tmp_path / "out")
+    page = out / "report.html"
+    page.unlink() if content is None else page.write_text(content)
+    with pytest.raises(VerificationError, match=r"report\.html is (missing|another file)"):
+        bone_fx.verify_export(out)
+
+
+def test_a_folded_checkpoint_and_its_inputs(folder: Path, tmp_path: Path) -> None:
+    base, adapter, out = folder / "base", folder / "adapter", tmp_path / "folded"
+    bone_fx.fold_checkpoint(base, adapters=[adapter], output=out)
+    assert bone_fx.verify_export(out, base=base, adapters=[adapter]).verification is None
+    with pytest.raises(VerificationError, match="adapters are not those"):
+        bone_fx.verify_export(out, base=base)
+    with pytest.raises(VerificationError, match="of the base is another file"):
+        bone_fx.verify_export(out, base=tiny_base(tmp_path / "base"), adapters=[adapter])
+
+
+def test_a_provider_of_no_name(folder: Path) -> None:
+    with pytest.raises(UsageError, match="pass cpu or cuda"):
+        bone_fx.verify_export(folder / "out", provider="npu")  # type: ignore[arg-type]

@@ -309,6 +309,19 @@ def test_an_operator_without_translation_is_named() -> None:
         translate(export(Odd(), (torch.randn(3, 3),)), {})
 
 
+def test_an_exporter_that_fails_in_its_own_way() -> None:
+    """Its passes raise errors of any class; none of them is a fault of ours."""
+
+    class Subtracts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            result = x.clone()
+            result[:, 0].mul_(2)
+            return result + (1.0 - x.long())
+
+    with pytest.raises(ExportError, match=r"(?s)could not be translated.*aten\.sub"):
+        translate(program_of(Subtracts(), torch.ones(2, 4)), {})
+
+
 def test_autocast_is_left_to_the_decompositions() -> None:
     with torch.enable_grad():
         program = export(Regions(autocast=True), (torch.randn(3, 6),))

@@ -154,7 +154,7 @@ def _result_size(func: Any, args: Any) -> int:
         start, end, step = (0, ends[0], 1) if len(ends) == 1 else (*ends, 1)[:3]
         return int(abs((end - start) / (step or 1)))
     shapes = [tuple(a.shape) for a in args if isinstance(a, torch.Tensor) and not a.is_meta]
-    if not shapes:
+    if not shapes and not any(isinstance(a, torch.Tensor) for a in args):
         if args and isinstance(args[0], list | tuple):
             return math.prod(n for n in args[0] if isinstance(n, int))
         numbers = [int(n) for n in args if isinstance(n, int) and not isinstance(n, bool)]
@@ -162,7 +162,7 @@ def _result_size(func: Any, args: Any) -> int:
     if name in ("outer", "ger"):
         return math.prod(math.prod(shape) for shape in shapes)
     try:
-        return math.prod(np.broadcast_shapes(*shapes))
+        return math.prod(np.broadcast_shapes(*shapes)) if shapes else 0
     except ValueError:
         return 0
 

@@ -22,7 +22,7 @@ def default_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
     Text gets `input_ids` and `attention_mask`; segments (`token_type_ids`) are all of the first
     kind unless the caller's own example inputs have them. An encoder-decoder gets
-    `decoder_input_ids`.
+    `decoder_input_ids`; the encoder of one, whose configuration is the pair's, does not.
 
     Raises:
         UsageError: The kind of input is not known.
@@ -53,7 +53,8 @@ def default_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             f"{type(model).__name__} takes {main}, which cannot be made up from the configuration",
             next_step="pass example_inputs",
         )
-    if getattr(config, "is_encoder_decoder", False):
+    takes_two_texts = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    if takes_two_texts and getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = torch.zeros(ROWS, DECODER_LENGTH, dtype=torch.long)
     return inputs
 

@@ -134,17 +134,15 @@ def build_checkpoint(
         allow_unused=options.allow_unused or (),
     )
     companions = choose_companions(inputs.checkpoint.folder, adapters)
-    notes = [
-        *companions.notes,
-        *files_left_out(inputs.checkpoint, adapters),
-        *sentence_notes(inputs.checkpoint.folder, adapters),
-    ]
+    notes = [*companions.notes, *files_left_out(inputs.checkpoint, adapters)]
     progress.stage("capture without weights")
     dtype = TORCH_DTYPES[options.activation_dtype]
     in_halves = dtype.itemsize == 2 and not options.quantizes
     folded = inputs.fold(dtype, Rounding(dtype) if in_halves and adapters else None)
     companions.check_vocabulary(folded.skeleton.model)
     graph = capture_graph(folded, options, progress)
+    decodes = isinstance(graph, DecoderGraph)
+    notes += sentence_notes(inputs.checkpoint.folder, adapters, decodes=decodes)
     notes += [*folded.notes, *graph.notes]
     twin = None
     if options.activation_dtype == "bf16":

@@ -41,10 +41,11 @@ def files_left_out(checkpoint: BaseCheckpoint, adapters: Adapters) -> list[str]:
     return [printable(note, lines=False) for note in notes]
 
 
-def sentence_notes(base: Path, adapters: Adapters) -> list[str]:
+def sentence_notes(base: Path, adapters: Adapters, *, decodes: bool = False) -> list[str]:
     """A note on pooling, dense layers and norm, of the last folder that has any."""
     folders = [base, *(adapter.path for _, adapter in adapters)]
-    notes = [note for folder in folders if (note := sentence_note(folder)) is not None]
+    found = (sentence_note(folder, decodes=decodes) for folder in folders)
+    notes = [note for note in found if note is not None]
     return notes[-1:]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bone_fx.deploy.companions.reading import read_object, read_value
-from bone_fx.errors import printable
+from bone_fx.errors import InputRefusedError, printable
 
 MODULES = "modules.json"
 SETTINGS = ("sentence_bert_config.json", "config_sentence_transformers.json")
@@ -32,6 +32,8 @@ class SentenceModule(NamedTuple):
         if isinstance(content.get("pooling_mode"), str):
             modes.append(content["pooling_mode"])
         short = ", ".join(mode.removeprefix("pooling_mode_") for mode in modes)
+        if content.get("include_prompt") is False:
+            short += ", without the prompt's tokens"
         return f"{self.kind} ({short})" if short else f"{self.kind} ({self.folder.name})"
 
 
@@ -41,13 +43,22 @@ def sentence_modules(folder: Path) -> list[SentenceModule]:
     Raises:
         InputRefusedError: `modules.json` cannot be read.
     """
-    content = read_value(folder / MODULES)
-    entries = content if isinstance(content, list) else []
+    path = folder / MODULES
+    content = read_value(path)
+    if content is None and not path.is_file():
+        return []
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise InputRefusedError(
+            f"{path} cannot be read",
+            expected="a list of modules, each an object with its type",
+            found=str(content)[:200],
+            next_step="save the model again with sentence-transformers, or take the file away",
+        )
     return [
         SentenceModule(kind, _inside(folder, entry.get("path")))
-        for entry in entries
-        if isinstance(entry, dict)
-        if (kind := str(entry.get("type", "")).rpartition(".")[2]) not in ("Transformer", "")
+        for entry in content
+        for kind in [str(entry.get("type") or "a module of no type").rpartition(".")[2]]
+        if kind != "Transformer"
     ]
 
 
@@ -67,27 +78,41 @@ def sentence_files(folder: Path) -> list[Path]:
     return [path for path in (*beside, *inside) if path.is_file()]
 
 
-def sentence_note(folder: Path) -> str | None:
-    """What an export leaves to the caller; None if nothing stands after the model."""
-    steps = [module.describe() for module in sentence_modules(folder)]
+def sentence_note(folder: Path, *, decodes: bool = False) -> str | None:
+    """What an export leaves to the caller; None if nothing stands after the model.
+
+    Args:
+        folder: A base's or an adapter's.
+        decodes: Whether the graph is a decoder's, which gives logits and no states to pool.
+    """
+    modules = sentence_modules(folder)
+    steps = [module.describe() for module in modules]
     settings = read_object(folder / SETTINGS[0])
     if isinstance(settings.get("max_seq_length"), int):
         steps.append(f"texts cut to {settings['max_seq_length']} tokens")
     if settings.get("do_lower_case"):
         steps.append("texts in lower case")
-    if read_object(folder / SETTINGS[1]).get("prompts"):
+    more = read_object(folder / SETTINGS[1])
+    if more.get("prompts"):
         steps.append(f"the prompts of {SETTINGS[1]}")
+    if isinstance(more.get("truncate_dim"), int):
+        steps.append(f"embeddings cut to {more['truncate_dim']} values")
     config = read_object(folder / "config.json")
-    activation = config.get("sbert_ce_default_activation_function")
+    activation = config.get("sbert_ce_default_activation_function", more.get("activation_fn"))
     if isinstance(config.get("sentence_transformers"), dict):
         activation = config["sentence_transformers"].get("activation_fn", activation)
     if isinstance(activation, str):
         steps.append(f"{activation.rpartition('.')[2]} of the scores")
     if not steps:
         return None
+    gives = "the graph gives the model's own outputs, such as last_hidden_state"
+    if decodes and modules:
+        gives = (
+            "the graph gives logits, and no last_hidden_state that could be pooled: for "
+            "embeddings, name the model without its head in config.json's architectures"
+        )
     return printable(
-        "the graph gives the model's own outputs, such as last_hidden_state; what "
-        f"sentence-transformers does besides, as {folder.name} says, is left to the caller: "
-        + ", ".join(steps),
+        f"{gives}; what sentence-transformers does besides, as {folder.name} says, is left to the "
+        f"caller: {', '.join(steps)}",
         lines=False,
     )
