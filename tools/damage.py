@@ -32,6 +32,8 @@ PATTERNS = [
         "(?i)Q.*",
     ),
 ]
+_NOT_POSSIBLE = (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError)
+"""What reading a file raises that an earlier damage made something else of."""
 HEADER_DTYPES = ["F64", "F32", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "C64", "F4", "", 3, None]
 
 
@@ -40,7 +42,7 @@ def damage(choose: random.Random, folder: Path) -> str:
     kind = choose.choice(list(KINDS))
     try:
         return f"{kind}: {KINDS[kind](choose, folder)}"
-    except (OSError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+    except _NOT_POSSIBLE as error:
         return f"{kind}: not possible, {type(error).__name__}"
 
 

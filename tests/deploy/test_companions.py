@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from bone_fx.adapter_folder import AdapterFolder
+from bone_fx.base.gguf import LAYOUT
 from bone_fx.base.loading import open_base
 from bone_fx.config import BoneConfig
 from bone_fx.deploy.companions.choice import Companions, choose_companions
@@ -195,7 +196,7 @@ def test_a_tokenizer_that_cannot_be_converted_is_named(tmp_path: Path) -> None:
 def test_the_base_is_called_by_what_was_given_and_not_by_its_place_in_a_cache(
     tmp_path: Path,
 ) -> None:
-    cached = tmp_path / "gguf2-0123"
+    cached = tmp_path / f"{LAYOUT}-0123"
     GPT2LMHeadModel(small_gpt2()).save_pretrained(cached)
     checkpoint = replace(open_base(cached), origin="models/given.gguf")
     (tmp_path / "out").mkdir()

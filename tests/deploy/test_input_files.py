@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bone_fx.base.gguf import LAYOUT
 from bone_fx.deploy.input_files import files_read
 from bone_fx.deploy.output_checks import check_output
 from bone_fx.errors import UsageError
@@ -68,7 +69,7 @@ def test_dequantized_files_in_the_cache_are_inputs(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BONE_FX_CACHE", str(folders / "cache"))
-    (folders / "cache" / "gguf2-00ff").mkdir(parents=True)
+    (folders / "cache" / f"{LAYOUT}-00ff").mkdir(parents=True)
     check(folders, "cache/out")
     with pytest.raises(UsageError, match="overlaps"):
         check(folders, "cache")
