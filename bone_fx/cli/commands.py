@@ -96,6 +96,12 @@ ADAPTER = typer.Option(
     metavar="DIR",
     help="Bone, BAT or MiSS adapter in PEFT's layout; repeat to apply several, in order.",
 )
+VARIANT = typer.Option(
+    "--variant",
+    metavar="NAME=DIR",
+    help="Instead of --adapter: an adapter that gets a graph of its own, NAME.onnx, over common "
+    "weights; repeat for several.",
+)
 Overwrite = Annotated[bool, option("overwrite", "--overwrite")]
 
 app = typer.Typer(**SETTINGS)
@@ -109,6 +115,7 @@ def bone_export(
     base: Base,
     output: Output,
     adapter: Annotated[list[str] | None, ADAPTER] = None,
+    variant: Annotated[list[str] | None, VARIANT] = None,
     dtype: Annotated[Dtype | None, option("dtype", show_default=DTYPE)] = None,
     provider: Annotated[Provider, option("provider")] = "cpu",
     verify: Annotated[Verify, option("verify")] = "full",
@@ -156,10 +163,26 @@ def bone_export(
     from bone_fx.deploy.export import export_with
 
     with _progress(context, quiet=quiet) as progress:
-        result = export_with(base, adapter or (), output, options, progress)
+        result = export_with(
+            base, adapter or (), output, options, progress, _variants(variant or [])
+        )
     verification = result.manifest["verification"]
     figures = "not verified" if verification is None else _figures(verification)
     _report(result, figures, as_json=as_json)
+
+
+def _variants(given: list[str]) -> dict[str, str]:
+    """Names and folders of `NAME=DIR`."""
+    pairs = [each.partition("=") for each in given]
+    names = [name for name, _, _ in pairs]
+    for each, (name, _, folder) in zip(given, pairs, strict=True):
+        if not name or not folder or names.count(name) > 1:
+            raise UsageError(
+                f"--variant {each} does not name a variant",
+                expected="NAME=DIR, each name once",
+                next_step="--variant poet=./poet-adapter",
+            )
+    return {name: folder for name, _, folder in pairs}
 
 
 @fold_app.command(epilog=FOLD_EPILOG, context_settings=HELP_FLAGS)

@@ -72,6 +72,7 @@ def export(
     *,
     output: str | Path,
     adapters: Sequence[str | Path] = (),
+    variants: Mapping[str, str | Path] | None = None,
     dtype: Dtype | None = None,
     provider: Provider = "cpu",
     verify: Verify = "full",
@@ -101,6 +102,9 @@ def export(
             `report.html`, `README.md`; for decoders also what onnxruntime-genai needs.
         adapters: Adapter folders in PEFT's layout, in the order in which they apply; only with a
             checkpoint.
+        variants: Name -> adapter folder, instead of `adapters`: each is folded into a graph of its
+            own, `NAME.onnx`, and all lie in one folder over one `model.onnx.data`, in which what no
+            adapter touches stands once.
         dtype: Dtype of weights and activations, `"fp32"` by default; `"int4"` and `"int8"` quantize
             the weights of products and compute in fp32 on the CPU, fp16 on CUDA. A module of your
             own keeps the dtype it has.
@@ -170,7 +174,7 @@ def export(
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
     )
-    return export_with(base, adapters, output, options, progress or Silent())
+    return export_with(base, adapters, output, options, progress or Silent(), variants or {})
 
 
 def export_with(
@@ -179,41 +183,96 @@ def export_with(
     output: str | Path,
     options: ExportOptions,
     progress: Progress,
+    variants: Mapping[str, str | Path] | None = None,
 ) -> ExportResult:
     """Export to ONNX as the options say; `export` tells what the arguments are."""
+    every = [*adapters, *(variants or {}).values()]
     if not isinstance(base, str | Path):
-        _check_module_choices(base, adapters, options)
+        _check_module_choices(base, every, options)
     text = None if options.calibration == NO_CALIBRATION else options.calibration
-    inputs = files_read(base, adapters, [text, options.samples])
+    inputs = files_read(base, every, [text, options.samples])
+    if variants:
+        _check_variants(adapters, variants)
     with staged(output, overwrite=options.overwrite, inputs=inputs) as staging:
-        from bone_fx.deploy.manifest import export_manifest
-
-        progress = timed = Timed(progress)
-        progress.stage("read the inputs")
-        folders = read_adapters(adapters)
-        if options.verify != "off":
-            from bone_fx.runtime.session import require_provider
-
-            require_provider(options.verification_provider)
-        build = _build(base, folders, options, progress)
-        progress.stage("write the model")
-        written = build.write(staging.folder, progress)
-
-        def manifest_with(parity: Parity | None) -> dict[str, Any]:
-            return export_manifest(
-                build, written, parity, adapters=folders, options=options, folder=staging.folder
-            )
-
-        try:
-            parity = _verify(build, staging.folder, options, progress)
-        except VerificationError as error:
-            write_failure(staging.folder, manifest_with(None), timed, str(error))
-            raise
-        progress.stage(PUBLISH)
-        manifest = write_reports(staging.folder, manifest_with(parity), timed)
+        timed = Timed(progress)
+        if variants:
+            manifest = _write_variants(staging.folder, base, variants, options, timed)
+        else:
+            manifest = _write(staging.folder, base, adapters, options, timed)
+        timed.stage(PUBLISH)
+        manifest = write_reports(staging.folder, manifest, timed)
         staging.publish(manifest)
-    notes = [*manifest["notes"], *([UNVERIFIED] if parity is None else parity.warnings)]
-    return ExportResult(staging.output, parity is not None, manifest, tuple(notes))
+    verification = manifest["verification"]
+    notes = [*manifest["notes"], *(verification["warnings"] if verification else [UNVERIFIED])]
+    return ExportResult(staging.output, verification is not None, manifest, tuple(notes))
+
+
+def _write(
+    folder: Path,
+    base: object,
+    adapters: Sequence[str | Path],
+    options: ExportOptions,
+    timed: Timed,
+) -> dict[str, Any]:
+    """Build, write and verify in a folder; the manifest of what is there.
+
+    Raises:
+        VerificationError: It is not what torch computes; a page that says so is in the folder.
+    """
+    from bone_fx.deploy.manifest import export_manifest
+
+    timed.stage("read the inputs")
+    folders = read_adapters(adapters)
+    if options.verify != "off":
+        from bone_fx.runtime.session import require_provider
+
+        require_provider(options.verification_provider)
+    build = _build(base, folders, options, timed)
+    timed.stage("write the model")
+    written = build.write(folder, timed)
+
+    def manifest_with(parity: Parity | None) -> dict[str, Any]:
+        return export_manifest(
+            build, written, parity, adapters=folders, options=options, folder=folder
+        )
+
+    try:
+        parity = _verify(build, folder, options, timed)
+    except VerificationError as error:
+        write_failure(folder, manifest_with(None), timed, str(error))
+        raise
+    return manifest_with(parity)
+
+
+def _write_variants(
+    folder: Path,
+    base: object,
+    variants: Mapping[str, str | Path],
+    options: ExportOptions,
+    timed: Timed,
+) -> dict[str, Any]:
+    """The same for each variant, in one folder in the end."""
+    from bone_fx.deploy.variants import Folder
+
+    whole = Folder(folder)
+    for name, adapter in variants.items():
+        timed.stage(f"variant {name}")
+        place = whole.begin(name)
+        manifest = _write(place, base, [adapter], options, timed)
+        write_reports(place, manifest, timed)
+        whole.take(name, manifest)
+    return whole.finish()
+
+
+def _check_variants(adapters: Sequence[str | Path], variants: Mapping[str, str | Path]) -> None:
+    from bone_fx.deploy.variants import check_names
+
+    if adapters:
+        raise UsageError(
+            "variants have an adapter each, and adapters apply one after another to one graph",
+            next_step="pass one or the other",
+        )
+    check_names(list(variants))
 
 
 def _build(base: object, adapters: Adapters, options: ExportOptions, progress: Progress) -> Build:

@@ -2,8 +2,8 @@
 
 1. The manifest is read, and every file that it lists is hashed; files that it does not list are
    named.
-2. Without the base there is nothing to compare with: the graph is loaded, and onnxruntime-genai
-   generates with a decoder's folder.
+2. Without the base there is nothing to compare with: the graph is loaded, of variants each, and
+   onnxruntime-genai generates with a decoder's folder.
 3. With it, the base's and the adapters' files must be those of the manifest, and the verification
    of the export is run again (`deploy.verification.verify_checkpoint`).
 """
@@ -31,6 +31,7 @@ from bone_fx.deploy.earlier_output import (
 from bone_fx.deploy.genai_config import CONFIG_FILE
 from bone_fx.deploy.manifest import adapter_entry, figures_of
 from bone_fx.deploy.options import Compared, Provider
+from bone_fx.deploy.variants import KIND as VARIANTS
 from bone_fx.deploy.verification import Exported, verify_checkpoint
 from bone_fx.errors import KEPT, UsageError, VerificationError, printable, some
 from bone_fx.files.seal import is_sealed
@@ -136,6 +137,12 @@ def verify_export(
         raise UsageError(
             f"{output} is an export of a module, which has no base", next_step="leave out --base"
         )
+    is_of_variants = manifest.get("kind") == VARIANTS
+    if is_of_variants and base is not None:
+        raise UsageError(
+            f"{output} holds several variants, which were compared before they got one data file",
+            next_step="leave out --base, or export the variant alone and verify that",
+        )
     _check_fields(output, manifest, compared=base is not None)
     is_folded = manifest["kind"] == "checkpoint"
     progress.stage("hash the files")
@@ -176,6 +183,10 @@ def _check_fields(output: str | Path, manifest: Mapping[str, Any], *, compared: 
     """Refuse a manifest that does not say what it was made from, as one that was edited may."""
     kind, base, adapters = (manifest.get(name) for name in ("kind", "base", "adapters"))
     is_known = isinstance(kind, str) and _FILES.get(kind) in manifest["files"]
+    if kind == VARIANTS:
+        variants = manifest.get("variants")
+        is_known = isinstance(variants, dict) and bool(variants)
+        is_known &= all(f"{name}.onnx" in manifest["files"] for name in variants or ())
     is_whole = not compared or (
         isinstance(base, dict)
         and {"name", "files"} <= set(base)
@@ -312,6 +323,10 @@ def _run_alone(folder: Path, manifest: Mapping[str, Any], provider: str) -> tupl
     from bone_fx.verify.graph import WrittenGraph
     from bone_fx.verify.parity import TOLERANCE, Parity
 
+    for variant in manifest.get("variants", {}):
+        open_session(folder / f"{variant}.onnx", provider)
+    if manifest["kind"] == VARIANTS:
+        return (f"not compared with torch: {len(manifest['variants'])} graphs were loaded",)
     open_session(folder / MODEL_FILE, provider)
     notes = ["not compared with torch: pass --base, and --adapter for each adapter"]
     if manifest["kind"] == "decoder" and provider == "cpu":

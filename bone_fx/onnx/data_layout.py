@@ -60,11 +60,16 @@ def lay_out(initializers: Iterable[ir.Value]) -> list[Placement]:
     end = 0
     for recipe, values in ordered:
         length = math.prod(recipe.shape) * recipe.dtype.itemsize
-        alignment = _PAGE if length >= _LARGE else _CACHE_LINE
-        offset = -(-end // alignment) * alignment
+        offset = aligned(end, length)
         placements.append(Placement(recipe, tuple(values), offset, length))
         end = offset + length
     return placements
+
+
+def aligned(end: int, length: int) -> int:
+    """The first byte for a constant of `length` bytes behind what ends at `end`."""
+    alignment = _PAGE if length >= _LARGE else _CACHE_LINE
+    return -(-end // alignment) * alignment
 
 
 def external(placement: Placement, value: ir.Value, location: str) -> ir.ExternalTensor:

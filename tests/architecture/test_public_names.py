@@ -35,6 +35,7 @@ OPTIONS = {
     "base": [],
     "output": ["--output", "-o"],
     "adapter": ["--adapter"],
+    "variant": ["--variant"],
     "dtype": ["--dtype"],
     "provider": ["--provider"],
     "verify": ["--verify"],

@@ -26,10 +26,11 @@ def defaults_of(function: Any, without: set[str]) -> dict[str, Any]:
 
 
 def test_export_and_the_command_line_have_the_same_choices() -> None:
-    of_export = defaults_of(bone_fx.export, {"base", "output", "adapters", "progress"})
+    of_export = defaults_of(bone_fx.export, {"base", "output", "adapters", "variants", "progress"})
     assert of_export == DEFAULTS
     of_cli = defaults_of(
-        commands.bone_export, {"context", "base", "output", "adapter", "as_json", "quiet", "debug"}
+        commands.bone_export,
+        {"context", "base", "output", "adapter", "variant", "as_json", "quiet", "debug"},
     )
     assert of_cli == {name: value for name, value in DEFAULTS.items() if name not in OF_MODULES}
     assert set(HELP) == set(of_cli)

@@ -1,0 +1,209 @@
+"""Several adapters, each folded into a graph of its own, in one folder over one data file.
+
+```
+OUT/
+    poet.onnx  facts.onnx      a graph a variant
+    model.onnx.data            constants of equal bytes stand here once
+    genai_config.json          opens the first; onnxruntime-genai opens another by an overlay
+    poet.html  facts.html      a report each
+```
+
+Every variant is written and verified in a folder of its own first. They lie flat in the end, since
+ONNX Runtime reads no data outside a model's folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from bone_fx.deploy.earlier_output import files_of
+from bone_fx.deploy.genai_config import CONFIG_FILE
+from bone_fx.deploy.report import CARD, PAGE
+from bone_fx.errors import UsageError
+from bone_fx.onnx.data_layout import aligned
+from bone_fx.onnx.writer import DATA_FILE, MODEL_FILE
+
+if TYPE_CHECKING:
+    import onnx
+
+KIND = "variants"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", re.ASCII)
+_RESERVED = {"model", "report", "README"}
+_OF_A_VARIANT = ("adapters", "change", "rounding", "placement", "quantization", "operators")
+_BYTES = 1 << 20
+_SMALLER_IS_WORSE = "_top1"
+_LIKELIHOOD = "nll_"
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse names of variants that are no names of files.
+
+    Raises:
+        UsageError: One is not; it is named.
+    """
+    for name in names:
+        if not _NAME.fullmatch(name) or name in _RESERVED:
+            raise UsageError(
+                f"{name!r} is no name for a variant",
+                expected="letters, digits, _ and -, and not " + ", ".join(sorted(_RESERVED)),
+                next_step="name it as its file may be named: --variant poet=DIR",
+            )
+
+
+class Folder:
+    """The folder that variants become, one after another.
+
+    Args:
+        path: The folder; variants stand in subfolders first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifests: dict[str, dict[str, Any]] = {}
+        self._placed: dict[tuple[bytes, int], int] = {}
+        self._end = 0
+
+    def begin(self, name: str) -> Path:
+        """A subfolder to write a variant into."""
+        folder = self.path / f"{name}.variant"
+        folder.mkdir()
+        return folder
+
+    def take(self, name: str, manifest: dict[str, Any]) -> None:
+        """Move what was written in the subfolder of a variant here.
+
+        Args:
+            name: Of the variant.
+            manifest: What was written there.
+
+        Raises:
+            UsageError: It brings another tokenizer, or other settings, than the first did.
+        """
+        folder = self.path / f"{name}.variant"
+        self._take_graph(folder, name)
+        (folder / PAGE).rename(self.path / f"{name}.html")
+        (folder / CARD).unlink()
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            there = self.path / path.relative_to(folder)
+            if not self.manifests:
+                there.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(there)
+            elif not there.is_file() or there.read_bytes() != path.read_bytes():
+                first = next(iter(self.manifests))
+                raise UsageError(
+                    f"the variants {first} and {name} differ in {path.relative_to(folder)}",
+                    expected="adapters with the same tokenizer, chat template and settings",
+                    next_step=f"export {name} to a folder of its own",
+                )
+        shutil.rmtree(folder)
+        self.manifests[name] = manifest
+
+    def finish(self) -> dict[str, Any]:
+        """Let onnxruntime-genai open the first variant; returns the manifest of the folder."""
+        first = next(iter(self.manifests))
+        config = self.path / CONFIG_FILE
+        if config.is_file():
+            content = json.loads(config.read_text(encoding="utf-8"))
+            content["model"]["decoder"]["filename"] = f"{first}.onnx"
+            config.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+        every = list(self.manifests.values())
+        pages = {f"{name}.html" for name in self.manifests}
+        files = {name: f for name, f in files_of(self.path).items() if name not in pages}
+        return {
+            **every[0],
+            "kind": KIND,
+            "adapters": [
+                {**adapter, "name": name}
+                for name, manifest in self.manifests.items()
+                for adapter in manifest["adapters"]
+            ],
+            "change": None,
+            "rounding": None,
+            "verification": _together([manifest["verification"] for manifest in every]),
+            "variants": {
+                name: {"graph": f"{name}.onnx", **{key: manifest[key] for key in _OF_A_VARIANT}}
+                | {"verification": manifest["verification"]}
+                for name, manifest in self.manifests.items()
+            },
+            "files": files,
+            "notes": list(dict.fromkeys(n for manifest in every for n in manifest["notes"])),
+        }
+
+    def _take_graph(self, folder: Path, name: str) -> None:
+        import onnx
+
+        model = onnx.load(folder / MODEL_FILE, load_external_data=False)
+        data = folder / DATA_FILE
+        if data.is_file():
+            with data.open("rb") as source, (self.path / DATA_FILE).open("ab") as target:
+                for (offset, length), tensors in _stored(model.graph).items():
+                    place = self._place(source, offset, length, target)
+                    for tensor in tensors:
+                        _refer(tensor, place, length)
+            data.unlink()
+        content = model.SerializeToString(deterministic=True)
+        (self.path / f"{name}.onnx").write_bytes(content)
+        (folder / MODEL_FILE).unlink()
+
+    def _place(self, source: BinaryIO, offset: int, length: int, target: BinaryIO) -> int:
+        """Where some bytes stand in the common file: where equal ones are, or at its end."""
+        digest = hashlib.sha256()
+        for chunk in _chunks(source, offset, length):
+            digest.update(chunk)
+        key = digest.digest(), length
+        if key not in self._placed:
+            self._placed[key] = place = aligned(self._end, length)
+            target.write(bytes(place - self._end))
+            for chunk in _chunks(source, offset, length):
+                target.write(chunk)
+            self._end = place + length
+        return self._placed[key]
+
+
+def _stored(graph: onnx.GraphProto) -> dict[tuple[int, int], list[onnx.TensorProto]]:
+    """Offset and length -> the constants that stand there, in the order of the file."""
+    places: dict[tuple[int, int], list[onnx.TensorProto]] = {}
+    for tensor in graph.initializer:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        if entries:
+            place = int(entries.get("offset", 0)), int(entries["length"])
+            places.setdefault(place, []).append(tensor)
+    return dict(sorted(places.items()))
+
+
+def _refer(tensor: onnx.TensorProto, offset: int, length: int) -> None:
+    values = {"location": DATA_FILE, "offset": str(offset), "length": str(length)}
+    for entry in tensor.external_data:
+        entry.value = values.get(entry.key, entry.value)
+
+
+def _chunks(source: BinaryIO, offset: int, length: int) -> Iterator[bytes]:
+    source.seek(offset)
+    while length:
+        chunk = source.read(min(length, _BYTES))
+        length -= len(chunk)
+        yield chunk
+
+
+def _together(entries: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """What was verified of all: of each figure the worst, likelihoods apart."""
+    known = [entry for entry in entries if entry is not None]
+    if len(known) < len(entries):
+        return None
+    names = [name for name in known[0]["figures"] if not name.startswith(_LIKELIHOOD)]
+    figures = {}
+    for name in names:
+        values = [entry["figures"][name] for entry in known if name in entry["figures"]]
+        figures[name] = min(values) if name.endswith(_SMALLER_IS_WORSE) else max(values)
+    return {
+        **known[0],
+        "figures": figures,
+        "cases": sum(entry["cases"] for entry in known),
+        "warnings": list(dict.fromkeys(w for entry in known for w in entry["warnings"])),
+    }

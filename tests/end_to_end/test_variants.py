@@ -1,0 +1,152 @@
+"""Several adapters, each folded into a graph of its own, in one folder over one data file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import bone_fx
+from bone_fx.errors import UsageError
+from bone_fx.runtime.session import open_session
+from tests.command import run
+from tests.end_to_end.tiny import tiny_adapter, tiny_base, tiny_tokenizer
+
+IDS = np.array([[5, 9, 2, 40, 3]], dtype=np.int64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two adapters, an export of each and one of both."""
+    top = tmp_path_factory.mktemp("variants")
+    base, poet = tiny_base(top / "base"), tiny_adapter(top / "poet")
+    facts = tiny_adapter(top / "facts", std=0.1)
+    for name in ("poet", "facts"):
+        bone_fx.export(base, adapters=[top / name], output=top / f"{name} alone", dtype="fp16")
+    variants = {"poet": poet, "facts": facts}
+    result = bone_fx.export(base, variants=variants, output=top / "both", dtype="fp16")
+    assert result.verified
+    return top
+
+
+def logits(model: Path) -> np.ndarray:
+    session = open_session(model)
+    past = {
+        value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float16)
+        for value in session.get_inputs()
+        if value.name.startswith("past")
+    }
+    found: np.ndarray = session.run(
+        ["logits"], {"input_ids": IDS, "attention_mask": np.ones_like(IDS), **past}
+    )[0]
+    return found
+
+
+def test_each_graph_is_that_of_an_export_alone(folder: Path) -> None:
+    outputs = {}
+    for name in ("poet", "facts"):
+        outputs[name] = logits(folder / "both" / f"{name}.onnx")
+        assert np.array_equal(outputs[name], logits(folder / f"{name} alone" / "model.onnx"))
+    assert not np.array_equal(outputs["poet"], outputs["facts"])
+
+
+def test_what_no_adapter_touches_stands_once(folder: Path) -> None:
+    places = []
+    for name in ("poet", "facts"):
+        tensors = onnx.load(
+            folder / f"both/{name}.onnx", load_external_data=False
+        ).graph.initializer
+        places.append(
+            {t.name: {e.key: e.value for e in t.external_data} for t in tensors if t.external_data}
+        )
+    same = {name for name, place in places[0].items() if places[1][name] == place}
+    assert "model.embed_tokens.weight" in same
+    assert "model.layers.0.self_attn.q_proj+k_proj+v_proj.weight" not in same
+    assert {place["location"] for place in places[1].values()} == {"model.onnx.data"}
+    sizes = [int(p["length"]) for name, p in places[0].items() if name in same]
+    both, alone = (
+        (folder / each / "model.onnx.data").stat().st_size for each in ("both", "poet alone")
+    )
+    assert both == pytest.approx(2 * alone - sum(sizes), abs=64 * len(places[0]))
+
+
+def test_genai_opens_each_by_an_overlay(folder: Path) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+
+    def tokens(path: Path, variant: str | None = None) -> list[int]:
+        config = og.Config(str(path))
+        if variant is not None:
+            config.overlay(json.dumps({"model": {"decoder": {"filename": f"{variant}.onnx"}}}))
+        model = og.Model(config)
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=12, do_sample=False)
+        generator = og.Generator(model, parameters)
+        generator.append_tokens(IDS.astype(np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        return [int(token) for token in generator.get_sequence(0)]
+
+    both = folder / "both"
+    assert tokens(both) == tokens(both, "poet") == tokens(folder / "poet alone")
+    assert tokens(both, "facts") == tokens(folder / "facts alone")
+
+
+def test_the_manifest_has_each(folder: Path) -> None:
+    manifest = json.loads((folder / "both/bone_export.json").read_text())
+    alone = json.loads((folder / "facts alone/bone_export.json").read_text())
+    facts = manifest["variants"]["facts"]
+    assert facts["change"] == alone["change"]
+    assert facts["verification"] == alone["verification"]
+    assert [adapter["name"] for adapter in manifest["adapters"]] == ["poet", "facts"]
+    assert {"poet.onnx", "facts.onnx", "model.onnx.data", "README.md"} <= set(manifest["files"])
+    assert set(manifest["also_written"]) == {"poet.html", "facts.html", "report.html"}
+    assert bone_fx.verify_export(folder / "both").files == len(manifest["files"])
+    with pytest.raises(UsageError, match="holds several variants"):
+        bone_fx.verify_export(folder / "both", base=folder / "base")
+
+
+def test_two_runs_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    arguments = [folder / "base", "--dtype", "fp16", "--verify", "off", "-o", tmp_path / "again"]
+    for name in ("poet", "facts"):
+        arguments += ["--variant", f"{name}={folder / name}"]
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    for name in ("poet.onnx", "facts.onnx", "model.onnx.data", "genai_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / "both" / name).read_bytes()
+
+
+def test_variants_that_do_not_fit_one_folder(folder: Path, tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base")
+    tiny_tokenizer(base)
+    own = tiny_adapter(tmp_path / "own")
+    tiny_tokenizer(own)
+    (own / "chat_template.jinja").write_text("another")
+    with pytest.raises(UsageError, match=r"the variants poet and own differ in \w+"):
+        bone_fx.export(
+            base,
+            variants={"poet": folder / "poet", "own": own},
+            output=tmp_path / "out",
+            verify="off",
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "model", "a.b", "é", "x" * 65])
+def test_a_name_that_is_none(name: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no name for a variant"):
+        bone_fx.export(
+            folder / "base", variants={name: folder / "poet"}, output=tmp_path / "out", verify="off"
+        )
+
+
+def test_what_is_no_variant(folder: Path, tmp_path: Path) -> None:
+    poet, out = folder / "poet", tmp_path / "out"
+    for given in ([f"={poet}"], ["poet"], [f"a={poet}", "--variant", f"a={poet}"]):
+        done = run(folder / "base", "-o", out, "--variant", *given)
+        assert done.returncode == 2, done.stderr
+        assert "does not name a variant" in done.stderr
+    with pytest.raises(UsageError, match="pass one or the other"):
+        bone_fx.export(folder / "base", adapters=[poet], variants={"a": poet}, output=out)
