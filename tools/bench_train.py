@@ -11,6 +11,11 @@ makes its parameters as many as Bone's.
     python tools/bench_train.py --cases "PEFT bone" "bone_fx bone" --rounds 1 --steps 50 --rate 2e-4
     python tools/bench_train.py --in-turn --steps 20 --cases "PEFT bat" "bone_fx bat"
     python tools/bench_train.py --device cuda --dtype bfloat16 --batch 8 --length 1024
+    python tools/bench_train.py --shape llama-1b --device cuda --dtype bfloat16 --length 1024
+    python tools/bench_train.py --cases "PEFT bone, cuda graphs" "bone_fx bone, cuda graphs" ...
+
+`--shape` takes random weights of a Llama's sizes in place of SmolLM2: nothing has to travel.
+"Kernels" are those that a step starts; on a CPU, the operators that compute.
 
 With `--in-turn` the contestants train in one process, a step each in turn: a slow phase of the
 machine meets all of them alike, ratios are those of neighbouring steps, and memory is not measured.
@@ -53,6 +58,14 @@ CASES = (
     "bone_fx bone, compiled",
     "bone_fx bat, compiled",
 )
+ON_CUDA = (
+    "PEFT bone, compiled",
+    "PEFT bone, cuda graphs",
+    "PEFT bat, cuda graphs",
+    "bone_fx bone, cuda graphs",
+    "bone_fx bat, cuda graphs",
+)
+"""Cases by name only."""
 DTYPES = ("float32", "bfloat16", "float16")
 COLUMNS = {
     "what": "what",
@@ -60,6 +73,7 @@ COLUMNS = {
     "backward_s": "backward, s",
     "optimizer_s": "optimizer, s",
     "step_s": "step, s",
+    "kernels": "kernels a step",
     "of_floor": "of floor",
     "of_peft": "of PEFT's",
     "memory_gb": "above model, GB",
@@ -87,8 +101,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cases", nargs="+", choices=CASES, help="all; one ulp is of float32 only")
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES + ON_CUDA, help="all but those of CUDA graphs"
+    )
     parser.add_argument("--base", type=Path, help="a Hugging Face folder in place of SmolLM2")
+    parser.add_argument("--shape", choices=("llama-1b", "llama-tiny"), help="random weights")
     parser.add_argument("--json", type=Path, help="append the rows to this file")
     parser.add_argument("--plot", type=Path, help="draw time and memory into this PNG")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="folder to use")
@@ -103,8 +120,11 @@ def main() -> None:
         parser.error("--plot shows memory, which --in-turn does not measure")
     if arguments.plot:
         _pyplot()
-    base = arguments.base or smollm2(arguments.work / "smollm2")
-    fixed = ("batch", "length", "r", "steps", "rate", "device", "dtype")
+    if arguments.shape:
+        base = Path(arguments.shape)
+    else:
+        base = arguments.base or smollm2(arguments.work / "smollm2")
+    fixed = ("batch", "length", "r", "steps", "rate", "device", "dtype", "shape")
     shape = {name: getattr(arguments, name) for name in fixed}
 
     # torch.compile's own caches know an operator by its name, whatever it computes by now.
@@ -129,7 +149,7 @@ def main() -> None:
     else:
         runs = interleave({name: leg(name) for name in cases}, arguments.rounds, console)
     rows = [_row(name, runs, shape) for name in runs]
-    report("training of SmolLM2-135M", rows, COLUMNS, arguments.json)
+    report(f"training of {base.name}", rows, COLUMNS, arguments.json)
     if arguments.plot:
         plot(rows, arguments.plot)
 
@@ -141,6 +161,7 @@ def _row(name: str, runs: dict[str, list[dict[str, Any]]], shape: dict[str, Any]
     for part in ("forward_s", "backward_s", "optimizer_s", "step_s"):
         row[part] = spread([run[part] for run in own])
     row["parameters"] = own[0]["parameters"]
+    row["kernels"] = own[0].get("kernels")
     row["accelerator"] = own[0]["accelerator"]
     row["memory_gb"] = _memory(own)
     if "floor" in runs:

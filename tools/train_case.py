@@ -5,9 +5,10 @@
                                  "device": "cpu", "dtype": "float32"}'
 
 Cases: `floor`, `PEFT bone|bat|mini|lora`, `bone_fx bone|bat|mini`, and the latter with
-`, compiled`, `, checkpointing` or `, kept` (BAT's folded weights are kept for backward); those of
-PEFT and of bone_fx with `, one ulp` (each number of the base's linear layers is moved to one of its
-neighbours in float32).
+`, checkpointing` or `, kept` (BAT's folded weights are kept for backward); those of PEFT and of
+bone_fx with `, compiled`, with `, cuda graphs` (compiled, and replayed as CUDA graphs) or with
+`, one ulp` (each number of the base's linear layers is moved to one of its neighbours in float32).
+A `"shape"` in place of a base is a configuration with random weights.
 
 With `"cases": [...]` instead of a case, those train in one process, a step each in turn, and each
 step's times are printed; memory is not measured.
@@ -31,6 +32,42 @@ from torch import Tensor, nn
 
 UNTIMED = 2
 """Steps at first that are not timed: caches fill, and a compiler compiles."""
+
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "llama-tiny": {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+"""Sizes of Llamas with tied embeddings."""
+
+NO_KERNEL = {
+    *("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::as_strided", "aten::view"),
+    *("aten::transpose", "aten::slice", "aten::detach", "aten::alias", "aten::expand"),
+    *(
+        "aten::unsqueeze",
+        "aten::squeeze",
+        "aten::select",
+        "aten::resolve_conj",
+        "aten::result_type",
+    ),
+    *("aten::_unsafe_view", "aten::_reshape_alias", "aten::t", "aten::permute", "aten::narrow"),
+    *("aten::is_nonzero", "aten::item", "aten::_local_scalar_dense", "aten::split_with_sizes"),
+    *("aten::lift_fresh", "aten::resize_", "aten::set_", "aten::resolve_neg", "aten::detach_"),
+}
+"""Operators that start no kernel."""
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -56,6 +93,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     timed = training.steps[UNTIMED:]
     return {
         **{part: statistics.median(step[part] for step in timed) for part in timed[0]},
+        **training.counted(),
         "memory_gb": (_memory(model.device, "VmHWM") - loaded) / 1e9,
         **training.described(),
     }
@@ -80,8 +118,16 @@ def _load(settings: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
 
     torch.manual_seed(0)
     dtype = getattr(torch, settings["dtype"])
-    model: Any = AutoModelForCausalLM.from_pretrained(settings["base"], dtype=dtype).train()
-    model.to(settings["device"])
+    model: Any
+    if settings.get("shape"):
+        from transformers import LlamaConfig
+
+        config = LlamaConfig(**SHAPES[settings["shape"]], tie_word_embeddings=True)
+        with torch.device(settings["device"]):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()  # type: ignore[no-untyped-call]
+    else:
+        model = AutoModelForCausalLM.from_pretrained(settings["base"], dtype=dtype).train()
+        model.to(settings["device"])
     model.config.use_cache = False
     model.requires_grad_(requires_grad=False)
     for parameter in model.parameters():  # a mapped file is in memory once it was read
@@ -113,11 +159,15 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.params, lr=settings["rate"])
         if case.endswith("compiled"):
             self.net = torch.compile(self.net)  # type: ignore[assignment]
+        elif case.endswith("cuda graphs"):
+            self.net = torch.compile(self.net, mode="reduce-overhead")  # type: ignore[assignment]
         self.steps: list[dict[str, float]] = []
         self.losses: list[float] = []
 
     def step(self) -> None:
         """One step."""
+        if self.case.endswith("cuda graphs"):
+            torch.compiler.cudagraph_mark_step_begin()
         start = _now(self.device)
         loss: Tensor = self.net(**self.batch).loss
         forward = _now(self.device)
@@ -136,6 +186,21 @@ class Training:
         )
         self.losses.append(float(loss.detach()))
 
+    def counted(self) -> dict[str, int]:
+        """Kernels that one more step starts: on a CPU, operators that compute."""
+        from torch.profiler import ProfilerActivity, profile
+
+        kinds = [ProfilerActivity.CPU]
+        kinds += [ProfilerActivity.CUDA] * (self.device.type == "cuda")
+        with profile(activities=kinds) as run:
+            self.step()
+        del self.steps[-1], self.losses[-1]
+        events = run.events() or []
+        if self.device.type == "cuda":
+            return {"kernels": sum(e.name.startswith("cudaLaunchKernel") for e in events)}
+        leaves = (e.name for e in events if not e.cpu_children)
+        return {"kernels": sum(n.startswith("aten::") and n not in NO_KERNEL for n in leaves)}
+
     def described(self) -> dict[str, Any]:
         """What its steps have in common."""
         return {
@@ -153,7 +218,7 @@ def contestant(case: str, model: Any, r: int, batch: dict[str, Tensor]) -> nn.Mo
         model.model.layers[0].input_layernorm.weight.requires_grad_(True)
         net: nn.Module = model
         return net
-    who, method, *how = case.replace(",", "").split()
+    who, method, *how = case.replace(",", "").split()  # such as `bone_fx bone, cuda graphs`
     if "ulp" in how:
         _move(model)
     fields: dict[str, Any] = {"r": r, "target_modules": TARGETS, "init_weights": True}
