@@ -33,7 +33,7 @@ from torch import Tensor, nn
 UNTIMED = 2
 """Steps at first that are not timed: caches fill, and a compiler compiles."""
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-1b": {
         "vocab_size": 128256,
         "hidden_size": 2048,
@@ -167,7 +167,7 @@ class Training:
     def step(self) -> None:
         """One step."""
         if self.case.endswith("cuda graphs"):
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         start = _now(self.device)
         loss: Tensor = self.net(**self.batch).loss
         forward = _now(self.device)
