@@ -1,4 +1,4 @@
-"""Mean squares of the inputs of a model's linear layers on a text, without holding its weights.
+"""Second moments of the inputs of a model's linear layers on a text, without holding its weights.
 
 A skeleton runs the text once. Each module that owns parameters gets them, folded and in float32,
 as it is called, and gives them back as it returns: one module's weights are there at a time, of an
@@ -25,6 +25,7 @@ from bone_fx.base.loading import BaseCheckpoint, skeleton
 from bone_fx.base.tokenizer import cannot_be_read
 from bone_fx.weights.recipes.quantized import rows_in_float32
 from bone_fx.weights.recipes.recipe import Recipe
+from bone_fx.weights.recipes.second_moments import InputSums, SecondMoments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,12 +63,12 @@ class Moments:
 
     Attributes:
         tokens: How many tokens were run.
-        of_inputs: Mean square of each input, float32 `[K]`, by the name of the linear layer's
-            weight.
+        of_inputs: Second moments of the K inputs by the name of the linear layer's weight; layers
+            that read one tensor share them.
     """
 
     tokens: int
-    of_inputs: Mapping[str, Tensor]
+    of_inputs: Mapping[str, SecondMoments]
 
 
 class _HeadReached(Exception):  # noqa: N818 - no error: the logits are of no use
@@ -133,9 +134,9 @@ def run_in_pieces(model: PreTrainedModel, recipes: Mapping[str, Recipe], ids_BT:
                 f"the model does not run piece by piece ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:200]})"
             ) from error
-    means = {name: (sums / run.counts[name]).float() for name, sums in run.sums.items()}
-    finite = {name: mean for name, mean in means.items() if bool(torch.isfinite(mean).all())}
-    return Moments(ids_BT.numel(), finite)
+    shared = {id(sums): sums.moments() for sums in run.sums.values()}
+    found = {name: shared[id(sums)] for name, sums in run.sums.items()}
+    return Moments(ids_BT.numel(), {name: each for name, each in found.items() if each.is_finite()})
 
 
 class _Run:
@@ -145,8 +146,8 @@ class _Run:
         self.recipes = recipes
         self.table: Any = model.get_input_embeddings()
         self.head: Any = cast(Any, model).get_output_embeddings()
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.sums: dict[str, InputSums] = {}
+        self._last: tuple[Tensor, InputSums] | None = None
 
     def attach(self, name: str, module: nn.Module, stack: ExitStack) -> None:
         """Hook a module if it owns tensors that are not there; the stack takes the hooks out."""
@@ -190,10 +191,12 @@ class _Run:
             raise CalibrationError(
                 f"the input of {name} is not computed: a weight before it is not there"
             )
-        rows_TK = x.detach().flatten(0, -2)
-        sums_K = rows_TK.square().sum(0, dtype=torch.float64)
-        self.sums[name] = self.sums[name] + sums_K if name in self.sums else sums_K
-        self.counts[name] = self.counts.get(name, 0) + len(rows_TK)
+        if self._last is not None and x is self._last[0] and name not in self.sums:
+            self.sums[name] = self._last[1]
+            return
+        sums = self.sums.setdefault(name, InputSums(x.shape[-1]))
+        sums.add(x.detach().flatten(0, -2))
+        self._last = x, sums
 
 
 def _whole(recipe: Recipe) -> Tensor:

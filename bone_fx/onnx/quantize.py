@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
-from torch import Tensor
 
 from bone_fx.onnx.kernels import CONTRIB
 from bone_fx.onnx.recipe_tensor import recipe_of, set_recipe
@@ -18,6 +17,7 @@ from bone_fx.weights.recipes.quantized import (
     rows_in_float32,
 )
 from bone_fx.weights.recipes.recipe import Recipe
+from bone_fx.weights.recipes.second_moments import SecondMoments
 
 PARTS: tuple[PartName, ...] = ("codes", "scales", "zero_points")
 
@@ -51,7 +51,7 @@ class Quantization:
 class Quantized:
     """What a run of the pass did: products and embeddings quantized, and why others were kept.
 
-    `weighted` are the products whose inputs' mean squares were used.
+    `weighted` are the products whose inputs' second moments were used.
     """
 
     products: list[str] = field(default_factory=list)
@@ -76,11 +76,13 @@ class QuantizeWeights(ir.passes.InPlacePass):
 
     Args:
         plan: What is quantized, and how.
-        moments: Mean squares of a weight's inputs, float32 `[K]`, by the id of the weight's recipe.
-            A product of 4 bits whose weight is made of such a recipe counts errors by them.
+        moments: Second moments of a weight's inputs by the id of the weight's recipe. A product of
+            4 bits whose weight is made of such a recipe has its scales chosen for them.
     """
 
-    def __init__(self, plan: Quantization, moments: Mapping[int, Tensor] | None = None) -> None:
+    def __init__(
+        self, plan: Quantization, moments: Mapping[int, SecondMoments] | None = None
+    ) -> None:
         super().__init__()
         self.plan = plan
         self.moments = moments or {}
@@ -138,14 +140,14 @@ class QuantizeWeights(ir.passes.InPlacePass):
         weight: ir.Value,
         stored: str,
         scheme: Scheme,
-        importance: Tensor | None = None,
+        moments: SecondMoments | None = None,
     ) -> tuple[ir.Value, ...]:
         recipe = recipe_of(weight)
         assert recipe is not None
         key = (id(recipe), scheme)
         if key not in self._made:
             source = rows_in_float32(recipe, transposed=stored == "KN")
-            quantized = QuantizedWeight(source, scheme, importance)
+            quantized = QuantizedWeight(source, scheme, moments)
             suffix = "" if f"{weight.name}.codes" not in graph.initializers else f".{scheme.bits}"
             parts = []
             for name in PARTS[:2] if scheme.symmetric else PARTS:
@@ -166,10 +168,10 @@ class QuantizeWeights(ir.passes.InPlacePass):
         attributes["block_size"] = scheme.block_size
         if self.plan.accuracy_level:
             attributes["accuracy_level"] = self.plan.accuracy_level
-        importance = self._importance(recipe, stored) if scheme.bits == 4 else None
-        if importance is not None:
+        moments = self._moments_of(recipe, stored) if scheme.bits == 4 else None
+        if moments is not None:
             self.done.weighted.append(str(weight.name))
-        parts = self._parts(graph, weight, stored, scheme, importance)
+        parts = self._parts(graph, weight, stored, scheme, moments)
         product = ir.node(
             "MatMulNBits", [node.inputs[0], *parts], attributes, domain=CONTRIB, name=node.name
         )
@@ -181,7 +183,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
         )
         self.done.products.append(str(weight.name))
 
-    def _importance(self, recipe: Recipe, stored: str) -> Tensor | None:
+    def _moments_of(self, recipe: Recipe, stored: str) -> SecondMoments | None:
         """The moments of a weight's inputs; weights packed into one product share their inputs."""
         inputs = stored.index("K")
         candidates = (self.moments.get(id(part)) for part in behind_inputs(recipe, inputs))

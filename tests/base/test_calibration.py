@@ -58,8 +58,10 @@ def measured(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
 def assert_alike(found: Any, expected: dict[str, Tensor]) -> None:
     assert set(found) == set(expected)
     for name, moments in expected.items():
-        assert found[name].dtype == torch.float32
-        torch.testing.assert_close(found[name].double(), moments, rtol=1e-5, atol=1e-9)
+        squares, factors = found[name].squares, found[name].factors
+        assert squares.dtype == factors.dtype == torch.float32
+        torch.testing.assert_close(squares.double(), moments, rtol=1e-5, atol=1e-9)
+        assert bool((factors.square().sum(1) <= squares).all())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -73,6 +75,8 @@ def test_moments_of_the_folded_model(tied: bool, tmp_path: Path) -> None:
         weight = real.get_parameter(site.weight_name).data
         weight.copy_(fold_weight(weight, steps, transposed=site.transposed, layer=name))
     assert found.tokens == 48
+    qkv = {id(found.of_inputs[f"model.layers.1.self_attn.{p}_proj.weight"]) for p in "qkv"}
+    assert len(qkv) == 1  # they read one tensor
     assert_alike(found.of_inputs, measured(real, IDS))
     assert all(isinstance(p, nn.Parameter) for p in model.parameters())
     assert {type(p).__name__ for p in model.parameters()} == {"FakeTensor"}

@@ -17,6 +17,7 @@ from bone_fx.weights.recipes.nbits import Scheme, quantize
 from bone_fx.weights.recipes.quantized import Part
 from bone_fx.weights.recipes.recipe import Cast, Concat, Recipe, Transpose, Value
 from bone_fx.weights.recipes.reorder import Regrouped
+from bone_fx.weights.recipes.second_moments import SecondMoments
 
 V, H, F = 96, 64, 32
 INT4, INT8 = Scheme(4, 16), Scheme(8, 16)
@@ -148,16 +149,16 @@ def test_head_is_the_one_product_before_the_logits() -> None:
     assert head_of(model.graph) is None
 
 
-def importance_of(recipe: Recipe, known: Recipe, scheme: Scheme = INT4) -> torch.Tensor | None:
+def squares_of(recipe: Recipe, known: Recipe, scheme: Scheme = INT4) -> torch.Tensor | None:
     """What the product with a weight of two packed ones, `[F, H]`, counts its inputs by."""
     model = tied_model()
     weight = model.graph.initializers["down"]
     set_recipe(weight, recipe)
-    moments = {id(known): torch.arange(1.0, F + 1)}
+    moments = {id(known): SecondMoments(torch.arange(1.0, F + 1), torch.zeros(F, 0))}
     QuantizeWeights(Quantization(scheme, None, follow_head=False), moments)(model)
     part = recipe_of(model.graph.initializers["down.codes"])
     assert isinstance(part, Part)
-    return part.weight.importance
+    return None if part.weight.moments is None else part.weight.moments.squares
 
 
 def test_moments_are_found_behind_what_keeps_the_inputs() -> None:
@@ -166,12 +167,12 @@ def test_moments_are_found_behind_what_keeps_the_inputs() -> None:
     turned = Transpose(Concat((Transpose(first), Transpose(second)), 1))
     by_part = Regrouped(packed, 0, 2, 2)
     for recipe in (packed, Cast(turned, torch.float32), by_part):
-        assert torch.equal(importance_of(recipe, second), torch.arange(1.0, F + 1))  # type: ignore[arg-type]
-    assert importance_of(packed, first, INT8) is None
+        assert torch.equal(squares_of(recipe, second), torch.arange(1.0, F + 1))  # type: ignore[arg-type]
+    assert squares_of(packed, first, INT8) is None
 
 
 def test_moments_are_left_out_where_inputs_are_in_another_order() -> None:
     weight = Value(torch.randn(H, F))
-    assert importance_of(Regrouped(weight, 1, 2, 2), weight) is None
+    assert squares_of(Regrouped(weight, 1, 2, 2), weight) is None
     half = Value(torch.randn(H, F // 2))
-    assert importance_of(Concat((half, Value(torch.randn(H, F // 2))), 1), half) is None
+    assert squares_of(Concat((half, Value(torch.randn(H, F // 2))), 1), half) is None

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from bone_fx.deploy.checkpoint_inputs import FoldedCheckpoint
 from bone_fx.errors import UsageError
+from bone_fx.weights.recipes.second_moments import SecondMoments
 
 if TYPE_CHECKING:
     from bone_fx.base.calibration import Text
@@ -21,12 +20,12 @@ class Calibration:
     """Statistics of the inputs of a decoder's products.
 
     Attributes:
-        moments: Mean squares of a weight's inputs, float32 `[K]`, by the id of the weight's recipe.
+        moments: Second moments of a weight's inputs by the id of the weight's recipe.
         entries: For the manifest; None if nothing was measured.
         notes: What a person should know.
     """
 
-    moments: Mapping[int, Tensor] = field(default_factory=dict)
+    moments: Mapping[int, SecondMoments] = field(default_factory=dict)
     entries: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
@@ -54,10 +53,10 @@ def calibrate(folded: FoldedCheckpoint, choice: str | Path | None, tokenizer: Pa
         return Calibration(
             notes=(f"int4 is not calibrated but rounded to nearest: {error}",),
         )
-    moments: dict[int, Tensor] = {}
-    for name, mean in measured.of_inputs.items():
+    moments: dict[int, SecondMoments] = {}
+    for name, found in measured.of_inputs.items():
         shared = moments.get(id(recipes[name]))
-        moments[id(recipes[name])] = mean if shared is None else shared + mean
+        moments[id(recipes[name])] = found if shared is None else shared + found
     entries = {"text": text.name, "sha256": text.sha256, "tokens": measured.tokens}
     return Calibration(moments, entries)
 

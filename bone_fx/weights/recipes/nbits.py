@@ -12,6 +12,7 @@ Shape letters: N outputs, K inputs, G groups of a row, B values of a group.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,19 @@ class QuantizedGroups:
         shifted = self.codes.float() - self.zeros.float().unsqueeze(-1)
         return (shifted * self.scales.float().unsqueeze(-1)).flatten(1)
 
+    def rows(self, part: slice) -> QuantizedGroups:
+        """Some of the rows."""
+        return QuantizedGroups(self.codes[part], self.scales[part], self.zeros[part])
+
+    @staticmethod
+    def joined(parts: Sequence[QuantizedGroups]) -> QuantizedGroups:
+        """The rows of several, in order."""
+        return QuantizedGroups(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scales for part in parts]),
+            torch.cat([part.zeros for part in parts]),
+        )
+
 
 def quantize(
     weight_NK: Tensor, scheme: Scheme, importance_K: Tensor | None = None
@@ -91,11 +105,7 @@ def quantize(
         )
         for start in range(0, weight_NK.shape[0], rows)
     ]
-    return QuantizedGroups(
-        torch.cat([p.codes for p in parts]),
-        torch.cat([p.scales for p in parts]),
-        torch.cat([p.zeros for p in parts]),
-    )
+    return QuantizedGroups.joined(parts)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -115,7 +125,7 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
 
 
 def _quantize_rows(weight: Tensor, scheme: Scheme, counts: Tensor | None) -> QuantizedGroups:
-    best = _encode(weight, *_range(weight, scheme, 1.0), scheme)
+    best = encode(weight, *_range(weight, scheme, 1.0), scheme)
     if counts is None:
         return best
     error = _error(weight, best, counts)
@@ -126,13 +136,13 @@ def _quantize_rows(weight: Tensor, scheme: Scheme, counts: Tensor | None) -> Qua
 
     for shrink in _SHRINKS:
         if shrink != 1.0:
-            keep_better(_encode(weight, *_range(weight, scheme, shrink), scheme))
+            keep_better(encode(weight, *_range(weight, scheme, shrink), scheme))
     for _ in range(2):
         keep_better(_refit(weight, best, scheme, counts))
     if not scheme.symmetric:
         for shift in _SHIFTS:
             zero = (best.zeros.float() + shift).clamp(0, scheme.levels)
-            keep_better(_encode(weight, best.scales.float(), zero, scheme))
+            keep_better(encode(weight, best.scales.float(), zero, scheme))
             keep_better(_refit(weight, best, scheme, counts))
     return best
 
@@ -150,13 +160,19 @@ def _range(weight: Tensor, scheme: Scheme, shrink: float) -> tuple[Tensor, Tenso
     return scale, zero.clamp(0, scheme.levels)
 
 
-def _encode(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> QuantizedGroups:
+def encode(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> QuantizedGroups:
+    """Nearest codes of groups `[..., B]` for scales and zero points `[...]` in float32."""
     stored = scale.to(scheme.scale_dtype)
     zero = _round(zero)
-    divisor = stored.float()
-    inverse = torch.where(divisor == 0, 0.0, 1.0 / divisor).unsqueeze(-1)
-    codes = _round(weight * inverse + zero.unsqueeze(-1)).clamp(0, scheme.levels)
+    codes = nearest_codes(weight, stored.float(), zero, scheme)
     return QuantizedGroups(codes.to(torch.uint8), stored, zero.to(torch.uint8))
+
+
+def nearest_codes(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    """The same codes alone, in float32, for scales and zero points as they are stored."""
+    inverse = torch.where(scale == 0, 0.0, 1.0 / scale).unsqueeze(-1)
+    places = (weight * inverse).add_(zero.unsqueeze(-1))
+    return places.add_(0.5).floor_().clamp_(0, scheme.levels)  # `_round`, where nothing is negative
 
 
 def _refit(
@@ -170,7 +186,7 @@ def _refit(
     scale = torch.where(
         square == 0, groups.scales.float(), (weight * counted).sum(-1) / square.clamp(min=floor)
     )
-    return _encode(weight, scale, groups.zeros.float(), scheme)
+    return encode(weight, scale, groups.zeros.float(), scheme)
 
 
 def _error(weight: Tensor, groups: QuantizedGroups, counts: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from bone_fx.weights.recipes.fold_recipe import Fold
 from bone_fx.weights.recipes.nbits import Scheme, pack, quantize
 from bone_fx.weights.recipes.recipe import Cast, Concat, Recipe, Transpose, cast, without_cast
 from bone_fx.weights.recipes.reorder import Regrouped
+from bone_fx.weights.recipes.scale_search import quantize_together
+from bone_fx.weights.recipes.second_moments import SecondMoments
 from bone_fx.weights.storage.boxes import Box, bands, whole, within
 
 PartName = Literal["codes", "scales", "zero_points"]
@@ -32,12 +34,12 @@ class QuantizedWeight:
     Attributes:
         source: The weight in float32.
         scheme: How.
-        importance: What the error of each input counts, float32 `[K]`; None rounds to nearest.
+        moments: Of the product's inputs on a text; None rounds to nearest.
     """
 
     source: Recipe
     scheme: Scheme
-    importance: Tensor | None = None
+    moments: SecondMoments | None = None
     _waiting: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False)
 
@@ -57,7 +59,12 @@ class QuantizedWeight:
         bits = self.scheme.bits
         parts: dict[str, list[Tensor]] = {"codes": [], "scales": [], "zero_points": []}
         for band in bands(whole(self.source.shape), _BAND_BYTES, self.source.dtype.itemsize):
-            groups = quantize(self.source.part(band), self.scheme, self.importance)
+            rows = self.source.part(band)
+            groups = (
+                quantize(rows, self.scheme)
+                if self.moments is None
+                else quantize_together(rows, self.scheme, self.moments)
+            )
             parts["codes"].append(pack(groups.codes, bits))
             parts["scales"].append(groups.scales)
             parts["zero_points"].append(pack(groups.zeros, bits))
@@ -96,8 +103,8 @@ class Part(Recipe):
         scheme = self.weight.scheme
         kind = "symmetric" if scheme.symmetric else "asymmetric"
         how = f"{self.name} of int{scheme.bits} {kind}, blocks of {scheme.block_size}"
-        if self.weight.importance is not None:
-            how += ", errors weighted by the inputs' mean squares"
+        if self.weight.moments is not None:
+            how += ", scales chosen for the inputs' second moments"
         return f"{self.weight.source.describe()} -> {how}"
 
     def inputs(self) -> tuple[Recipe, ...]:  # noqa: D102 - documented on Recipe
