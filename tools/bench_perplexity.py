@@ -38,6 +38,7 @@ COLUMNS = {
 EXPORTS = {
     "fp32": ["--dtype", "fp32"],
     "int4": ["--dtype", "int4"],
+    "int4 for cuda": ["--dtype", "int4", "--provider", "cuda"],
     "int4 symmetric": ["--dtype", "int4", "--symmetric"],
     "int4 to nearest": ["--dtype", "int4", "--calibration", "none"],
     "int4 as the builder": ["--dtype", "int4", *AS_THE_BUILDER["int4"]],
@@ -140,7 +141,9 @@ def greedy_text(folder: Path) -> str:
     """What the model writes after a prompt, by onnxruntime-genai."""
     import onnxruntime_genai as genai
 
-    model = genai.Model(str(folder))
+    config = genai.Config(str(folder))
+    config.clear_providers()  # of a folder for CUDA; the CPU runs it as well
+    model = genai.Model(config)
     tokenizer = genai.Tokenizer(model)
     parameters = genai.GeneratorParams(model)
     parameters.set_search_options(max_length=48, do_sample=False)

@@ -24,8 +24,8 @@ from bone_fx.cli.signals import Signals
 from bone_fx.cli.terminal import answer, answer_json, note
 from bone_fx.cli.views import VIEWS
 from bone_fx.deploy.options import (
-    BLOCK_SIZE,
     DTYPE,
+    FORM_SAID,
     HEAD,
     Compared,
     Dtype,
@@ -122,10 +122,12 @@ def bone_export(
     verify_on: Annotated[Provider | None, option("verify_on")] = None,
     samples: Annotated[str | None, option("samples", metavar="FILE")] = None,
     overwrite: Overwrite = False,
-    block_size: Annotated[int | None, option("block_size", show_default=str(BLOCK_SIZE))] = None,
+    block_size: Annotated[
+        int | None, option("block_size", show_default=FORM_SAID["block_size"])
+    ] = None,
     symmetric: Annotated[
         bool | None,
-        option("symmetric", "--symmetric/--asymmetric", show_default="asymmetric"),
+        option("symmetric", "--symmetric/--asymmetric", show_default=FORM_SAID["symmetric"]),
     ] = None,
     head: Annotated[Part | None, option("head", show_default=HEAD)] = None,
     embeddings: Annotated[Part | None, option("embeddings")] = None,

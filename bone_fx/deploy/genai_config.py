@@ -7,6 +7,7 @@ know.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ def write_genai_folder(
     *,
     provider: str = "cpu",
     cuda_graph: bool = False,
+    session_options: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Makes a folder with `model.onnx` one that onnxruntime-genai runs.
 
@@ -54,6 +56,7 @@ def write_genai_folder(
         companions: Tokenizer, chat template and generation settings.
         provider: `cpu` or `cuda`.
         cuda_graph: Whether its steps are captured as a CUDA graph.
+        session_options: Entries of ONNX Runtime's session configuration.
 
     Returns:
         What a person should know: a tokenizer or a chat template that is not there, token ids that
@@ -66,6 +69,7 @@ def write_genai_folder(
     content = genai_config(
         checkpoint.config, capture, settings, provider=provider, cuda_graph=cuda_graph
     )
+    content["model"]["decoder"]["session_options"].update(session_options or {})
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
     beyond = [
         f"{name} {token} is no token of the model's {capture.vocab_size} and is left out"

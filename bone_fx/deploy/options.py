@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from bone_fx.errors import UsageError
 
@@ -28,8 +28,29 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 NO_CALIBRATION = "none"
 
 DTYPE: Dtype = "fp32"
-BLOCK_SIZE = 16
 HEAD: Part = "int8"
+
+
+class Form(NamedTuple):
+    """How groups of a weight are quantized.
+
+    Attributes:
+        block_size: Values that share a scale.
+        symmetric: No zero points.
+    """
+
+    block_size: int
+    symmetric: bool
+
+
+FORMS: dict[Provider, Form] = {"cpu": Form(16, symmetric=False), "cuda": Form(32, symmetric=True)}
+"""What is left open about a quantized weight: the closest form on the CPU, the one that the fast
+kernels take on CUDA (`deploy.builds.weight_only`)."""
+FORM_SAID = {
+    "block_size": f"{FORMS['cpu'].block_size}, on cuda {FORMS['cuda'].block_size}",
+    "symmetric": "asymmetric, on cuda symmetric",
+}
+"""The same in words, for the command line."""
 
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "dtype": get_args(Dtype),
@@ -114,6 +135,15 @@ class ExportOptions:
     def quantizes(self) -> bool:
         """Whether the weights of products are quantized."""
         return self.dtype in BITS
+
+    @property
+    def form(self) -> Form:
+        """How groups of a quantized weight are stored."""
+        usual = FORMS[self.provider]
+        return Form(
+            usual.block_size if self.block_size is None else self.block_size,
+            usual.symmetric if self.symmetric is None else self.symmetric,
+        )
 
     @property
     def verification_provider(self) -> Provider:

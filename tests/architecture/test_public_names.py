@@ -99,7 +99,12 @@ CHOICES = {
     "verify": ("full", ["full", "fast", "off"]),
     "verify_on": (None, ["cpu", "cuda"]),
 }
-EFFECTIVE = {"dtype": "fp32", "block-size": "16", "symmetric": "asymmetric", "head": "int8"}
+EFFECTIVE = {
+    "dtype": "fp32",
+    "block-size": "16, on cuda 32",
+    "symmetric": "asymmetric, on cuda symmetric",
+    "head": "int8",
+}
 """What a choice is that was left open, as the help says it."""
 EXIT_CODES = {
     "BoneFxError": 70,
@@ -175,7 +180,7 @@ def test_help_says_what_an_open_choice_is(name: str) -> None:
     command = typer.main.get_command(commands.app)
     with command.make_context("bone-export", [], resilient_parsing=True) as context:
         text = " ".join(command.get_help(context).split())
-    default = re.search(rf" --{name} .*?\[default: \((\w+)\)]", text)
+    default = re.search(rf" --{name} .*?\[default: \(([\w, ]+)\)]", text)
     assert default is not None
     assert default[1] == EFFECTIVE[name]
 

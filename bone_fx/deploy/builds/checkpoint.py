@@ -55,6 +55,7 @@ class CheckpointBuild(Build):
             adapters; None for other exports.
         twin: The same graph in fp32 with the weights rounded to bf16, to verify where there are no
             kernels for bf16; None for other dtypes.
+        session_options: What onnxruntime-genai is to open the graph with.
     """
 
     inputs: CheckpointInputs
@@ -66,6 +67,7 @@ class CheckpointBuild(Build):
     change: Change
     rounding: Rounding | None
     twin: ir.Model | None
+    session_options: Mapping[str, str]
 
     def base_files(self) -> dict[str, str]:
         """SHA-256 of the base's files that were used, by name."""
@@ -93,6 +95,7 @@ class CheckpointBuild(Build):
                 self.companions,
                 provider=self.provider,
                 cuda_graph=self.cuda_graph,
+                session_options=self.session_options,
             )
         else:
             from bone_fx.base.real_model import write_config
@@ -150,11 +153,10 @@ def build_checkpoint(
         twin_weights = inputs.fold(torch.float32).rounded_to(torch.bfloat16)
         twin = capture_graph(twin_weights, options, progress).model
         notes.append(_TWIN)
-    quantization = None
+    quantized = None
     if options.quantizes:
         tokenizer = companions.tokenizer_folder
         quantized = _quantize(graph, folded, options, tokenizer, progress)
-        quantization = quantized.entries
         notes += quantized.notes
     placement = None
     if options.provider == "cuda":
@@ -171,7 +173,7 @@ def build_checkpoint(
         base_name=inputs.checkpoint.name,
         dtype=options.weight_dtype,
         activations=options.activation_dtype,
-        quantization=quantization,
+        quantization=None if quantized is None else quantized.entries,
         placement=placement,
         notes=tuple(notes),
         inputs=inputs,
@@ -183,6 +185,7 @@ def build_checkpoint(
         change=folded.change,
         rounding=folded.rounding,
         twin=twin,
+        session_options={} if quantized is None else quantized.session_options,
     )
 
 
@@ -201,4 +204,4 @@ def _quantize(
         progress.stage("calibrate")
         calibration = calibrate(folded, options.calibration, tokenizer)
     progress.stage("quantize into recipes")
-    return quantize(graph.model, plan, calibration)
+    return quantize(graph.model, plan, calibration, options.provider)

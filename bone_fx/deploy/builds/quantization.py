@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
 from bone_fx.deploy.builds.calibrate import Calibration
-from bone_fx.deploy.options import BITS, BLOCK_SIZE, HEAD, ExportOptions
+from bone_fx.deploy.builds.weight_only import weight_only_products
+from bone_fx.deploy.options import BITS, HEAD, ExportOptions, Provider
 from bone_fx.onnx.quantize import Quantization, QuantizeWeights
 from bone_fx.weights.recipes.nbits import Scheme
 
@@ -21,10 +23,12 @@ class QuantizationReport:
     Attributes:
         entries: For the manifest.
         notes: What a person should know.
+        session_options: What onnxruntime is to be told when it opens the graph.
     """
 
     entries: dict[str, Any]
     notes: tuple[str, ...]
+    session_options: Mapping[str, str] = field(default_factory=dict)
 
 
 def quantization_of(options: ExportOptions) -> Quantization:
@@ -32,8 +36,7 @@ def quantization_of(options: ExportOptions) -> Quantization:
     scale = torch.float16 if options.activation_dtype == "fp16" else torch.float32
 
     def scheme(dtype: str) -> Scheme:
-        size = options.block_size or BLOCK_SIZE
-        return Scheme(BITS[dtype], size, bool(options.symmetric), scale_dtype=scale)
+        return Scheme(BITS[dtype], *options.form, scale_dtype=scale)
 
     def part(choice: str | None) -> Scheme | None:
         return scheme(choice) if choice in BITS else None
@@ -47,8 +50,17 @@ def quantization_of(options: ExportOptions) -> Quantization:
     )
 
 
-def quantize(model: ir.Model, plan: Quantization, calibration: Calibration) -> QuantizationReport:
-    """Replace the products of a model by quantized ones, in place."""
+def quantize(
+    model: ir.Model, plan: Quantization, calibration: Calibration, provider: Provider
+) -> QuantizationReport:
+    """Replace the products of a model by quantized ones, in place.
+
+    Args:
+        model: The model.
+        plan: What is quantized, and how.
+        calibration: What the products' inputs are on a text.
+        provider: What the graph is written for.
+    """
     step = QuantizeWeights(plan, calibration.moments)
     step(model)
     measured = calibration.entries
@@ -68,7 +80,11 @@ def quantize(model: ir.Model, plan: Quantization, calibration: Calibration) -> Q
         "gathered": sorted(step.done.embeddings),
         "kept": step.done.kept,
     }
-    return QuantizationReport(entries, tuple(notes))
+    if provider != "cuda":
+        return QuantizationReport(entries, tuple(notes))
+    placed = weight_only_products(model.graph)
+    entries["weight_only"] = placed.entries()
+    return QuantizationReport(entries, (*notes, *placed.notes()), placed.session_options)
 
 
 def _described(scheme: Scheme | None) -> dict[str, Any] | None:
