@@ -120,9 +120,10 @@ def export(
             do not matter. Dimension 0 of the first tensor, and of all that agree with it, becomes
             dynamic; of a transformers model the lengths too.
         dynamic_shapes: `torch.export`'s own for your module, instead of a dynamic batch.
-        block_size: Values of a quantized weight that share a scale: 16 (the default), 32, 64, 128
-            or 256.
-        symmetric: Quantize without zero points; with them by default.
+        block_size: Values of a quantized weight that share a scale: 16, 32, 64, 128 or 256. The
+            default is 16 for `"cpu"` and 32 for `"cuda"`.
+        symmetric: Quantize without zero points. By default with them for `"cpu"`, and without for
+            `"cuda"`, whose fast kernels take no others.
         head: What a quantized decoder's head becomes, `"int8"` by default.
         embeddings: What a quantized model's embeddings become; None keeps them, unless one is tied
             to a quantized head, which then serves both.
@@ -131,8 +132,8 @@ def export(
         cuda_graph: Let onnxruntime-genai capture a decoder's step as a CUDA graph and replay it,
             which saves the launches of its kernels. Off by default; it takes one beam, and the
             cache has `max_length` positions from the start.
-        calibration: A text file. int4 counts the errors of a decoder's weights by the inputs that
-            their products see on its first thousand tokens; None takes the built-in text,
+        calibration: A text file. int4 chooses a decoder's scales for the inputs that its products
+            see on its first thousand tokens; None takes the built-in text,
             `"none"` rounds to nearest, as ONNX Runtime's quantizer and the builder do.
         trust_remote_code: Run Python files that come with the base.
         revision: Branch, tag or commit of a hub id.

@@ -59,6 +59,22 @@ def test_dtypes(choices: dict[str, Any], weights: str, activations: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("provider", "choices", "form"),
+    [
+        ("cpu", {}, (16, False)),
+        ("cuda", {}, (32, True)),
+        ("cuda", {"symmetric": False}, (32, False)),
+        ("cuda", {"block_size": 64}, (64, True)),
+        ("cpu", {"block_size": 32, "symmetric": True}, (32, True)),
+    ],
+)
+def test_an_open_form_is_the_providers(
+    provider: Any, choices: dict[str, Any], form: tuple[int, bool]
+) -> None:
+    assert ExportOptions(dtype="int4", provider=provider, **choices).form == form
+
+
+@pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
         ("dtype", "fp8", "fp32 or fp16 or bf16 or int4 or int8"),

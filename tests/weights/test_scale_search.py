@@ -75,9 +75,10 @@ def test_codes_are_nearest_and_the_same_again() -> None:
 
 def test_inputs_never_seen_change_nothing() -> None:
     scheme = Scheme(4, 32, True)
-    unseen = SecondMoments(torch.zeros(K), torch.zeros(K, 3))
-    found = quantize_together(weight(), scheme, unseen)
-    assert torch.equal(found.codes, quantize(weight(), scheme).codes)
+    for factors in (0, 3):
+        unseen = SecondMoments(torch.zeros(K), torch.zeros(K, factors))
+        found = quantize_together(weight(), scheme, unseen)
+        assert torch.equal(found.codes, quantize(weight(), scheme).codes)
 
 
 def test_moments_of_several_calls() -> None:
