@@ -85,7 +85,7 @@ def test_moments_of_several_calls() -> None:
     x = inputs()
     expected = x.double().t() @ x.double() / T
     parts = InputSums(K)
-    for part in x.half().split(150):
+    for part in torch.split(x.half(), 150):
         parts.add(part)
     for found, close in ((moments(x), 1e-3), (parts.moments(), 2e-2)):
         assert found.factors.shape == (K, FACTORS)

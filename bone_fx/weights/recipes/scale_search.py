@@ -36,7 +36,7 @@ def quantize_together(weight_NK: Tensor, scheme: Scheme, moments: SecondMoments)
     size = scheme.block_size
     alone = quantize(weight_NK, scheme, moments.squares)
     weight_NGB = weight_NK.float().reshape(len(weight_NK), -1, size)
-    factors_GBR = torch.stack(moments.factors.split(size))
+    factors_GBR = torch.stack(torch.split(moments.factors, size))
     rest_K = (moments.squares - moments.factors.square().sum(1)).clamp(min=0)
     costs_GBB = factors_GBR @ factors_GBR.mT + torch.diag_embed(rest_K.view(-1, size))
     rows = max(1, _CHUNK // (len(_RATIOS) * len(_SHIFTS) * size))
