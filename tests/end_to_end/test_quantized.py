@@ -42,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_export_equals_torch_with_its_weights(
     choices: dict[str, Any], tolerance: float, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    result = bone_fx.export(folders[0], output=tmp_path / "out", adapters=[folders[1]], **choices)  # type: ignore[call-overload]
+    result = bone_fx.export(folders[0], output=tmp_path / "out", adapters=[folders[1]], **choices)
     figures = result.manifest["verification"]["figures"]
     assert figures["onnx_vs_written"] <= tolerance
     assert figures["onnx_vs_folded"] > figures["onnx_vs_written"]
