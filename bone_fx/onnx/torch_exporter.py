@@ -25,7 +25,7 @@ from torch.export.graph_signature import ExportGraphSignature, TensorArgument
 from torch.fx import GraphModule, Node
 
 from bone_fx.errors import BoneFxError, ExportError, first_line
-from bone_fx.onnx import gelu, scaled_attention
+from bone_fx.onnx.aten import gelu, scaled_attention
 from bone_fx.onnx.prepare import prepare
 from bone_fx.onnx.prepare.decompose import decompose_nodes
 
@@ -67,7 +67,7 @@ def _program_to_ir(program: ExportedProgram) -> tuple[ir.Model, str | None]:
 
 @functools.cache
 def _registry() -> Any:
-    from bone_fx.onnx.torchlib import TorchLib
+    from bone_fx.onnx.aten.torchlib import TorchLib
 
     registry = TorchLib()
     for target, function in _own_translations(registry).items():

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 from torch.nn.functional import scaled_dot_product_attention
 
+from bone_fx.onnx.aten.scaled_attention import SDPA
 from bone_fx.onnx.prepare.padding_masks import replace_padding_masks
-from bone_fx.onnx.scaled_attention import SDPA
 
 Allowed = Callable[[Tensor, Tensor], Tensor]
 """Positions of queries [S, 1] and keys [T] to what is seen [S, T]."""

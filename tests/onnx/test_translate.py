@@ -12,10 +12,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from bone_fx.errors import CaptureError, ExportError, PassError
+from bone_fx.onnx.aten.torchlib import TorchLib
 from bone_fx.onnx.prepare import prepare
 from bone_fx.onnx.prepare.decompose import decompose_nodes
 from bone_fx.onnx.recipe_tensor import recipe_of
-from bone_fx.onnx.torchlib import TorchLib
 from bone_fx.onnx.translate import DECOMPOSED, translate, verify_operators
 from bone_fx.weights.recipes.recipe import Recipe, Value
 from bone_fx.weights.storage.boxes import Box

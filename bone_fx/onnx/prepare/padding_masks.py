@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from bone_fx.graphs import ancestors
-from bone_fx.onnx.scaled_attention import SDPA
+from bone_fx.onnx.aten.scaled_attention import SDPA
 
 _aten = torch.ops.aten
 _SIZES = ((3, 5), (2, 7), (1, 4), (4, 2))

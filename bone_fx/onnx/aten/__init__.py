@@ -1,0 +1,1 @@
+"""Translations of ATen operators: those of PyTorch and onnxscript, and ours."""
