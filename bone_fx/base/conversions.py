@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -103,9 +105,37 @@ def _converted(
             next_step="use the complete checkpoint and the config.json that belongs to it",
         ) from error
     steps = ", ".join(repr(operation) for operation in group.converter.operations)
+    indices = _indices(group)
+
+    def source(part: _Group, target: str, slices: tuple[Source, ...] = ()) -> Source:
+        keys = tuple(key for key, _ in part.slots)
+        return Source(keys, _conversion(model, name, part, target), steps, slices)
+
     return {
-        target: Source(keys, _conversion(model, name, group, target), steps) for target in results
+        target: source(group, target, tuple(source(each, target) for each in indices))
+        for target in results
     }
+
+
+def _indices(group: _Group) -> list[_Group]:
+    """What each index of the first dimension is made of, where tensors are stacked along it.
+
+    As experts are: the first tensor of each pattern makes the first expert. What stands behind the
+    stacking joins other dimensions.
+    """
+    stacks, *joins = group.converter.operations
+    if not (isinstance(stacks, MergeModulelist) and stacks.dim == 0):
+        return []
+    if not all(isinstance(each, Concatenate) and each.dim > 0 for each in joins):
+        return []
+    by_pattern: dict[str, list[tuple[str, str]]] = {}
+    for key, pattern in group.slots:
+        by_pattern.setdefault(pattern, []).append((key, pattern))
+    if len({len(slots) for slots in by_pattern.values()}) != 1:
+        return []
+    return [
+        _Group(group.converter, list(slots)) for slots in zip(*by_pattern.values(), strict=True)
+    ]
 
 
 def _conversion(

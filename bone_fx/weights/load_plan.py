@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bone_fx.errors import AdapterError, BaseModelError, some
-from bone_fx.weights.recipes.recipe import Converted, Read, Recipe, Value, cast, dtype_name
+from bone_fx.weights.recipes.recipe import Concat, Converted, Read, Recipe, Value, cast, dtype_name
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,14 @@ class Source:
         keys: Names of the tensors in the checkpoint, in the order in which `convert` takes them.
         convert: From their tensors to the model's; None if it is the one tensor as it is.
         label: What `convert` does, in a few words.
+        slices: The sources of each index of the first dimension, `[1, ...]`, where these are made
+            one by one: experts, each of a tensor or two of its own.
     """
 
     keys: tuple[str, ...]
     convert: Callable[[Sequence[Tensor]], Tensor] | None = None
     label: str = ""
+    slices: tuple[Source, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def _recipe(name: str, tensor: Tensor, source: Source, stored: Mapping[str, Read
             if len({r.dtype for r in reads}) > 1
             else reads
         )
-        recipe = Converted(alike, source.convert, tuple(tensor.shape), source.label)
+        recipe = _converted(source, dict(zip(source.keys, alike, strict=True)), tuple(tensor.shape))
     if recipe.shape != tuple(tensor.shape):
         raise BaseModelError(
             f"{name} has another shape in the checkpoint than config.json says",
@@ -162,6 +165,19 @@ def _recipe(name: str, tensor: Tensor, source: Source, stored: Mapping[str, Read
             next_step="use the config.json that belongs to these weights",
         )
     return cast(recipe, tensor.dtype)
+
+
+def _converted(source: Source, stored: Mapping[str, Recipe], shape: tuple[int, ...]) -> Recipe:
+    """The recipe of a conversion; what is made index by index costs no more than what is asked."""
+
+    def converted(source: Source, shape: tuple[int, ...]) -> Recipe:
+        assert source.convert is not None
+        read = tuple(stored[key] for key in source.keys)
+        return Converted(read, source.convert, shape, source.label)
+
+    if len(source.slices) != shape[0]:
+        return converted(source, shape)
+    return Concat(tuple(converted(each, (1, *shape[1:])) for each in source.slices))
 
 
 def _is_no_float(read: Read, tensor: Tensor) -> bool:

@@ -26,6 +26,9 @@ _WITHOUT_FILE: Order = (1, "", 0)
 BAND_BYTES = 2 << 20
 """What a step works on at a time: little enough for a core's caches, enough for long vectors."""
 
+_SHOWN = 3
+"""Recipes of a concatenation that a description spells out; q, k and v are as many."""
+
 
 class CastOverflowError(Exception):
     """A finite value is beyond the largest of a dtype; who knows the constant's name says which."""
@@ -263,10 +266,16 @@ class Concat(Recipe):
             first += length
 
     def cuts(self, dim: int) -> bool:  # noqa: D102 - documented on Recipe
-        return all(recipe.cuts(dim) for recipe in self.recipes)
+        return all(
+            recipe.cuts(dim) or (dim == self.dim and recipe.shape[dim] == 1)
+            for recipe in self.recipes
+        )
 
     def describe(self) -> str:  # noqa: D102 - documented on Recipe
-        return f"concat dim {self.dim} of ({'; '.join(r.describe() for r in self.recipes)})"
+        shown = [recipe.describe() for recipe in self.recipes[:_SHOWN]]
+        if len(self.recipes) > _SHOWN:
+            shown.append(f"and {len(self.recipes) - _SHOWN} more")
+        return f"concat dim {self.dim} of ({'; '.join(shown)})"
 
     def inputs(self) -> tuple[Recipe, ...]:  # noqa: D102 - documented on Recipe
         return self.recipes
