@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 BUILT_IN = Path(__file__).with_suffix(".txt")
 WINDOW, WINDOWS = 256, 4
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_UP, _DOWN, _GATE = "gate_up_proj", "down_proj", "_apply_gate"
+"""What transformers calls the weights of all experts, and what stands between their products."""
 _RUN_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
@@ -162,10 +164,15 @@ class _Run:
             return
         linear = isinstance(module, nn.Linear | Conv1D)
         weight_name = f"{name}.weight"
+        experts = f"{name}.{_UP}" in self.recipes and hasattr(module, _GATE)
+        if experts:
+            self._follow_gate(name, module, stack)
 
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
             if linear:
                 self._record(weight_name, args[0])
+            if experts:
+                self._record(f"{name}.{_UP}", args[0])
             if module is self.head:
                 raise _HeadReached
             by_rows = module is self.table or type(module) is nn.Embedding
@@ -184,6 +191,18 @@ class _Run:
 
         stack.callback(module.register_forward_pre_hook(enter).remove)
         stack.callback(module.register_forward_hook(leave).remove)
+
+    def _follow_gate(self, name: str, module: nn.Module, stack: ExitStack) -> None:
+        """Record what leaves a mixture's gate: what its experts' second products read."""
+        gate = getattr(module, _GATE)
+
+        def followed(x: Tensor) -> Tensor:
+            gated: Tensor = gate(x)
+            self._record(f"{name}.{_DOWN}", gated)
+            return gated
+
+        setattr(module, _GATE, followed)
+        stack.callback(delattr, module, _GATE)
 
     def _record(self, name: str, x: Tensor) -> None:
         if isinstance(x, FakeTensor):

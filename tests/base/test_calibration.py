@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from bone_fx.adapter_folder import read_adapters
@@ -131,3 +138,38 @@ def test_built_in_text_is_packaged() -> None:
     text = built_in_text()
     assert len(text.content.split()) > 600
     assert len(text.sha256) == 64
+
+
+def test_inputs_of_experts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_local_experts": 4}
+    heads: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    config = MixtralConfig(vocab_size=128, num_experts_per_tok=2, **sizes, **heads)
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    real = MixtralForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    experts = real.model.layers[0].mlp.experts
+    expected = {}
+
+    def keep(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
+        hidden, chosen, _weights = args
+        expected["gate_up_proj"] = hidden.double().square().mean(0)
+        rows = [
+            experts._apply_gate(experts.gate_up_proj[e] @ hidden[token])
+            for token, each in enumerate(chosen)
+            for e in each
+        ]
+        expected["down_proj"] = torch.stack(rows).double().square().mean(0)
+
+    experts.register_forward_pre_hook(keep)
+    with torch.no_grad():
+        real(input_ids=IDS)
+    model, recipes, _ = pieces(tmp_path, None)
+    found = run_in_pieces(model, recipes, IDS).of_inputs
+    prefix = "model.layers.0.mlp.experts."
+    of_experts = {n.removeprefix(prefix): m for n, m in found.items() if n.startswith(prefix)}
+    assert_alike(of_experts, expected)
+    assert "_apply_gate" not in vars(model.get_submodule(prefix[:-1]))
