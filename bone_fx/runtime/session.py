@@ -19,12 +19,15 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _FATAL_ONLY = 4
 
 
-def open_session(model: str | Path | bytes, provider: str = "cpu") -> onnxruntime.InferenceSession:
+def open_session(
+    model: str | Path | bytes, provider: str = "cpu", *, quiet: bool = False
+) -> onnxruntime.InferenceSession:
     """Open a session on one provider.
 
     Args:
         model: Path of a model, or its bytes.
         provider: `"cpu"` or `"cuda"`.
+        quiet: Drop what kernels write to stderr by a log of their own as the model is loaded.
 
     Raises:
         ProviderError: The session does not run on that provider.
@@ -39,9 +42,10 @@ def open_session(model: str | Path | bytes, provider: str = "cpu") -> onnxruntim
     options.log_severity_level = _FATAL_ONLY
     providers = [wanted] if provider == "cpu" else [wanted, PROVIDERS["cpu"]]
     try:
-        session = ort.InferenceSession(
-            model if isinstance(model, bytes) else str(model), options, providers=providers
-        )
+        with _quiet_stderr() if quiet else contextlib.nullcontext():
+            session = ort.InferenceSession(
+                model if isinstance(model, bytes) else str(model), options, providers=providers
+            )
     except Exception as error:
         raise ExportError(
             "ONNX Runtime does not load the model",
@@ -107,7 +111,7 @@ def tiny_model() -> bytes:
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """C++ reports missing provider libraries on file descriptor 2, whatever the log level."""
+    """C++ reports missing libraries and slow paths on file descriptor 2, whatever the log level."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:

@@ -17,21 +17,19 @@ from torch import Tensor, nn
 
 from bone_fx.errors import LOOK, VerificationError
 from bone_fx.onnx.packed_names import groups_of, parts_of
+from bone_fx.verify.compare_experts import load_experts
 from bone_fx.verify.constants import kept_by_inputs
 from bone_fx.verify.graph import tensor_of
+from bone_fx.verify.written_codes import LARGEST_ERROR, parameter_of, what_differs
 from bone_fx.weights.recipes.nbits import QuantizedGroups, unpack
 from bone_fx.weights.recipes.reorder import row_order
 from bone_fx.weights.streamed import change, replacement
-
-LARGEST_ERROR = {4: 0.25, 8: 0.02}
-"""Norm of a weight's rounding error by bits, relative to the weight's norm."""
 
 ROUNDED_ACTIVATIONS = 1.0
 """Largest difference that products with activations in int8 may make; on random tokens it is far
 above that on a text, and the same graph without it is held to the tolerance of its dtype."""
 
 _ROWS_BLOCKS_BYTES = 3
-_NEAREST = 0.51  # of a step; a half, and what float32 leaves open
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,10 @@ class Written:
         Raises:
             VerificationError: A written weight is not the model's, rounded to nearest.
         """
-        loaded = 0
+        loaded = load_experts(self.folder / "model.onnx", model, self.accuracy_level)
         for written in _weights(self.folder / "model.onnx", model, self.accuracy_level):
             name, bits = written.name, written.bits
-            owner, attribute, weight = _parameter(model, name, gathered=written.gathered)
+            owner, attribute, weight = parameter_of(model, name, gathered=written.gathered)
             stored = weight.detach().float()
             groups = written.groups()
             values = groups.values()
@@ -64,7 +62,7 @@ class Written:
             fits = [w for w in (stored, stored.t()) if w.shape == values.shape]
             if len(fits) > 1 and (by_inputs := kept_by_inputs(owner)) is not None:
                 fits = [fits[by_inputs]]
-            wrong = [_what_differs(w, values, groups, bits) for w in fits]
+            wrong = [what_differs(w, values, groups, bits) for w in fits]
             if not wrong or all(wrong):
                 raise VerificationError(
                     f"verification failed: {name}: the written weight is not the folded one",
@@ -186,43 +184,7 @@ def _weights(path: Path, model: nn.Module, accuracy_level: int) -> Iterator[_Wei
         else:
             start = 0
             for part in parts:
-                count = _parameter(model, part, gathered=gathered)[2].shape[0]
+                count = parameter_of(model, part, gathered=gathered)[2].shape[0]
                 rows = partial(torch.narrow, dim=0, start=start, length=count)
                 yield replace(whole, name=part, rows=rows)
                 start += count
-
-
-def _parameter(model: nn.Module, codes: str, *, gathered: bool) -> tuple[nn.Module, str, Tensor]:
-    """The module, the attribute and the tensor that codes were made from.
-
-    Of the names of a tied weight: an embedding's if rows are gathered, else another's.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    name = max((n for n in parameters if codes.startswith(f"{n}.")), key=len, default=None)
-    if name is None:
-        raise VerificationError(
-            f"verification failed: {codes}: the model has no such weight",
-            next_step=LOOK,
-        )
-    weight = parameters[name]
-    aliases = [n for n, p in parameters.items() if p is weight]
-    fitting = [
-        n
-        for n in aliases
-        if isinstance(model.get_submodule(n.rpartition(".")[0]), nn.Embedding) == gathered
-    ]
-    chosen = name if name in fitting or not fitting else fitting[0]
-    owner, _, attribute = chosen.rpartition(".")
-    return model.get_submodule(owner), attribute, weight
-
-
-def _what_differs(weight: Tensor, values: Tensor, groups: QuantizedGroups, bits: int) -> str:
-    """Why codes are not a weight rounded to nearest; empty if they are."""
-    error = float((values - weight).norm() / weight.norm().clamp(min=1e-30))
-    if error > LARGEST_ERROR[bits]:
-        return f"other values: they differ by {error:.2g} of the weight"
-    scales = groups.scales.float().unsqueeze(-1)
-    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
-    places = weight.view_as(groups.codes) * inverse + groups.zeros.float().unsqueeze(-1)
-    off = (places.clamp(0, (1 << bits) - 1) - groups.codes.float()).abs().max()
-    return "" if float(off) <= _NEAREST else f"a code that is {float(off):.2f} steps off"

@@ -21,6 +21,7 @@ Edit = Callable[[onnx.ModelProto], None]
 _VARIANT = "verified.onnx"
 _LEVEL = "accuracy_level"
 _FLOAT32_LEVEL = 1
+_QMOE_SCALES = (3, 6)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class WrittenGraph:
 
     def rounds_activations(self) -> bool:
         """Whether a product rounds its activations to int8."""
-        return any(a.name == _LEVEL for node in self.read().graph.node for a in node.attribute)
+        nodes = self.read().graph.node
+        told = any(a.name == _LEVEL for node in nodes for a in node.attribute)
+        return told or (self.provider == "cpu" and any(map(_is_8_bit_mixture, nodes)))
 
     def shares_a_buffer(self) -> bool:
         """Whether attention is the operator in every layer, which takes a cache of fixed size."""
@@ -63,17 +66,38 @@ class WrittenGraph:
         variant = self.path.with_name(_VARIANT)
         try:
             variant.write_bytes(model.SerializeToString())
-            return open_session(variant, self.provider)
+            return open_session(variant, self.provider, quiet=True)
         finally:
             variant.unlink(missing_ok=True)
 
 
 def keep_activations(model: onnx.ModelProto) -> None:
-    """Let every product take its activations as they are, not rounded to int8."""
+    """Let every product take its activations as they are, not rounded to int8.
+
+    QMoE's kernel for the CPU (ONNX Runtime 1.31) rounds them at every level where weights have 8
+    bits, unless their scales might be given anew in every run.
+    """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    inputs = {value.name for value in model.graph.input}
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name == _LEVEL:
                 attribute.i = _FLOAT32_LEVEL
+        if not _is_8_bit_mixture(node):
+            continue
+        for name in (node.input[place] for place in _QMOE_SCALES):
+            if name not in inputs:
+                tensor = constants[name]
+                dims = list(tensor.dims)
+                model.graph.input.append(
+                    onnx.helper.make_tensor_value_info(name, tensor.data_type, dims)
+                )
+                inputs.add(name)
+
+
+def _is_8_bit_mixture(node: onnx.NodeProto) -> bool:
+    bits = {a.name: a.i for a in node.attribute if a.name == "expert_weight_bits"}
+    return node.op_type == "QMoE" and bits == {"expert_weight_bits": 8}
 
 
 def cut_at(names: Iterable[str]) -> Edit:

@@ -10,10 +10,12 @@ import onnx_ir as ir
 import torch
 
 from bone_fx.deploy.builds.calibrate import Calibration
+from bone_fx.deploy.builds.quantized_experts import bytes_of, quantize_experts
 from bone_fx.deploy.builds.weight_only import weight_only_products
 from bone_fx.deploy.options import BITS, HEAD, ExportOptions, Provider
 from bone_fx.onnx.quantize import Quantization, QuantizeWeights
 from bone_fx.weights.recipes.nbits import Scheme
+from bone_fx.weights.recipes.quantized import Part
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def quantization_of(options: ExportOptions) -> Quantization:
 def quantize(
     model: ir.Model, plan: Quantization, calibration: Calibration, provider: Provider
 ) -> QuantizationReport:
-    """Replace the products of a model by quantized ones, in place.
+    """Replace the products and the experts of a model by quantized ones, in place.
 
     Args:
         model: The model.
@@ -63,10 +65,12 @@ def quantize(
     """
     step = QuantizeWeights(plan, calibration.moments)
     step(model)
+    experts = quantize_experts(model, plan, calibration.moments, provider)
     measured = calibration.entries
     notes = [
         *calibration.notes,
         *(f"{name} is not quantized: {why}" for name, why in step.done.kept.items()),
+        *experts.notes,
     ]
     if not step.done.products:
         notes.append("no product of the graph could be quantized")
@@ -77,8 +81,10 @@ def quantize(
         "accuracy_level": plan.accuracy_level,
         "calibration": measured and {**measured, "products": len(step.done.weighted)},
         "products": len(step.done.products),
+        "bytes": bytes_of(model, Part),
         "gathered": sorted(step.done.embeddings),
         "kept": step.done.kept,
+        "experts": experts.entries,
     }
     if provider != "cuda":
         return QuantizationReport(entries, tuple(notes))

@@ -100,15 +100,18 @@ class Part(Recipe):
         return self.weight.take(self.name).contiguous()
 
     def describe(self) -> str:  # noqa: D102 - documented on Recipe
-        scheme = self.weight.scheme
-        kind = "symmetric" if scheme.symmetric else "asymmetric"
-        how = f"{self.name} of int{scheme.bits} {kind}, blocks of {scheme.block_size}"
-        if self.weight.moments is not None:
-            how += ", scales chosen for the inputs' second moments"
+        how = described(self.name, self.weight.scheme, calibrated=self.weight.moments is not None)
         return f"{self.weight.source.describe()} -> {how}"
 
     def inputs(self) -> tuple[Recipe, ...]:  # noqa: D102 - documented on Recipe
         return (self.weight.source,)
+
+
+def described(name: PartName, scheme: Scheme, *, calibrated: bool) -> str:
+    """What a part of a quantized weight is, in a few words."""
+    kind = "symmetric" if scheme.symmetric else "asymmetric"
+    how = f"{name} of int{scheme.bits} {kind}, blocks of {scheme.block_size}"
+    return f"{how}, scales chosen for the inputs' second moments" if calibrated else how
 
 
 def rows_in_float32(recipe: Recipe, *, transposed: bool) -> Recipe:
@@ -153,4 +156,6 @@ def _unrounded(recipe: Recipe) -> Recipe:
         return Transpose(_unrounded(recipe.recipe), recipe.permutation)
     if isinstance(recipe, Concat):
         return Concat(tuple(map(_unrounded, recipe.recipes)), recipe.dim)
+    if isinstance(recipe, Regrouped):
+        return replace(recipe, recipe=_unrounded(recipe.recipe))
     return cast(recipe, torch.float32)
