@@ -258,6 +258,59 @@ def _experts() -> list[Defect]:
     return defects + [Defect(n, "glm4_moe_64", seed, layer, "fp16") for n, seed in groups.items()]
 
 
+def _quantized_experts() -> list[Defect]:
+    """Mixtures in int4 and int8, whose experts are QMoE's."""
+    layer, experts = ("layers.1.mlp",), "model.layers.1.mlp.experts"
+    up, down = (f"{experts}.{name}_proj" for name in ("gate_up", "down"))
+
+    def exchanged(array: np.ndarray) -> np.ndarray:
+        return array[[0, 2, 1, *range(3, len(array))]]
+
+    order = exchanged(np.arange(8))
+    defects = []
+    for model, dtype in (*(("mixtral_8", "int4"), ("gpt_oss_8", "int4")), ("mixtral_8", "int8")):
+        half = 0x0C if dtype == "int4" else 0x30
+        seeds = {
+            "a code of an expert": (
+                constant(f"{down}.codes", add_bits((5, 3, 2), half)), (down, "expert 5")
+            ),
+            "scale of an expert's block": (
+                constant(f"{up}.scales", lambda s: s.__setitem__((3, 7, 1), 1.5 * s[3, 7, 1])),
+                (up, "expert 3"),
+            ),
+            "zero point of an expert": (
+                constant(f"{down}.zero_points", add_bits((7, 9, 0), half)), (down, "expert 7")
+            ),
+            "codes of two experts exchanged": (
+                constant(f"{up}.codes", exchanged), (up, "expert 1")
+            ),
+            "bits of an expert's codes": (
+                attribute("QMoE", 1, "expert_weight_bits", lambda b: 12 - b), (up,)
+            ),
+            "size of experts' blocks": (attribute("QMoE", 1, "block_size", lambda b: b * 2), (up,)),
+            "scores of two experts exchanged": (
+                insert("QMoE", 1, 1, "Gather", order, axis=-1), layer
+            ),
+            "one expert less": (attribute("QMoE", 1, "k", partial(add, -1)), layer),
+            "experts' activation": (
+                attribute("QMoE", 1, "activation_alpha", lambda a: a * 1.2), layer
+            ),
+        }  # fmt: skip
+        defects += [Defect(n, model, seed, names, dtype) for n, (seed, names) in seeds.items()]
+    softmax = exchanged(np.arange(64))
+    return [
+        *defects,
+        Defect("weights of two experts exchanged", "qwen3_moe_64",
+               insert("QMoE", 1, 14, "Gather", softmax, axis=-1), layer, "int4"),
+        Defect("weights of experts normalized or not", "qwen3_moe_64",
+               attribute("QMoE", 1, "normalize_routing_weights", lambda _: 1), (up,), "int4"),
+        Defect("weights of experts normalized or not", "mixtral_8",
+               attribute("QMoE", 1, "normalize_routing_weights", lambda _: 0), (up,), "int4"),
+        Defect("rows of experts told to be prepacked", "gpt_oss_8",
+               attribute("QMoE", 1, "weights_prepacked", lambda _: -1), (up,), "int4"),
+    ]  # fmt: skip
+
+
 def _beside() -> list[Defect]:
     fields: dict[str, Any] = {
         "model.decoder.head_size": lambda n: n + 8,
@@ -299,5 +352,6 @@ DEFECTS = [
     *_weights(),
     *_computations(),
     *_experts(),
+    *_quantized_experts(),
     *_beside(),
 ]
