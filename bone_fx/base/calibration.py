@@ -1,23 +1,25 @@
-"""Second moments of the inputs of a model's linear layers on a text, without holding its weights.
+"""What a model's linear layers and its cache see on a text, without holding its weights.
 
 A skeleton runs the text once. Each module that owns parameters gets them, folded and in float32,
 as it is called, and gives them back as it returns: one module's weights are there at a time, of an
 embedding only the rows that are read. The run ends where the logits would be computed.
+
+Shape letters: B texts, K key/value heads (in a linear layer its inputs), T tokens, D head size.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from bone_fx.base.architectures import reference_attention
@@ -36,6 +38,10 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 _UP, _DOWN, _GATE = "gate_up_proj", "down_proj", "_apply_gate"
 """What transformers calls the weights of all experts, and what stands between their products."""
 _RUN_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+
+
+Largest = Mapping[int, tuple[Tensor, Tensor]]
+"""Of keys and of values, by layer."""
 
 
 class CalibrationError(Exception):
@@ -67,10 +73,12 @@ class Moments:
         tokens: How many tokens were run.
         of_inputs: Second moments of the K inputs by the name of the linear layer's weight; layers
             that read one tensor share them.
+        of_cache: Largest key and largest value of each channel, float32 `[K, D]`, by layer.
     """
 
     tokens: int
     of_inputs: Mapping[str, SecondMoments]
+    of_cache: Largest = field(default_factory=dict)
 
 
 class _HeadReached(Exception):  # noqa: N818 - no error: the logits are of no use
@@ -104,7 +112,52 @@ def measure_inputs(
         CalibrationError: There is no tokenizer, or the model does not run piece by piece.
         FoldError: A folded weight is not finite.
     """
-    ids = _windows(base, text, tokenizer)
+    ids = _windows(base, token_ids(base, text, tokenizer))
+    return run_in_pieces(_model(base, architecture, overrides), recipes, ids)
+
+
+def measure_cache(
+    base: BaseCheckpoint,
+    architecture: type[PreTrainedModel],
+    overrides: Mapping[str, Any],
+    recipes: Mapping[str, Recipe],
+    ids: Tensor | None,
+    partners: Sequence[Tensor | None],
+) -> tuple[Largest, int]:
+    """Run a decoder on the first windows of a text, and measure its keys and values.
+
+    Random tokens would show more, but what single ones of them do is out of all proportion to a
+    text: its scales would be coarse.
+
+    Args:
+        base: The base model.
+        architecture: The model's class.
+        overrides: Fields of the configuration to set.
+        recipes: The folded weights by parameter name.
+        ids: Token ids `[T]` of a text; None for random ones.
+        partners: For each layer the channel `[D]` that each channel of a key is turned with by its
+            position; None for a layer whose keys are not turned.
+
+    Returns:
+        Largest key and largest value of each channel, float32 `[K, D]`, by layer; and how many
+        tokens were run.
+
+    Raises:
+        CalibrationError: The model does not run piece by piece.
+        FoldError: A folded weight is not finite.
+    """
+    vocabulary = int(getattr(base.config.get_text_config(), "vocab_size", None) or 2)
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randint(0, vocabulary, (WINDOW * WINDOWS,), generator=generator)
+    rows = _windows(base, few if ids is None else ids)
+    model = _model(base, architecture, overrides)
+    found = run_in_pieces(model, recipes, rows, partners).of_cache
+    return found, rows.numel()
+
+
+def _model(
+    base: BaseCheckpoint, architecture: type[PreTrainedModel], overrides: Mapping[str, Any]
+) -> PreTrainedModel:
     model, _ = skeleton(
         base,
         torch.float32,
@@ -112,10 +165,15 @@ def measure_inputs(
         config_overrides=overrides,
         attn_implementation=reference_attention(base.config),
     )
-    return run_in_pieces(model, recipes, ids)
+    return model
 
 
-def run_in_pieces(model: PreTrainedModel, recipes: Mapping[str, Recipe], ids_BT: Tensor) -> Moments:
+def run_in_pieces(
+    model: PreTrainedModel,
+    recipes: Mapping[str, Recipe],
+    ids_BT: Tensor,
+    partners: Sequence[Tensor | None] | None = None,
+) -> Moments:
     """Run a skeleton on token ids, each module with its weights only while it is called.
 
     Raises:
@@ -123,12 +181,15 @@ def run_in_pieces(model: PreTrainedModel, recipes: Mapping[str, Recipe], ids_BT:
             the ids.
     """
     run = _Run(model, recipes)
+    cache = None if partners is None else _MeasuredCache(model.config, partners)
     with ExitStack() as stack:
         for name, module in model.named_modules():
             run.attach(name, module, stack)
         try:
             with torch.no_grad():
-                cast(nn.Module, model)(input_ids=ids_BT, use_cache=False)
+                cast(nn.Module, model)(
+                    input_ids=ids_BT, past_key_values=cache, use_cache=cache is not None
+                )
         except _HeadReached:
             pass
         except _RUN_ERRORS as error:
@@ -138,7 +199,34 @@ def run_in_pieces(model: PreTrainedModel, recipes: Mapping[str, Recipe], ids_BT:
             ) from error
     shared = {id(sums): sums.moments() for sums in run.sums.values()}
     found = {name: shared[id(sums)] for name, sums in run.sums.items()}
-    return Moments(ids_BT.numel(), {name: each for name, each in found.items() if each.is_finite()})
+    finite = {name: each for name, each in found.items() if each.is_finite()}
+    return Moments(ids_BT.numel(), finite, {} if cache is None else cache.largest)
+
+
+class _MeasuredCache(DynamicCache):
+    """Measures what it is given, and keeps nothing: a text is run at once."""
+
+    def __init__(self, config: Any, partners: Sequence[Tensor | None]) -> None:
+        super().__init__(config=config)
+        self._partners = partners
+        self.largest: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Notes the largest of each channel; keys and values are `[B, K, T, D]`."""
+        if isinstance(key_states, FakeTensor) or isinstance(value_states, FakeTensor):
+            raise CalibrationError(f"the keys of layer {layer_idx} are not computed")
+        key, partners = key_states, self._partners[layer_idx]
+        if partners is not None:
+            turned = partners != torch.arange(len(partners))
+            key = torch.where(turned, torch.hypot(key, key[..., partners]), key)
+        self.largest[layer_idx] = (_largest(key), _largest(value_states))
+        return key_states, value_states
+
+
+def _largest(x_BKTD: Tensor) -> Tensor:
+    return x_BKTD.detach().abs().amax((0, 2)).float()
 
 
 class _Run:
@@ -261,9 +349,8 @@ def token_ids(base: BaseCheckpoint, text: Text, folder: Path) -> Tensor:
     return ids
 
 
-def _windows(base: BaseCheckpoint, text: Text, folder: Path) -> Tensor:
+def _windows(base: BaseCheckpoint, ids: Tensor) -> Tensor:
     """Token ids `[B, T]`: as many whole windows as there are, or the one that is not whole."""
-    ids = token_ids(base, text, folder)
     most = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     length = min(WINDOW, int(most or WINDOW), len(ids))
     count = min(WINDOWS, len(ids) // length)

@@ -25,11 +25,13 @@ from bone_fx.cli.terminal import answer, answer_json, note
 from bone_fx.cli.views import VIEWS
 from bone_fx.deploy.options import (
     DTYPE,
+    FLOAT_CACHE,
     FORM_SAID,
     HEAD,
     Compared,
     Dtype,
     ExportOptions,
+    KvCache,
     Part,
     Provider,
     Verify,
@@ -131,6 +133,7 @@ def bone_export(
     ] = None,
     head: Annotated[Part | None, option("head", show_default=HEAD)] = None,
     embeddings: Annotated[Part | None, option("embeddings")] = None,
+    kv_cache: Annotated[KvCache, option("kv_cache")] = FLOAT_CACHE,
     last_token_logits: Annotated[bool, option("last_token_logits", "--last-token-logits")] = False,
     cuda_graph: Annotated[
         bool | None, option("cuda_graph", "--cuda-graph/--no-cuda-graph", show_default="no")
@@ -155,6 +158,7 @@ def bone_export(
         symmetric=symmetric,
         head=head,
         embeddings=embeddings,
+        kv_cache=kv_cache,
         last_token_logits=last_token_logits,
         cuda_graph=cuda_graph,
         calibration=calibration,

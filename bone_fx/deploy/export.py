@@ -34,7 +34,16 @@ from torch import fx, nn
 
 from bone_fx.adapter_folder import Adapters, read_adapters
 from bone_fx.deploy.input_files import files_read
-from bone_fx.deploy.options import NO_CALIBRATION, Dtype, ExportOptions, Part, Provider, Verify
+from bone_fx.deploy.options import (
+    FLOAT_CACHE,
+    NO_CALIBRATION,
+    Dtype,
+    ExportOptions,
+    KvCache,
+    Part,
+    Provider,
+    Verify,
+)
 from bone_fx.deploy.report import write_failure, write_reports
 from bone_fx.deploy.report.timing import Timed
 from bone_fx.deploy.staging import staged
@@ -85,6 +94,7 @@ def export(
     symmetric: bool | None = None,
     head: Part | None = None,
     embeddings: Part | None = None,
+    kv_cache: KvCache = "float",
     last_token_logits: bool = False,
     cuda_graph: bool | None = None,
     calibration: str | Path | None = None,
@@ -127,14 +137,19 @@ def export(
         head: What a quantized decoder's head becomes, `"int8"` by default.
         embeddings: What a quantized model's embeddings become; None keeps them, unless one is tied
             to a quantized head, which then serves both.
+        kv_cache: `"int8"` keeps a decoder's keys and values in int8 between its steps, a quarter of
+            fp32's bytes, by scales of each layer and channel that are measured on the calibration
+            text; `"float"` keeps them in the dtype of the activations. Only where every layer's
+            attention is GroupQueryAttention.
         last_token_logits: Give a decoder's logits of each text's last token only, as a generation
             loop reads them: prefill without a product over the vocabulary for every token.
         cuda_graph: Let onnxruntime-genai capture a decoder's step as a CUDA graph and replay it,
             which saves the launches of its kernels. Off by default; it takes one beam, and the
             cache has `max_length` positions from the start.
         calibration: A text file. int4 chooses a decoder's scales for the inputs that its products
-            see on its first thousand tokens; None takes the built-in text,
-            `"none"` rounds to nearest, as ONNX Runtime's quantizer and the builder do.
+            see on its first thousand tokens, and a cache in int8 is measured there; None takes the
+            built-in text, `"none"` rounds weights to nearest, as ONNX Runtime's quantizer and the
+            builder do.
         trust_remote_code: Run Python files that come with the base.
         revision: Branch, tag or commit of a hub id.
         allow_unused: Names, or patterns as for file names, of tensors in the base's or an adapter's
@@ -166,6 +181,7 @@ def export(
         symmetric=symmetric,
         head=head,
         embeddings=embeddings,
+        kv_cache=kv_cache,
         last_token_logits=last_token_logits,
         cuda_graph=cuda_graph,
         calibration=calibration,
@@ -312,6 +328,8 @@ def _check_module_choices(
             "last_token_logits goes with a checkpoint",
             next_step="cut the logits in your module's forward",
         )
+    if options.kv_cache != FLOAT_CACHE:
+        raise UsageError("kv_cache goes with a checkpoint", next_step="leave it out")
     if adapters:
         raise UsageError(
             "adapters go with a checkpoint",

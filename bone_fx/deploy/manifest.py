@@ -103,6 +103,7 @@ def export_manifest(
             "dtype": build.dtype,
             "activations": build.activations,
             "quantization": build.quantization,
+            "kv_cache": build.kv_cache,
             "change": written.change or None,
             "rounding": written.rounding,
             "placement": None if build.placement is None else build.placement.report(),

@@ -20,12 +20,16 @@ Compared = Literal["full", "fast"]
 """How much `verify_export` compares."""
 Part = Literal["keep", "int4", "int8"]
 """What the head or the embeddings of a quantized model become."""
+KvCache = Literal["float", "int8"]
+"""What a decoder keeps keys and values in between its steps."""
 
 BITS = {"int4": 4, "int8": 8}
 """Bits of a weight by the dtypes that quantize."""
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """Values of a quantized weight that may share a scale."""
 NO_CALIBRATION = "none"
+FLOAT_CACHE: KvCache = "float"
+INT8_CACHE: KvCache = "int8"
 
 DTYPE: Dtype = "fp32"
 HEAD: Part = "int8"
@@ -60,6 +64,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "head": get_args(Part),
     "embeddings": get_args(Part),
     "verify_on": get_args(Provider),
+    "kv_cache": get_args(KvCache),
 }
 _QUANTIZED_ONLY = ("block_size", "symmetric", "head", "embeddings")
 
@@ -88,12 +93,16 @@ class ExportOptions:
     embeddings: Annotated[
         Part | None, "int4, int8: the embeddings; kept unless tied to a quantized head."
     ] = None
+    kv_cache: Annotated[
+        KvCache, "Keys and values between a decoder's steps; int8 takes a quarter of fp32's bytes."
+    ] = FLOAT_CACHE
     last_token_logits: Annotated[bool, "Logits of each text's last token only."] = False
     cuda_graph: Annotated[
         bool | None, "cuda: let onnxruntime-genai replay decode steps as a CUDA graph."
     ] = None
     calibration: Annotated[
-        str | Path | None, "int4: a text instead of the built-in one; none: to nearest."
+        str | Path | None,
+        "int4, int8 cache: a text instead of the built-in one; none: weights to nearest.",
     ] = None
     revision: Annotated[str | None, "Branch, tag or commit of a hub id."] = None
     allow_unused: Annotated[
@@ -182,9 +191,9 @@ class ExportOptions:
     def _check_calibration(self) -> None:
         if self.calibration is None or self.calibration == NO_CALIBRATION:
             return
-        if self.dtype != "int4":
+        if self.dtype != "int4" and self.kv_cache != INT8_CACHE:
             raise UsageError(
-                f"calibration is for int4, and dtype is {self.weight_dtype!r}",
+                f"calibration is for int4 and a cache in int8, and dtype is {self.weight_dtype!r}",
                 next_step="export without it",
             )
         if not Path(self.calibration).expanduser().is_file():

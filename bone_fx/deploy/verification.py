@@ -89,6 +89,7 @@ def verify_checkpoint(
     from bone_fx.verify.constants import verify_constants
     from bone_fx.verify.decoder.compare_decoder import DecoderChecks, verify_decoder
     from bone_fx.verify.decoder.genai_folder import verify_genai_folder, verify_generation
+    from bone_fx.verify.decoder.int8_cache import Int8Cache
     from bone_fx.verify.graph import WrittenGraph
     from bone_fx.verify.peft_layout import PeftAdapter
     from bone_fx.verify.rotary_tables import verify_rotary_tables
@@ -131,7 +132,9 @@ def verify_checkpoint(
                 samples=texts,
             )
             parity = verify_decoder(graph, model, adapters, checks, written)
-    unnamed = [name for name in compared.others if name not in tables]
+    cache = None if exported.examples is not None else Int8Cache.of(folder / MODEL_FILE)
+    named = {*tables, *(() if cache is None else cache.constants)}
+    unnamed = [name for name in compared.others if name not in named]
     if room is not None:
         parity.reference = "streamed"
         parity.warnings.append(_STREAMED)

@@ -21,6 +21,17 @@ fp16 is 4.9e-4 and happens at each operator's output: 40 layers of six, as a ran
 tolerance of the twin they are run as. In fp64 the model's own constants in float32 set the limit.
 """
 
+INT8_CACHE = 0.2
+"""Largest difference that a cache in int8 may make to the logits of the same graph with floats.
+
+A step is 1 % of the largest key or value that a channel held (1.25 / 127), a rounding 0.29 steps in
+the mean: 1 % of the root mean square of a channel whose largest of a thousand is 3.3 of these. The
+scores are off by 1 % of their spread, weights by as much times a score of one or two, and values
+by 1 % more: 2 % of what an attention gives; after 30 layers, as a random walk, 0.11 of what they
+add. 0.2 is a margin of two. Beside this, the graph is held to the tolerance of its dtype with a
+reference whose keys and values are rounded to the graph's own codes.
+"""
+
 SMALLEST = {"fp64": 1e-30, "fp32": 1e-30, "fp16": 2.0**-14, "bf16": 1e-30}
 """What a difference is relative to where the reference is smaller: zero, or fp16's subnormals."""
 
@@ -37,8 +48,9 @@ class Parity:
         floor: The smallest value that a difference is relative to.
         figures: Largest relative difference by pair: `onnx_vs_unmerged`, `onnx_vs_folded`,
             `unmerged_vs_folded`, `adapter_effect`; where weights were quantized or rounded also
-            `onnx_vs_written`, and where the graph rounds activations too `rounded_activations`; for
-            a user's own module `onnx_vs_torch` alone. Of a decoder also `long_texts` and
+            `onnx_vs_written`, and where the graph rounds activations too `rounded_activations`; of
+            a cache in int8 what it costs, `int8_cache`; for a user's own module `onnx_vs_torch`
+            alone. Of a decoder also `long_texts` and
             `greedy_tokens`, a pair's `_top1` and `_kl`, and `nll_base`,
             `nll_adapter` and `nll_export` of the user's samples.
         cases: Names of the comparisons that were made.

@@ -46,6 +46,7 @@ OPTIONS = {
     "symmetric": ["--symmetric", "--asymmetric"],
     "head": ["--head"],
     "embeddings": ["--embeddings"],
+    "kv_cache": ["--kv-cache"],
     "last_token_logits": ["--last-token-logits"],
     "cuda_graph": ["--cuda-graph", "--no-cuda-graph"],
     "calibration": ["--calibration"],
@@ -96,6 +97,7 @@ CHOICES = {
     "provider": ("cpu", ["cpu", "cuda"]),
     "head": (None, ["keep", "int4", "int8"]),
     "embeddings": (None, ["keep", "int4", "int8"]),
+    "kv_cache": ("float", ["float", "int8"]),
     "verify": ("full", ["full", "fast", "off"]),
     "verify_on": (None, ["cpu", "cuda"]),
 }

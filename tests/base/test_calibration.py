@@ -125,6 +125,26 @@ def test_a_configuration_may_leave_the_size_of_the_vocabulary_open(tmp_path: Pat
         token_ids(base, text, tokenizer)
 
 
+def test_largest_keys_and_values_of_a_cache(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path)
+    model, recipes, _ = pieces(base, None)
+    half = torch.arange(16).roll(8)  # the first layer's pairs; the second's are not told
+    found = run_in_pieces(model, recipes, IDS, [half, None]).of_cache
+    real = LlamaForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
+    with torch.no_grad():
+        cache = real(input_ids=IDS, use_cache=True).past_key_values
+    for layer, (keys, values) in found.items():
+        kept = cache.layers[layer]
+        for head, channel in ((0, 3), (2, 11)):
+            key = kept.keys[:, head, :, channel]
+            if layer == 0:
+                key = (key**2 + kept.keys[:, head, :, (channel + 8) % 16] ** 2).sqrt()
+            torch.testing.assert_close(keys[head, channel], key.abs().max(), rtol=1e-5, atol=0)
+            value = kept.values[:, head, :, channel].abs().max()
+            torch.testing.assert_close(values[head, channel], value, rtol=1e-5, atol=0)
+    assert sorted(found) == [0, 1]
+
+
 @pytest.mark.parametrize("content", ["{", '{"model": {"type": "BPE", "vocab": {"a": -1}}}'])
 def test_a_tokenizer_that_its_library_refuses(content: str, tmp_path: Path) -> None:
     base = open_base(tiny_base(tmp_path))

@@ -119,9 +119,10 @@ def test_a_calibration_is_for_int4(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is no file"):
         ExportOptions(dtype="int4", calibration=text)
     text.write_text("some words")
-    with pytest.raises(UsageError, match="calibration is for int4, and dtype is 'fp32'"):
+    with pytest.raises(UsageError, match="calibration is for int4 and a cache in int8, and"):
         ExportOptions(calibration=text)
     ExportOptions(dtype="int4", calibration=text)
+    ExportOptions(kv_cache="int8", calibration=text)
     ExportOptions(calibration="none")
 
 
@@ -138,6 +139,7 @@ def test_a_cuda_graph_goes_with_cuda() -> None:
         {"dtype": "int8"},
         {"revision": "main"},
         {"calibration": "none"},
+        {"kv_cache": "int8"},
         {"last_token_logits": True},
         {"cuda_graph": True, "provider": "cuda"},
     ],

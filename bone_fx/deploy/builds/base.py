@@ -46,6 +46,8 @@ class Build(ABC):
         dtype: Dtype of the weights.
         activations: Dtype of the activations.
         quantization: What was quantized and how; None for a float export.
+        kv_cache: What a decoder's cache is kept in, and what its scales are measured on; None where
+            it is kept in floats.
         placement: For CUDA, where each node runs; None for a graph for the CPU.
         notes: What a person should know.
     """
@@ -57,6 +59,7 @@ class Build(ABC):
     dtype: str
     activations: str
     quantization: dict[str, Any] | None
+    kv_cache: dict[str, Any] | None
     placement: Placement | None
     notes: tuple[str, ...]
 

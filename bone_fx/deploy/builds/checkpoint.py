@@ -12,8 +12,9 @@ import torch
 
 from bone_fx.adapter_folder import Adapters
 from bone_fx.deploy.builds.base import Build, Written, cuda_placement, write_graph
-from bone_fx.deploy.builds.calibrate import Calibration, calibrate
+from bone_fx.deploy.builds.calibrate import Calibration, calibrate, calibrate_cache
 from bone_fx.deploy.builds.checkpoint_graph import DecoderGraph, ForwardGraph, capture_graph
+from bone_fx.deploy.builds.kv_cache import quantize_cache, require_int8_cache
 from bone_fx.deploy.builds.quantization import QuantizationReport, quantization_of, quantize
 from bone_fx.deploy.checkpoint_inputs import (
     TORCH_DTYPES,
@@ -24,7 +25,7 @@ from bone_fx.deploy.checkpoint_inputs import (
 from bone_fx.deploy.companions.choice import Companions, choose_companions, hashes_beside_weights
 from bone_fx.deploy.companions.copying import copy_companions
 from bone_fx.deploy.companions.left_out import files_left_out, sentence_notes
-from bone_fx.deploy.options import NO_CALIBRATION, ExportOptions
+from bone_fx.deploy.options import INT8_CACHE, NO_CALIBRATION, ExportOptions
 from bone_fx.deploy.report.origin import read_origin
 from bone_fx.progress import Progress
 from bone_fx.sites import LinearSite
@@ -153,7 +154,15 @@ def build_checkpoint(
         twin_weights = inputs.fold(torch.float32).rounded_to(torch.bfloat16)
         twin = capture_graph(twin_weights, options, progress).model
         notes.append(_TWIN)
-    quantized = None
+    quantized = kv_cache = None
+    text = None if options.calibration == NO_CALIBRATION else options.calibration
+    if options.kv_cache == INT8_CACHE and isinstance(graph, DecoderGraph):
+        progress.stage("measure the cache")
+        layers, in_halves = graph.capture.layers, options.activation_dtype == "fp16"
+        partners = require_int8_cache(graph.model, layers, options.provider, in_halves=in_halves)
+        measured = calibrate_cache(folded, text, companions.tokenizer_folder, partners)
+        kv_cache = quantize_cache([graph.model, *([] if twin is None else [twin])], measured)
+        notes += measured.notes
     if options.quantizes:
         tokenizer = companions.tokenizer_folder
         quantized = _quantize(graph, folded, options, tokenizer, progress)
@@ -174,6 +183,7 @@ def build_checkpoint(
         dtype=options.weight_dtype,
         activations=options.activation_dtype,
         quantization=None if quantized is None else quantized.entries,
+        kv_cache=kv_cache,
         placement=placement,
         notes=tuple(notes),
         inputs=inputs,

@@ -100,6 +100,7 @@ def build_module(base: object, options: ExportOptions, progress: Progress) -> Mo
         dtype=dtype,
         activations=dtype,
         quantization=None,
+        kv_cache=None,
         placement=cuda_placement(model, next_step) if cuda else None,
         notes=tuple(capture.notes),
         call=_evaluated(base.module() if isinstance(base, ExportedProgram) else base),

@@ -19,6 +19,7 @@ _MEANING = {
     "onnx_vs_written": "the graph against torch with the weights as they were written",
     "onnx_vs_torch": "the graph against the module",
     "unmerged_vs_folded": "torch beside the weights against torch folded",
+    "int8_cache": "what keeping keys and values in int8 changes",
     "rounded_activations": "what rounding activations alone changes",
     "long_texts": "the graph against torch on texts beyond windows and tables of positions",
     "greedy_tokens": "tokens chosen greedily: how far torch's choices lie below its best",

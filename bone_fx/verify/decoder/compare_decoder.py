@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from bone_fx.errors import LOOK, VerificationError, first_line
 from bone_fx.verify.cases import Case, decoder_cases, rows_of
 from bone_fx.verify.compare_quantized import ROUNDED_ACTIVATIONS, Written
+from bone_fx.verify.decoder.int8_cache import Int8Cache, rows_of_codes
 from bone_fx.verify.decoder.long_texts import verify_long_texts
 from bone_fx.verify.decoder.routes import Choices, Routes, joined
 from bone_fx.verify.decoder.running import empty_past, logits_of, outputs_of, past_of, routed
 from bone_fx.verify.decoder.samples import graph_likelihood, torch_likelihood
 from bone_fx.verify.graph import Edit, WrittenGraph, keep_activations
 from bone_fx.verify.locate import first_difference, located
-from bone_fx.verify.parity import SMALLEST, TOLERANCE, Parity, check_effect
+from bone_fx.verify.parity import INT8_CACHE, SMALLEST, TOLERANCE, Parity, check_effect
 from bone_fx.verify.ranges import LARGEST, within_range
 from bone_fx.verify.reference import Adapters, fold_in_place, load_parameters, unmerged
 
@@ -78,13 +79,19 @@ def verify_decoder(
     Raises:
         VerificationError: Two of the three disagree, or a value is not finite.
     """
-    parity = Parity(TOLERANCE[checks.dtype], SMALLEST[checks.dtype])
+    tolerance = TOLERANCE[checks.dtype]
+    cache = Int8Cache.of(graph.path, tolerance)
+    if cache is not None and graph.provider != "cpu":
+        # CUDA's kernels read the keys of a prompt before they are rounded, the CPU's after that.
+        tolerance, cache = INT8_CACHE, replace(cache, tolerance=INT8_CACHE)
+    parity = Parity(tolerance, SMALLEST[checks.dtype])
     cases = decoder_cases(model.config, checks.context_length, short=checks.short)
     rows = [
         rows_of(case, checks.vocab_size, seed, checks.text if seed else ())
         for seed, case in enumerate(cases)
     ]
-    runs = _Runs(parity, cases, rows, graph, model)
+    costs = tolerance if cache is None else INT8_CACHE
+    runs = _Runs(parity, cases, rows, graph, model, cache)
     actual = runs.run(()) if written is None else []
     # What quantization costs is measured against a model that chooses experts by itself.
     free: list[list[Routes]] = [[[] for _ in r] for r in rows]
@@ -94,39 +101,54 @@ def verify_decoder(
         parity.figures["nll_base"] = torch_likelihood(model, checks.samples)
     load_parameters(model, adapters)
     with unmerged(model, adapters), within_range(model, checks.dtype):
-        reference, routes = runs.expect(routes, parity.tolerance)
+        reference, routes = runs.expect(routes, costs)
+        rounded = runs.rounded(actual, routes, tolerance) if cache and actual else reference
         if checks.text and checks.dtype in LARGEST:
             torch_likelihood(model, (checks.text,))  # for its activations, the first token's too
         if checks.samples:
             name = "nll_adapter" if adapters else "nll_base"
             parity.figures[name] = torch_likelihood(model, checks.samples)
     fold_in_place(model, adapters)
-    folded = runs.expect(routes, parity.tolerance)[0] if adapters else reference
+    folded = runs.expect(routes, costs)[0] if adapters else reference
     for case, ones, others in zip(cases, folded, reference, strict=True):
         for row, (one, other) in enumerate(zip(ones, others, strict=True)):
             where = f"{case.name}, row {row}"
             parity.compare("unmerged_vs_folded", where, one, other, TOLERANCE["fp32"])
-    references = {"onnx_vs_unmerged": reference, "onnx_vs_folded": folded}
+    references = {"onnx_vs_unmerged": rounded, "onnx_vs_folded": folded}
     edits: tuple[Edit, ...] = ()
     if written is None:
-        runs.compare(actual, references, parity.tolerance)
+        if cache and adapters:
+            references["onnx_vs_folded"] = runs.rounded(actual, routes, tolerance)
+        elif cache:
+            references["onnx_vs_folded"] = rounded
+        runs.compare(actual, references, tolerance)
+        if cache:
+            runs.compare(actual, {"int8_cache": folded}, INT8_CACHE)
     else:
         written.load_into(model)
         rounds = graph.rounds_activations()
         edits = (keep_activations,) if rounds else ()
         actual = runs.run(edits)
-        quantized, _ = runs.expect([run.routes for run in actual], parity.tolerance, edits)
+        chosen = [run.routes for run in actual]
+        quantized = (
+            runs.rounded(actual, chosen, tolerance, edits)
+            if cache
+            else runs.expect(chosen, tolerance, edits)[0]
+        )
         published = runs.run(()) if rounds else actual
         if rounds:
             # Rounded activations send tokens to other experts; their choice was tried unrounded.
             routes = [run.routes for run in published]
-            chosen = runs.expect(routes, math.inf)[0] if any(map(any, routes)) else quantized
-            runs.compare(published, {"rounded_activations": chosen}, ROUNDED_ACTIVATIONS)
-        runs.compare(actual, {"onnx_vs_written": quantized}, parity.tolerance, edits)
+            others = runs.expect(routes, math.inf)[0] if any(map(any, routes)) else quantized
+            runs.compare(published, {"rounded_activations": others}, ROUNDED_ACTIVATIONS)
+        runs.compare(actual, {"onnx_vs_written": quantized}, tolerance, edits)
+        if cache:
+            floats = runs.expect(chosen, costs, edits)[0]
+            runs.compare(actual, {"int8_cache": floats}, INT8_CACHE, edits)
         runs.compare(published, references, math.inf)
     if not checks.short:
-        verify_long_texts(parity, graph, edits, model, checks.context_length)
-        _compare_greedy(parity, graph, edits, model, rows[0][0])
+        verify_long_texts(parity, graph, edits, model, checks.context_length, cache)
+        _compare_greedy(parity, graph, edits, model, rows[0][0], cache)
     likelihood = graph_likelihood(graph.session(), checks.samples) if checks.samples else None
     if likelihood is not None:
         parity.figures["nll_export"] = likelihood
@@ -146,10 +168,12 @@ class _Run:
     Attributes:
         steps: Step name, row, first position, and logits `[S, V]`.
         routes: The experts that it chose for each row.
+        kept: What it kept of each row; None of a cache in floats.
     """
 
     steps: list[tuple[str, int, int, Tensor]]
     routes: list[Routes]
+    kept: list[Int8Cache | None]
 
 
 @dataclass(frozen=True)
@@ -161,6 +185,7 @@ class _Runs:
     rows: Sequence[list[list[int]]]
     graph: WrittenGraph
     model: nn.Module
+    cache: Int8Cache | None
 
     def run(self, edits: Sequence[Edit]) -> list[_Run]:
         """Run the graph on every case; one that cannot be run has no steps."""
@@ -169,16 +194,30 @@ class _Runs:
         runs = []
         for case, rows in zip(self.cases, self.rows, strict=True):
             try:
-                runs.append(_run(session, choices, case, rows))
+                runs.append(_run(session, choices, case, rows, self.cache))
             except Exception as error:  # of ONNX Runtime, whose classes have no common one
                 if case.buffer is None or self.graph.shares_a_buffer():
                     raise _refused(case, error) from error
                 self.parity.skip(case.name, first_line(error))
-                runs.append(_Run([], [[] for _ in rows]))
+                runs.append(_Run([], [[] for _ in rows], [None for _ in rows]))
         return runs
 
+    def rounded(
+        self,
+        runs: Sequence[_Run],
+        routes: Sequence[list[Routes]],
+        tolerance: float,
+        edits: Sequence[Edit] = (),
+    ) -> list[list[Tensor]]:
+        """The reference's logits `[S, V]` with what runs of the graph kept in its cache."""
+        return self.expect(routes, tolerance, edits, [run.kept for run in runs])[0]
+
     def expect(
-        self, routes: Sequence[list[Routes]], tolerance: float, edits: Sequence[Edit] = ()
+        self,
+        routes: Sequence[list[Routes]],
+        tolerance: float,
+        edits: Sequence[Edit] = (),
+        kept: Sequence[list[Int8Cache | None]] = (),
     ) -> tuple[list[list[Tensor]], list[list[Routes]]]:
         """The reference's logits `[S, V]` by case and row, and the experts that it took.
 
@@ -186,16 +225,19 @@ class _Runs:
             routes: The experts that it is given, of as many cases as are run.
             tolerance: How far its scores may be from those that choose them.
             edits: Edits of the graph that chose them.
+            kept: What the graph kept of each row of each case; nothing for a cache in floats.
         """
         logits: list[list[Tensor]] = []
         made: list[list[Routes]] = []
-        for case, rows, given in zip(self.cases, self.rows, routes, strict=False):
+        for number, given in enumerate(routes):
+            case, rows = self.cases[number], self.rows[number]
             logits.append([])
             made.append([])
             for row, (ids, told) in enumerate(zip(rows, given, strict=True)):
                 where = f"{case.name}, row {row}"
+                codes = kept[number][row] if kept else None
                 try:
-                    values, chosen = routed(self.model, ids, told, tolerance, where)
+                    values, chosen = routed(self.model, ids, told, tolerance, where, codes)
                 except VerificationError as error:
                     raise located(error, self._where(edits, ids, tolerance)) from None
                 logits[-1].append(values)
@@ -227,9 +269,13 @@ class _Runs:
         choices = Choices.of(self.graph, edits)
         for cached in (0, len(ids) - 1):
             routes: Routes = []
+            kept: list[Int8Cache | None] = []
 
             def run(
-                session: onnxruntime.InferenceSession, cached: int = cached, to: Routes = routes
+                session: onnxruntime.InferenceSession,
+                cached: int = cached,
+                to: Routes = routes,
+                into: list[Int8Cache | None] = kept,
             ) -> Sequence[Any]:
                 past, outputs, pieces = empty_past(session, 1), {}, []
                 for start, end in ((0, cached), (cached, len(ids))):
@@ -240,10 +286,11 @@ class _Runs:
                         past = past_of(outputs)
                         pieces.append([c[0] for c in choices.read(outputs, tokens.shape)])
                 to[:] = joined(pieces)
+                into[:] = rows_of_codes(self.cache, past, [len(ids)])
                 return list(outputs.values())
 
-            def call(routes: Routes = routes) -> object:
-                return routed(self.model, ids, routes, tolerance)
+            def call(routes: Routes = routes, kept: list[Int8Cache | None] = kept) -> object:
+                return routed(self.model, ids, routes, tolerance, kept=kept[0])
 
             where = first_difference(
                 self.graph, (*edits, *choices.edits), self.model, run, call, tolerance
@@ -263,7 +310,11 @@ def _refused(case: Case, error: Exception) -> VerificationError:
 
 
 def _run(
-    session: onnxruntime.InferenceSession, choices: Choices, case: Case, rows: list[list[int]]
+    session: onnxruntime.InferenceSession,
+    choices: Choices,
+    case: Case,
+    rows: list[list[int]],
+    cache: Int8Cache | None,
 ) -> _Run:
     """The prefill and each step of a case."""
     longest = max(case.lengths)
@@ -298,7 +349,8 @@ def _run(
         for row, length in enumerate(case.lengths):
             chosen[row].append([each[row] for each in experts])
             steps.append((f"decode step {step + 1}", row, length + step, logits[row]))
-    return _Run(steps, [joined(pieces) for pieces in chosen])
+    kept = rows_of_codes(cache, past, [length + case.steps for length in case.lengths])
+    return _Run(steps, [joined(pieces) for pieces in chosen], kept)
 
 
 def _wide(mask: Any, case: Case) -> Any:
@@ -312,6 +364,7 @@ def _compare_greedy(
     edits: Sequence[Edit],
     model: nn.Module,
     prompt: list[int],
+    cache: Int8Cache | None,
 ) -> None:
     """Generate greedily with the graph; each token must be the reference's best, or as good."""
     choices = Choices.of(graph, edits)
@@ -325,7 +378,8 @@ def _compare_greedy(
         tokens.append(int(logits_of(outputs)[0, -1].argmax()))
         ids = np.array([tokens[-1:]], dtype=np.int64)
     case = f"{_GREEDY_TOKENS} tokens, greedily"
-    reference, _ = routed(model, tokens[:-1], joined(chosen), parity.tolerance, case)
+    [kept] = rows_of_codes(cache, past, [len(tokens) - 1])
+    reference, _ = routed(model, tokens[:-1], joined(chosen), parity.tolerance, case, kept)
     scored = reference[len(prompt) - 1 :]
     generated = scored.gather(1, torch.tensor(tokens[len(prompt) :])[:, None])[:, 0]
     parity.compare("greedy_tokens", case, generated, scored.amax(1), parity.tolerance)

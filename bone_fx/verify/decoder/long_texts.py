@@ -4,6 +4,7 @@ What a window, a chunk or a table of positions does wrong shows beyond its lengt
 whole model would take minutes. Layers are alike: the first ones, one of every kind, meet the long
 text, and the torch model runs as many. A past that no token made stands for what would come before:
 some of its values are loud, at the ends of the windows, so that one position more or less is seen.
+A graph with a cache in int8 is given its codes, and the reference what they stand for.
 
 Shape letters: B batch, S tokens, H hidden, N heads of the cache, P positions of the past, D head.
 """
@@ -23,8 +24,10 @@ from torch import Tensor, nn
 
 from bone_fx.errors import VerificationError, first_line
 from bone_fx.verify.cases import LONGEST, edges, vocabulary_of
+from bone_fx.verify.decoder.int8_cache import HIGHEST, Int8Cache, codes_of, rows_of_codes
 from bone_fx.verify.decoder.layers import LayerList, check_alike, layer_outputs
 from bone_fx.verify.decoder.routes import Choices, Routed, Routes
+from bone_fx.verify.decoder.running import NUMPY_DTYPES
 from bone_fx.verify.graph import Edit, WrittenGraph, cut_at
 from bone_fx.verify.locate import first_difference, located
 from bone_fx.verify.parity import Parity, difference
@@ -51,6 +54,7 @@ def verify_long_texts(
     edits: Sequence[Edit],
     model: nn.Module,
     context_length: int | None,
+    cache: Int8Cache | None = None,
 ) -> None:
     """Compare the first layers of a graph with torch's beyond every length the model names.
 
@@ -60,6 +64,7 @@ def verify_long_texts(
         edits: Edits that make it comparable.
         model: The reference, with the weights that the graph has.
         context_length: Positions that the graph holds for.
+        cache: How the graph keeps its cache in int8; None for floats.
 
     Raises:
         VerificationError: They differ.
@@ -70,7 +75,7 @@ def verify_long_texts(
     if layers is not None:
         check_alike(graph.read().graph, layers, config.get_text_config())
     try:
-        first = _FirstLayers.of(graph, edits, model)
+        first = _FirstLayers.of(graph, edits, model, cache)
     except _CutError as reason:
         parity.skip("long texts", str(reason))
         return
@@ -108,6 +113,7 @@ class _FirstLayers:
         layers: The list of its layers.
         count: How many are run.
         hidden: H.
+        cache: How the graph keeps its cache in int8; None for floats.
     """
 
     graph: WrittenGraph
@@ -119,9 +125,16 @@ class _FirstLayers:
     layers: LayerList
     count: int
     hidden: int
+    cache: Int8Cache | None
 
     @classmethod
-    def of(cls, graph: WrittenGraph, edits: Sequence[Edit], model: nn.Module) -> _FirstLayers:
+    def of(
+        cls,
+        graph: WrittenGraph,
+        edits: Sequence[Edit],
+        model: nn.Module,
+        cache: Int8Cache | None,
+    ) -> _FirstLayers:
         """As many layers as hold one of every kind.
 
         The cut is tried on a short text: the parts are those whose sum is the reference's.
@@ -142,9 +155,9 @@ class _FirstLayers:
         choices = Choices.of(graph, edits)
         edits = (*edits, *choices.edits)
         session, hidden = graph.session(*edits), int(config.hidden_size)
-        all_parts = cls(graph, edits, choices, session, (), model, layers, count, hidden)
-        leaving, routes = all_parts.values(_SHORT_IDS)
-        expected = all_parts.expected(_SHORT_IDS, None, routes)
+        all_parts = cls(graph, edits, choices, session, (), model, layers, count, hidden, cache)
+        leaving, routes, kept = all_parts.values(_SHORT_IDS)
+        expected = all_parts.expected(_SHORT_IDS, None, routes, kept)
         smallest = math.inf
         for size in range(len(leaving), 0, -1):
             for parts in combinations(leaving, size):
@@ -160,9 +173,9 @@ class _FirstLayers:
     def why_no_past(self) -> str:
         """Why no past is made up, tried on a short one; empty if it can be."""
         past = self.past(len(_SHORT_IDS[0]), ())
-        actual, routes = self.run(_SHORT_IDS, past)
+        actual, routes, kept = self.run(_SHORT_IDS, past)
         try:
-            expected = self.expected(_SHORT_IDS, past, routes)
+            expected = self.expected(_SHORT_IDS, past, routes, kept)
         except RuntimeError as error:
             # A window of one token: transformers' cache keeps all of them.
             return f"the reference does not run after a short one: {first_line(error)}"
@@ -176,11 +189,11 @@ class _FirstLayers:
 
         The graph's past has so many slots of padding behind it, as a short text has in a batch.
         """
-        actual, routes = self.run(ids, past, padding)
+        actual, routes, kept = self.run(ids, past, padding)
 
         def expected() -> Tensor:
             with Routed(self.model, ids.numel(), routes, parity.tolerance, case):
-                return self.expected(ids, past)
+                return self.expected(ids, past, kept=kept)
 
         try:
             parity.compare(PAIR, case, actual, expected())
@@ -195,15 +208,17 @@ class _FirstLayers:
             )
             raise located(error, where) from None
 
-    def run(self, ids: Tensor, past: Past | None = None, padding: int = 0) -> tuple[Tensor, Routes]:
-        """What leaves the last layer of the graph, `[B, S, H]`, and the experts that it chose."""
-        values, routes = self.values(ids, past, padding)
-        return torch.stack([values[name] for name in self.parts]).sum(0), routes
+    def run(
+        self, ids: Tensor, past: Past | None = None, padding: int = 0
+    ) -> tuple[Tensor, Routes, Int8Cache | None]:
+        """What leaves the last layer of the graph, `[B, S, H]`, its experts, and what it kept."""
+        values, routes, kept = self.values(ids, past, padding)
+        return torch.stack([values[name] for name in self.parts]).sum(0), routes, kept
 
     def values(
         self, ids: Tensor, past: Past | None = None, padding: int = 0
-    ) -> tuple[dict[str, Tensor], Routes]:
-        """The values `[B, S, H]` that later layers read, by name, and the experts chosen."""
+    ) -> tuple[dict[str, Tensor], Routes, Int8Cache | None]:
+        """The values `[B, S, H]` that later layers read, by name; experts chosen; what is kept."""
         names = [value.name for value in self.session.get_outputs()]
         arrays = self.session.run(names, self._feeds(self.session, ids, past, padding))
         outputs = dict(zip(names, arrays, strict=True))
@@ -211,20 +226,27 @@ class _FirstLayers:
         values = {
             name: torch.from_numpy(value).float().reshape(*ids.shape, -1)
             for name, value in outputs.items()
-            if value.shape[-1:] == (self.hidden,)
+            if value.dtype.kind == "f"
+            and value.shape[-1:] == (self.hidden,)
             and value.size == ids.numel() * self.hidden
             and name not in self.choices.taken
         }
-        return values, [each[0] for each in chosen]
+        tokens = ids.numel() + (0 if past is None else past[0][0].shape[2])
+        [kept] = rows_of_codes(self.cache, outputs, [tokens])
+        return values, [each[0] for each in chosen], kept
 
     def expected(
-        self, ids: Tensor, past: Past | None = None, routes: Sequence[Tensor] = ()
+        self,
+        ids: Tensor,
+        past: Past | None = None,
+        routes: Sequence[Tensor] = (),
+        kept: Int8Cache | None = None,
     ) -> Tensor:
         """What leaves the same layer of the reference, `[B, S, H]`, whose experts are given."""
         length = 0 if past is None else past[0][0].shape[2]
         mask = torch.ones(len(ids), length + ids.shape[1], dtype=torch.long)
         with Routed(self.model, ids.numel(), routes):
-            return self._reference(ids, mask, self._cache(past))
+            return self._reference(ids, mask, self._cache(past, kept))
 
     def most_positions(self) -> int:
         """Positions of the longest past within the bound on its bytes."""
@@ -242,14 +264,25 @@ class _FirstLayers:
         for length in lengths:
             loud |= {positions + new - length for new in range(-1, _NEW + 1)}
         rows = [row for row in loud if 0 <= row < positions]
-        past = []
+        past: Past = []
         for key, value in self._short_cache():
             shape = (1, key.shape[1], positions, key.shape[3])
             keys = torch.randn(shape, generator=generator)
             values = torch.randn((*shape[:3], value.shape[3]), generator=generator)
             values[:, :, rows] *= max(1.0, positions / _LOUD)
-            past.append((keys, values))
+            past.append(self._as_kept(len(past), keys, values))
         return past
+
+    def _as_kept(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[1, N, P, D]` that a cache in int8 can hold, the loudest of them too."""
+        if self.cache is None:
+            return keys, values
+        of_keys, of_values = self.cache.scales[layer]
+        loudest = values.abs().max() / HIGHEST
+        return (
+            self.cache.floats(layer, "key", codes_of(keys, of_keys)),
+            self.cache.floats(layer, "value", codes_of(values / loudest * of_values, of_values)),
+        )
 
     def _feeds(
         self, session: onnxruntime.InferenceSession, ids: Tensor, past: Past | None, padding: int
@@ -262,23 +295,25 @@ class _FirstLayers:
         for name, value in inputs.items():
             if name.startswith("past_key_values."):
                 _, number, side = name.split(".")
-                half = value.type == "tensor(float16)"
                 cached = _cached(past, int(number), side, value.shape)
                 cached = nn.functional.pad(cached, (0, 0, 0, padding), value=1.0)
-                feeds[name] = cached.numpy().astype(np.float16 if half else np.float32)
+                if self.cache is not None:
+                    scale = self.cache.scales[int(number)][side == "value"]
+                    cached = codes_of(cached, scale)
+                feeds[name] = cached.numpy().astype(NUMPY_DTYPES[value.type])
         return {name: array for name, array in feeds.items() if name in inputs}
 
     def _short_cache(self) -> Past:
         """The reference's own cache of a short text."""
-        cache = self._cache(None)
+        cache = self._cache(None, None)
         self._reference(_SHORT_IDS, torch.ones_like(_SHORT_IDS), cache)
         return [(layer.keys, layer.values) for layer in cache.layers[: self.count]]
 
-    def _cache(self, past: Past | None) -> Any:
+    def _cache(self, past: Past | None, kept: Int8Cache | None) -> Any:
         from transformers import DynamicCache
 
         config: Any = self.model.config
-        cache = DynamicCache(config=config)
+        cache = DynamicCache(config=config) if kept is None else kept.cache(config)
         for number, (key, value) in enumerate(past or ()):
             cache.update(key.clone(), value.clone(), number)
         return cache

@@ -12,21 +12,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bone_fx.verify.decoder.int8_cache import Int8Cache
 from bone_fx.verify.decoder.routes import Routed, Routes
 
 if TYPE_CHECKING:
     import onnxruntime
 
-NUMPY_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+NUMPY_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+}
 
 
-def alone(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Logits `[S, V]` of each row by itself."""
+def alone(
+    model: nn.Module, rows: Sequence[Sequence[int]], kept: Int8Cache | None = None
+) -> list[Tensor]:
+    """Logits `[S, V]` of each row by itself; keys and values are rounded as a graph kept them."""
+
+    def rounds() -> dict[str, Any]:
+        return {} if kept is None else {"past_key_values": kept.cache(model.config)}
+
     with torch.no_grad():
         return [
             model(
                 input_ids=torch.tensor([row]),
                 attention_mask=torch.ones(1, len(row), dtype=torch.long),
+                **rounds(),
             )
             .logits[0]
             .float()
@@ -40,10 +52,14 @@ def routed(
     routes: Sequence[Tensor],
     tolerance: float,
     case: str = "",
+    kept: Int8Cache | None = None,
 ) -> tuple[Tensor, Routes]:
-    """Logits `[S, V]` of a row whose tokens go to some experts, and all that were chosen."""
+    """Logits `[S, V]` of a row whose tokens go to some experts, and all that were chosen.
+
+    Keys and values are rounded as a graph kept them; None for a cache in floats.
+    """
     with Routed(model, len(row), routes, tolerance, case) as choices:
-        [logits] = alone(model, [row])
+        [logits] = alone(model, [row], kept)
     return logits, choices.made
 
 

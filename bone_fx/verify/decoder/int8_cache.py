@@ -1,0 +1,169 @@
+"""A graph's cache in int8, and a reference whose keys and values are rounded as the graph's.
+
+Where a key lies between two codes, roundings in another order choose the one or the other, and the
+logits differ by a step: neither graph nor reference is wrong. So the reference takes the codes that
+the graph wrote, where its own keys and values allow them; else the cache is wrong, and is named.
+Every token is then held to the tolerance.
+
+Shape letters: B batch, K key/value heads, S new tokens, T tokens of past and present, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from bone_fx.errors import LOOK, VerificationError
+from bone_fx.verify.graph import tensor_of
+
+SIDES = ("key", "value")
+LOWEST, HIGHEST = -128, 127
+_HALF = 0.501  # of a step, and what float32 leaves open
+_PAST = "past_key_values."
+_KEY, _FIRST_SCALE = 3, 12
+"""Places of GroupQueryAttention's past keys and of the scale of keys."""
+
+Layers = Mapping[int, tuple[Tensor, Tensor]]
+"""Of keys and of values, by layer."""
+
+
+@dataclass(frozen=True)
+class Int8Cache:
+    """How a graph keeps its cache, and what it kept of one text.
+
+    Attributes:
+        scales: What a step is worth, by layer, `[K, 1, D]`.
+        constants: Names of the constants that say so.
+        tolerance: How far a key or value may be from where it is rounded, relative to the largest
+            of its layer.
+        codes: What was kept of the text, `[K, T, D]`; nothing where the graph did not run it.
+    """
+
+    scales: Layers
+    constants: frozenset[str]
+    tolerance: float
+    codes: Layers
+
+    @classmethod
+    def of(cls, path: Path, tolerance: float = 0.0) -> Int8Cache | None:
+        """That of a graph; None if its cache is in floats."""
+        graph = ir.load(path).graph
+        scales, names = {}, set()
+        for node in graph:
+            if node.op_type != "GroupQueryAttention" or len(node.inputs) <= _FIRST_SCALE:
+                continue
+            past, pair = node.inputs[_KEY], node.inputs[_FIRST_SCALE : _FIRST_SCALE + 2]
+            if past is None or past.shape is None or past.dtype != ir.DataType.INT8:
+                continue
+            heads, size = (int(str(past.shape[axis])) for axis in (1, 3))
+            key, value = (
+                tensor_of(scale.const_value).reshape(heads, 1, size)
+                for scale in pair
+                if scale is not None and scale.const_value is not None
+            )
+            names |= {str(scale.name) for scale in pair if scale is not None}
+            scales[int(str(past.name).split(".")[1])] = (key, value)
+        return cls(scales, frozenset(names), tolerance, {}) if scales else None
+
+    def with_codes(self, past: Mapping[str, Any], row: int, tokens: int) -> Int8Cache:
+        """The same with what was kept of a row of a batch, of its first tokens.
+
+        Args:
+            past: The cache by the names of a graph's inputs or outputs, `[B, K, T, D]`.
+            row: The row.
+            tokens: How many of its positions hold tokens.
+        """
+        codes: dict[int, list[Tensor]] = {}
+        for layer in self.scales:
+            for side in SIDES:
+                names = (f"{_PAST}{layer}.{side}", f"present.{layer}.{side}")
+                found = next((past[name] for name in names if name in past), None)
+                if found is not None:
+                    kept = torch.from_numpy(np.asarray(found)[row, :, :tokens].copy())
+                    codes.setdefault(layer, []).append(kept)
+        return replace(self, codes={k: (v[0], v[1]) for k, v in codes.items() if len(v) > 1})
+
+    def cache(self, config: Any) -> RoundingCache:
+        """A cache for one run of the reference, in which one text is one row."""
+        return RoundingCache(config, self)
+
+    def floats(self, layer: int, side: str, codes: Tensor) -> Tensor:
+        """What codes stand for."""
+        return codes.float() * self.scales[layer][SIDES.index(side)]
+
+    def rounded(self, layer: int, side: str, x_KSD: Tensor, start: int) -> Tensor:
+        """What a key or value is once it was kept, from some position on.
+
+        Raises:
+            VerificationError: The graph kept another.
+        """
+        if layer not in self.scales:
+            return x_KSD
+        place = SIDES.index(side)
+        scale = self.scales[layer][place]
+        places = (x_KSD / scale).clamp(LOWEST, HIGHEST)
+        codes = places.round()
+        if layer in self.codes:
+            kept = self.codes[layer][place][:, start : start + x_KSD.shape[1]].float()
+            codes = torch.cat((kept, codes[:, kept.shape[1] :]), dim=1)
+            allowed = _HALF * scale + self.tolerance * x_KSD.abs().max()
+            wrong = ((places - codes) * scale).abs() > allowed
+            if bool(wrong.any()) or not bool(x_KSD.isfinite().all()):
+                raise self._error(layer, side, x_KSD, codes * scale, wrong, start)
+        return codes * scale
+
+    def _error(
+        self, layer: int, side: str, x: Tensor, kept: Tensor, wrong: Tensor, start: int
+    ) -> VerificationError:
+        head, token, channel = (int(i) for i in wrong.nonzero()[0]) if wrong.any() else (0, 0, 0)
+        return VerificationError(
+            f"verification failed: layer {layer}: the cache holds another {side} of token"
+            f" {start + token} (head {head}, channel {channel})",
+            expected=f"{float(x[head, token, channel]):.4g}, rounded to 8 bits",
+            found=f"{float(kept[head, token, channel]):.4g}",
+            next_step=LOOK,
+        )
+
+
+class RoundingCache(DynamicCache):
+    """Keeps keys and values as a graph does, of one row; what is given back is rounded too."""
+
+    def __init__(self, config: Any, kept: Int8Cache) -> None:
+        super().__init__(config=config)
+        self._kept = kept
+        self._seen: dict[int, int] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Past and new keys and values `[1, K, T, D]`, the new ones rounded."""
+        start = self._seen.get(layer_idx, 0)
+        self._seen[layer_idx] = start + key_states.shape[2]
+        pair = []
+        for side, states in zip(SIDES, (key_states, value_states), strict=True):
+            rounded = self._kept.rounded(layer_idx, side, states[0].float(), start)
+            pair.append(rounded[None].to(states.dtype))
+        return super().update(pair[0], pair[1], layer_idx, *args, **kwargs)
+
+
+def codes_of(tensor: Tensor, scale: Tensor) -> Tensor:
+    """What keys or values `[K, T, D]` are kept as."""
+    return (tensor / scale).round().clamp(LOWEST, HIGHEST).to(torch.int8)
+
+
+def rows_of_codes(
+    kept: Int8Cache | None, past: Mapping[str, Any], tokens: Sequence[int]
+) -> list[Int8Cache | None]:
+    """What a graph kept of each row of a batch; None for each of a cache in floats."""
+    return [
+        None if kept is None else kept.with_codes(past, row, count)
+        for row, count in enumerate(tokens)
+    ]
