@@ -1,4 +1,4 @@
-"""Perplexity of exported decoders on a text: what int4 costs, with a trained adapter folded in.
+"""Perplexity of exported decoders on a text: what int4, and a cache in int8, cost an adapted model.
 
     python tools/bench_perplexity.py                         # train, export, compare (15 minutes)
     python tools/bench_perplexity.py --steps 40 --json rows.jsonl
@@ -37,6 +37,7 @@ COLUMNS = {
 }
 EXPORTS = {
     "fp32": ["--dtype", "fp32"],
+    "int8 cache": ["--kv-cache", "int8"],
     "int4": ["--dtype", "int4"],
     "int4 for cuda": ["--dtype", "int4", "--provider", "cuda"],
     "int4 symmetric": ["--dtype", "int4", "--symmetric"],
@@ -46,7 +47,7 @@ EXPORTS = {
 PROMPT = "The for statement is used to"
 BATCH, LENGTH, LEARNING_RATE = 4, 128, 3e-4
 
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
 def default_text() -> str:

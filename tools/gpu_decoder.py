@@ -130,6 +130,7 @@ class Decoder:
         self._shares = 2 * fused == len(past)
         if graph and not self._shares:
             raise OSError("the cache grows from step to step: no CUDA graph")
+        self.rounds_cache = any(self._inputs[name].type == "tensor(int8)" for name in past)
         self._past = past
         self._cache: dict[str, ort.OrtValue] = {}
         self._bound: dict[int, tuple[Any, dict[str, ort.OrtValue]]] = {}

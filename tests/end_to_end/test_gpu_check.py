@@ -22,6 +22,7 @@ gpu_check: Any = import_module("gpu_check")
 pytestmark = pytest.mark.gpu(or_cpu=True)
 
 PROVIDER: Any = "cuda" if torch.cuda.is_available() else "cpu"
+GRAPH = "CUDA graph" if PROVIDER == "cuda" else "static mask"
 ROW = {row.name: row for row in DECODERS}
 NAMES = (
     *("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
@@ -51,7 +52,7 @@ def test_a_decoder_runs_as_it_says(row: Any, dtype: str, tmp_path: Path) -> None
         pytest.skip("ONNX Runtime does not run bf16 on the CPU")
     rows = rows_of(exported(row.name, tmp_path, dtype))
     settings = [row["setting"] for row in rows]
-    assert settings[:2] == ["as written", "CUDA graph" if PROVIDER == "cuda" else "static mask"]
+    assert settings[:2] == ["as written", GRAPH]
     assert len(settings) == 2 + dtype.startswith("int")
     for row in rows:
         assert {"prefill_4_ms", "decode_12_ms", "memory_gb", "onnxruntime"} <= row.keys()
@@ -68,6 +69,13 @@ def test_last_logits_with_random_weights_against_another_folder(tmp_path: Path) 
     assert len(before) == len((last / "model.onnx.data").read_bytes())
     assert before != (last / "model.onnx.data").read_bytes()
     assert "to" in rows[1]["decode_4_of_first"]
+
+
+def test_a_cache_in_int8(tmp_path: Path) -> None:
+    folder = exported("llama", tmp_path, "fp16", kv_cache="int8")
+    rows = rows_of(folder, "--batch", "2")
+    assert [row["setting"] for row in rows] == ["as written", GRAPH]
+    assert all(row["tokens_equal"].startswith("1") for row in rows) or PROVIDER == "cuda"
 
 
 def test_a_cache_that_grows_has_no_graph(tmp_path: Path) -> None:
