@@ -180,7 +180,7 @@ def run_in_pieces(
         CalibrationError: A weight is used outside of the module that owns it, or the model refuses
             the ids.
     """
-    run = _Run(model, recipes)
+    run = _Run(model, recipes, sums_up=partners is None)
     cache = None if partners is None else _MeasuredCache(model.config, partners)
     with ExitStack() as stack:
         for name, module in model.named_modules():
@@ -230,10 +230,13 @@ def _largest(x_BKTD: Tensor) -> Tensor:
 
 
 class _Run:
-    """The hooks of one run, and what they summed up."""
+    """The hooks of one run, and what they summed up of the inputs, if they did."""
 
-    def __init__(self, model: PreTrainedModel, recipes: Mapping[str, Recipe]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, recipes: Mapping[str, Recipe], *, sums_up: bool
+    ) -> None:
         self.recipes = recipes
+        self.sums_up = sums_up
         self.table: Any = model.get_input_embeddings()
         self.head: Any = cast(Any, model).get_output_embeddings()
         self.sums: dict[str, InputSums] = {}
@@ -298,6 +301,8 @@ class _Run:
             raise CalibrationError(
                 f"the input of {name} is not computed: a weight before it is not there"
             )
+        if not self.sums_up:
+            return
         if self._last is not None and x is self._last[0] and name not in self.sums:
             self.sums[name] = self._last[1]
             return

@@ -139,8 +139,8 @@ def verify_decoder(
         if rounds:
             # Rounded activations send tokens to other experts; their choice was tried unrounded.
             routes = [run.routes for run in published]
-            others = runs.expect(routes, math.inf)[0] if any(map(any, routes)) else quantized
-            runs.compare(published, {"rounded_activations": others}, ROUNDED_ACTIVATIONS)
+            led = runs.expect(routes, math.inf)[0] if any(map(any, routes)) else quantized
+            runs.compare(published, {"rounded_activations": led}, ROUNDED_ACTIVATIONS)
         runs.compare(actual, {"onnx_vs_written": quantized}, tolerance, edits)
         if cache:
             floats = runs.expect(chosen, costs, edits)[0]
