@@ -15,7 +15,8 @@ makes its parameters as many as Bone's.
     python tools/bench_train.py --cases "PEFT bone, cuda graphs" "bone_fx bone, cuda graphs" ...
 
 `--shape` takes random weights of a Llama's sizes in place of SmolLM2: nothing has to travel.
-"Kernels" are those that a step starts; on a CPU, the operators that compute.
+"Kernels" are those that a step starts (on a CPU, the operators that compute), "calls of Python"
+the functions between them: what a small model on a GPU waits for.
 
 With `--in-turn` the contestants train in one process, a step each in turn: a slow phase of the
 machine meets all of them alike, ratios are those of neighbouring steps, and memory is not measured.
@@ -74,6 +75,7 @@ COLUMNS = {
     "optimizer_s": "optimizer, s",
     "step_s": "step, s",
     "kernels": "kernels a step",
+    "python_calls": "calls of Python",
     "of_floor": "of floor",
     "of_peft": "of PEFT's",
     "memory_gb": "above model, GB",
@@ -161,7 +163,7 @@ def _row(name: str, runs: dict[str, list[dict[str, Any]]], shape: dict[str, Any]
     for part in ("forward_s", "backward_s", "optimizer_s", "step_s"):
         row[part] = spread([run[part] for run in own])
     row["parameters"] = own[0]["parameters"]
-    row["kernels"] = own[0].get("kernels")
+    row |= {name: own[0].get(name) for name in ("kernels", "python_calls")}
     row["accelerator"] = own[0]["accelerator"]
     row["memory_gb"] = _memory(own)
     if "floor" in runs:

@@ -187,19 +187,30 @@ class Training:
         self.losses.append(float(loss.detach()))
 
     def counted(self) -> dict[str, int]:
-        """Kernels that one more step starts: on a CPU, operators that compute."""
+        """Kernels that one more step starts, and functions of Python that another one calls.
+
+        On a CPU kernels are operators that compute.
+        """
+        import cProfile
+        import pstats
+
         from torch.profiler import ProfilerActivity, profile
 
+        with cProfile.Profile() as calls:
+            self.step()
         kinds = [ProfilerActivity.CPU]
         kinds += [ProfilerActivity.CUDA] * (self.device.type == "cuda")
         with profile(activities=kinds) as run:
             self.step()
-        del self.steps[-1], self.losses[-1]
+        del self.steps[-2:], self.losses[-2:]
+        found = {"python_calls": int(pstats.Stats(calls).total_calls)}  # type: ignore[attr-defined]
         events = run.events() or []
         if self.device.type == "cuda":
-            return {"kernels": sum(e.name.startswith("cudaLaunchKernel") for e in events)}
+            launches = sum(e.name.startswith("cudaLaunchKernel") for e in events)
+            return {**found, "kernels": launches}
         leaves = (e.name for e in events if not e.cpu_children)
-        return {"kernels": sum(n.startswith("aten::") and n not in NO_KERNEL for n in leaves)}
+        kernels = sum(n.startswith("aten::") and n not in NO_KERNEL for n in leaves)
+        return {**found, "kernels": kernels}
 
     def described(self) -> dict[str, Any]:
         """What its steps have in common."""
