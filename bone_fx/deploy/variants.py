@@ -66,6 +66,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifests: dict[str, dict[str, Any]] = {}
+        self._beside: set[Path] = set()  # files of the first that are no graph and no page
         self._placed: dict[tuple[bytes, int], int] = {}
         self._end = 0
 
@@ -89,15 +90,18 @@ class Folder:
         self._take_graph(folder, name)
         (folder / PAGE).rename(self.path / f"{name}.html")
         (folder / CARD).unlink()
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            there = self.path / path.relative_to(folder)
+        beside = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+        if not self.manifests:
+            self._beside = beside
+        for relative in sorted(beside | self._beside):
+            path, there = folder / relative, self.path / relative
             if not self.manifests:
                 there.parent.mkdir(parents=True, exist_ok=True)
                 path.rename(there)
-            elif not there.is_file() or there.read_bytes() != path.read_bytes():
+            elif relative in beside ^ self._beside or there.read_bytes() != path.read_bytes():
                 first = next(iter(self.manifests))
                 raise UsageError(
-                    f"the variants {first} and {name} differ in {path.relative_to(folder)}",
+                    f"the variants {first} and {name} differ in {relative}",
                     expected="adapters with the same tokenizer, chat template and settings",
                     next_step=f"export {name} to a folder of its own",
                 )

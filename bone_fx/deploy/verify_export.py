@@ -186,7 +186,7 @@ def _check_fields(output: str | Path, manifest: Mapping[str, Any], *, compared: 
     if kind == VARIANTS:
         variants = manifest.get("variants")
         is_known = isinstance(variants, dict) and bool(variants)
-        is_known &= all(f"{name}.onnx" in manifest["files"] for name in variants or ())
+        is_known = is_known and all(f"{name}.onnx" in manifest["files"] for name in variants or ())
     is_whole = not compared or (
         isinstance(base, dict)
         and {"name", "files"} <= set(base)

@@ -124,14 +124,16 @@ def test_variants_that_do_not_fit_one_folder(folder: Path, tmp_path: Path) -> No
     own = tiny_adapter(tmp_path / "own")
     tiny_tokenizer(own)
     (own / "chat_template.jinja").write_text("another")
-    with pytest.raises(UsageError, match=r"the variants poet and own differ in \w+"):
-        bone_fx.export(
-            base,
-            variants={"poet": folder / "poet", "own": own},
-            output=tmp_path / "out",
-            verify="off",
-        )
-    assert not (tmp_path / "out").exists()
+    every = {"poet": folder / "poet", "own": own}
+    for first, second in (("poet", "own"), ("own", "poet")):
+        with pytest.raises(UsageError, match=rf"the variants {first} and {second} differ in \w+"):
+            bone_fx.export(
+                base,
+                variants={first: every[first], second: every[second]},
+                output=tmp_path / "out",
+                verify="off",
+            )
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "model", "a.b", "é", "x" * 65])
