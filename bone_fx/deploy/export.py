@@ -275,7 +275,15 @@ def _write_variants(
     for name, adapter in variants.items():
         timed.stage(f"variant {name}")
         place = whole.begin(name)
-        manifest = _write(place, base, [adapter], options, timed)
+        try:
+            manifest = _write(place, base, [adapter], options, timed)
+        except VerificationError as error:
+            raise VerificationError(
+                f"variant {name}: {error.what}",
+                expected=error.expected,
+                found=error.found,
+                next_step=error.next_step,
+            ) from error
         write_reports(place, manifest, timed)
         whole.take(name, manifest)
     return whole.finish()

@@ -200,14 +200,18 @@ def _together(entries: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | N
     known = [entry for entry in entries if entry is not None]
     if len(known) < len(entries):
         return None
-    names = [name for name in known[0]["figures"] if not name.startswith(_LIKELIHOOD)]
+    names = dict.fromkeys(name for entry in known for name in entry["figures"])
     figures = {}
     for name in names:
+        if name.startswith(_LIKELIHOOD):
+            continue
         values = [entry["figures"][name] for entry in known if name in entry["figures"]]
         figures[name] = min(values) if name.endswith(_SMALLER_IS_WORSE) else max(values)
     return {
         **known[0],
         "figures": figures,
         "cases": sum(entry["cases"] for entry in known),
+        "ran": list(dict.fromkeys(case for entry in known for case in entry["ran"])),
+        "skipped": {case: why for entry in known for case, why in entry["skipped"].items()},
         "warnings": list(dict.fromkeys(w for entry in known for w in entry["warnings"])),
     }
