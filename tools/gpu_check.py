@@ -7,9 +7,9 @@
 
 Needs onnxruntime, onnx and numpy alone. Decoders run as onnxruntime-genai runs them: inputs and
 outputs bound on the device, one buffer for past and present, greedily, without an end. Each folder
-and setting gives one JSON line and a row of the table. Settings are what the folder's own
-genai_config.json asks for, the same with a mask as wide as the cache and a CUDA graph, and the
-other way round for the kernels of 4 and 8 bits (fpA_intB) where there are such products.
+and setting gives one JSON line and a row of the table. Settings are the session entries of the
+folder's own genai_config.json without a CUDA graph, the same with a mask as wide as the cache and a
+CUDA graph, and the other choice for products of 4 and 8 bits (fpA_intB) where there are any.
 
 Exits with 1 if a folder does not run, gives something that is not finite or not what the CPU
 provider gives, if nodes do not run where its bone_export.json says, or a graph is not captured
