@@ -234,17 +234,17 @@ def fill_at_random(folder: Path) -> None:
         onnx.TensorProto.BFLOAT16: small.astype(ml_dtypes.bfloat16).tobytes(),
         onnx.TensorProto.UINT8: generator.integers(0, 256, _BLOCK, np.uint8).tobytes(),
     }
-    places: dict[int, tuple[int, int, str]] = {}
+    places: dict[tuple[str, int], tuple[int, int]] = {}
     for tensor in graph.initializer:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         if entries:
             offset, length = int(entries.get("offset", 0)), int(entries["length"])
-            places[offset] = (length, tensor.data_type, entries["location"])
-    for name in {location for _, _, location in places.values()}:
+            places[entries["location"], offset] = (length, tensor.data_type)
+    for name in {location for location, _ in places}:
         if Path(name).name != name:
             raise SystemExit(f"{folder}: data outside the folder: {name}")
         with (folder / name).open("wb") as file:
-            for offset, (length, kind, location) in sorted(places.items()):
+            for (location, offset), (length, kind) in sorted(places.items()):
                 if location != name:
                     continue
                 file.seek(offset)
