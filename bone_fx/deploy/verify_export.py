@@ -121,8 +121,9 @@ def verify_export(
             expected=f"a folder with {MANIFEST}",
             next_step="give the folder that was passed to -o",
         )
-    if adapters and base is None:
-        raise UsageError("adapters go with their base", next_step="pass --base too")
+    for name, given in (("adapters", adapters), ("samples", samples)):
+        if given and base is None:
+            raise UsageError(f"{name} go with their base", next_step="pass --base too")
     if verify not in get_args(Compared):
         raise UsageError(f"verify={verify!r} compares nothing", next_step="pass full or fast")
     if provider not in get_args(Provider):

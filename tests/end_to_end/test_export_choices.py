@@ -38,10 +38,16 @@ def test_logits_of_last_tokens_are_verified(tmp_path: Path) -> None:
     assert logits.type.tensor_type.shape.dim[1].dim_value == 1
 
 
-def test_an_encoder_has_no_last_token(tmp_path: Path) -> None:
+def test_an_encoder_has_no_last_token_and_no_calibration(tmp_path: Path) -> None:
     BY_NAME["bert"].build().save_pretrained(tmp_path / "base")
     with pytest.raises(UsageError, match="last_token_logits is for decoders"):
         bone_fx.export(tmp_path / "base", output=tmp_path / "out", last_token_logits=True)
+    text = tmp_path / "text"
+    text.write_text("one two three")
+    with pytest.raises(UsageError, match="calibration is for decoders"):
+        bone_fx.export(
+            tmp_path / "base", output=tmp_path / "out", dtype="int4", calibration=text, verify="off"
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -155,6 +155,8 @@ def test_what_cannot_be_verified(folder: Path, tmp_path: Path) -> None:
     assert run("verify", folder / "out", "--verify", "off").returncode == 2
     with pytest.raises(UsageError, match="compares nothing"):
         bone_fx.verify_export(folder / "out", verify="off")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="samples go with their base"):
+        bone_fx.verify_export(folder / "out", samples=folder / "text")
     out = tmp_path / "out"
     out.mkdir()
     manifest: dict[str, Any] = {"kind": "rejected", "error": "they differ", "files": {}}

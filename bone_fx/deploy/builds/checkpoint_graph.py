@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bone_fx.deploy.checkpoint_inputs import FoldedCheckpoint
-from bone_fx.deploy.options import FLOAT_CACHE, ExportOptions
+from bone_fx.deploy.options import FLOAT_CACHE, NO_CALIBRATION, ExportOptions
 from bone_fx.errors import UsageError
 from bone_fx.onnx.translate import translate
 from bone_fx.progress import Progress
@@ -72,8 +72,8 @@ def capture_graph(
     """
     if _generates(folded.skeleton.model):
         return _capture_decoder(folded, options, progress)
-    for name in ("last_token_logits", "cuda_graph", "kv_cache"):
-        if getattr(options, name) not in (None, False, FLOAT_CACHE):
+    for name in ("last_token_logits", "cuda_graph", "kv_cache", "calibration"):
+        if getattr(options, name) not in (None, False, FLOAT_CACHE, NO_CALIBRATION):
             raise UsageError(
                 f"{name} is for decoders, and {folded.inputs.architecture.__name__} is none",
                 next_step="export without it",
