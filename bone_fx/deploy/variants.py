@@ -37,6 +37,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", re.ASCII)
 _RESERVED = {"model", "report", "README"}
 _OF_A_VARIANT = ("adapters", "change", "rounding", "placement", "quantization", "operators")
 _BYTES = 1 << 20
+"""Copied at a time."""
 _SMALLER_IS_WORSE = "_top1"
 _LIKELIHOOD = "nll_"
 

@@ -2,8 +2,8 @@
 
 1. The manifest is read, and every file that it lists is hashed; files that it does not list are
    named.
-2. Without the base there is nothing to compare with: the graph is loaded, of variants each, and
-   onnxruntime-genai generates with a decoder's folder.
+2. Without the base there is nothing to compare with: the graph is loaded, and onnxruntime-genai
+   generates with a decoder's folder. Of a folder with variants, every graph is loaded.
 3. With it, the base's and the adapters' files must be those of the manifest, and the verification
    of the export is run again (`deploy.verification.verify_checkpoint`).
 """

@@ -70,7 +70,7 @@ class QuantizeCache(ir.passes.InPlacePass):
                 (SCALES[0], key, scales.key),
                 (SCALES[1], value, scales.value),
             ):
-                # A dot in its name would make it a constant of the model's.
+                # Verification takes a constant with a dot in its name for a parameter of a layer.
                 constant = ir.Value(name=f"{str(past.name).replace('.', '_')}_scale")
                 set_recipe(constant, Value(scale.flatten(), origin="measured"))
                 graph.register_initializer(constant)
