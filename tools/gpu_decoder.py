@@ -25,6 +25,8 @@ NUMPY: dict[str, Any] = {
     "tensor(int64)": np.int64,
 }
 _BLOCK = 1 << 22
+RANDOM = "random-weights"
+"""An empty file beside data that `fill_at_random` wrote."""
 
 
 class _Cuda:
@@ -224,7 +226,15 @@ def _present(name: str) -> str:
 
 
 def fill_at_random(folder: Path) -> None:
-    """Write the data file of a graph anew: values of the right dtypes and sizes, none large."""
+    """Write the data file of a graph: values of the right dtypes and sizes, none large.
+
+    Raises:
+        SystemExit: There are weights that this function did not write; they are left alone.
+    """
+    mark = folder / RANDOM
+    if not mark.exists() and any(folder.glob("*.data")):
+        raise SystemExit(f"{folder} has weights: copy only its model.onnx for --random")
+    mark.touch()
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     generator = np.random.default_rng(0)
     small = generator.standard_normal(_BLOCK) * 0.02

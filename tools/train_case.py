@@ -206,7 +206,9 @@ class Training:
         found = {"python_calls": int(pstats.Stats(calls).total_calls)}  # type: ignore[attr-defined]
         events = run.events() or []
         if self.device.type == "cuda":
-            launches = sum(e.name.startswith("cudaLaunchKernel") for e in events)
+            launches = sum(
+                e.name.startswith(("cudaLaunchKernel", "cuLaunchKernel")) for e in events
+            )
             return {**found, "kernels": launches}
         leaves = (e.name for e in events if not e.cpu_children)
         kernels = sum(n.startswith("aten::") and n not in NO_KERNEL for n in leaves)

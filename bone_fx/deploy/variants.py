@@ -18,14 +18,14 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from bone_fx.deploy.earlier_output import files_of
 from bone_fx.deploy.genai_config import CONFIG_FILE
 from bone_fx.deploy.report import CARD, PAGE
-from bone_fx.errors import UsageError
+from bone_fx.errors import LOOK, UsageError, VerificationError
 from bone_fx.onnx.data_layout import aligned
 from bone_fx.onnx.writer import DATA_FILE, MODEL_FILE
 
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 KIND = "variants"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", re.ASCII)
 _RESERVED = {"model", "report", "README"}
-_OF_A_VARIANT = ("adapters", "change", "rounding", "placement", "quantization", "operators")
+_OF_A_VARIANT = (
+    *("adapters", "change", "rounding", "placement", "quantization", "kv_cache", "operators"),
+)
 _BYTES = 1 << 20
 """Copied at a time."""
 _SMALLER_IS_WORSE = "_top1"
@@ -86,6 +88,7 @@ class Folder:
 
         Raises:
             UsageError: It brings another tokenizer, or other settings, than the first did.
+            VerificationError: A constant is not as it was verified.
         """
         folder = self.path / f"{name}.variant"
         self._take_graph(folder, name)
@@ -110,13 +113,21 @@ class Folder:
         self.manifests[name] = manifest
 
     def finish(self) -> dict[str, Any]:
-        """Let onnxruntime-genai open the first variant; returns the manifest of the folder."""
+        """Let onnxruntime-genai open the first variant; returns the manifest of the folder.
+
+        Raises:
+            VerificationError: It does not run one of the variants, or makes other tokens of a text
+                than the graph does.
+        """
         first = next(iter(self.manifests))
         config = self.path / CONFIG_FILE
         if config.is_file():
             content = json.loads(config.read_text(encoding="utf-8"))
             content["model"]["decoder"]["filename"] = f"{first}.onnx"
             config.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+            verification = self.manifests[first]["verification"]
+            if verification is not None and verification["provider"] == "cpu":
+                run_variants(self.path, self.manifests)
         every = list(self.manifests.values())
         pages = {f"{name}.html" for name in self.manifests}
         files = {name: f for name, f in files_of(self.path).items() if name not in pages}
@@ -145,30 +156,74 @@ class Folder:
 
         model = onnx.load(folder / MODEL_FILE, load_external_data=False)
         data = folder / DATA_FILE
+        written: dict[str, bytes] = {}
         if data.is_file():
             with data.open("rb") as source, (self.path / DATA_FILE).open("ab") as target:
                 for (offset, length), tensors in _stored(model.graph).items():
-                    place = self._place(source, offset, length, target)
+                    place, digest = self._place(source, offset, length, target)
                     for tensor in tensors:
                         _refer(tensor, place, length)
+                        written[tensor.name] = digest
             data.unlink()
         content = model.SerializeToString(deterministic=True)
         (self.path / f"{name}.onnx").write_bytes(content)
         (folder / MODEL_FILE).unlink()
+        if self._digests(name) != written:
+            raise VerificationError(
+                f"verification failed: {name}.onnx: constants in the common {DATA_FILE} are others",
+                expected="the bytes that were verified",
+                next_step=LOOK,
+            )
 
-    def _place(self, source: BinaryIO, offset: int, length: int, target: BinaryIO) -> int:
-        """Where some bytes stand in the common file: where equal ones are, or at its end."""
-        digest = hashlib.sha256()
-        for chunk in _chunks(source, offset, length):
-            digest.update(chunk)
-        key = digest.digest(), length
+    def _digests(self, name: str) -> dict[str, bytes]:
+        """SHA-256 of every stored constant of a variant, read from where its graph says."""
+        import onnx
+
+        graph = onnx.load(self.path / f"{name}.onnx", load_external_data=False).graph
+        stored = _stored(graph)
+        if not stored:
+            return {}
+        with (self.path / DATA_FILE).open("rb") as data:
+            digests = {place: _digest(data, *place) for place in stored}
+        return {t.name: digests[place] for place, tensors in stored.items() for t in tensors}
+
+    def _place(
+        self, source: BinaryIO, offset: int, length: int, target: BinaryIO
+    ) -> tuple[int, bytes]:
+        """Where some bytes stand in the common file, and their SHA-256.
+
+        They stand where equal ones are, or at its end.
+        """
+        key = _digest(source, offset, length), length
         if key not in self._placed:
             self._placed[key] = place = aligned(self._end, length)
             target.write(bytes(place - self._end))
             for chunk in _chunks(source, offset, length):
                 target.write(chunk)
             self._end = place + length
-        return self._placed[key]
+        return self._placed[key], key[0]
+
+
+def run_variants(folder: Path, names: Iterable[str]) -> None:
+    """Let onnxruntime-genai generate with every variant, on the CPU.
+
+    Raises:
+        VerificationError: It does not run one, or makes other tokens than the graph itself.
+    """
+    from bone_fx.verify.decoder.genai_folder import verify_generation
+    from bone_fx.verify.graph import WrittenGraph
+    from bone_fx.verify.parity import TOLERANCE, Parity
+
+    for name in names:
+        graph = WrittenGraph(folder / f"{name}.onnx", "cpu")
+        verify_generation(Parity(TOLERANCE["fp32"]), graph)
+
+
+def _digest(source: BinaryIO, offset: int, length: int) -> bytes:
+    digest = hashlib.sha256()
+    for chunk in _chunks(source, offset, length):
+        digest.update(chunk)
+    return digest.digest()
 
 
 def _stored(graph: onnx.GraphProto) -> dict[tuple[int, int], list[onnx.TensorProto]]:
@@ -192,6 +247,8 @@ def _chunks(source: BinaryIO, offset: int, length: int) -> Iterator[bytes]:
     source.seek(offset)
     while length:
         chunk = source.read(min(length, _BYTES))
+        if not chunk:
+            return
         length -= len(chunk)
         yield chunk
 

@@ -32,6 +32,7 @@ from bone_fx.deploy.genai_config import CONFIG_FILE
 from bone_fx.deploy.manifest import adapter_entry, figures_of
 from bone_fx.deploy.options import Compared, Provider
 from bone_fx.deploy.variants import KIND as VARIANTS
+from bone_fx.deploy.variants import run_variants
 from bone_fx.deploy.verification import Exported, verify_checkpoint
 from bone_fx.errors import KEPT, UsageError, VerificationError, printable, some
 from bone_fx.files.seal import is_sealed
@@ -327,7 +328,9 @@ def _run_alone(folder: Path, manifest: Mapping[str, Any], provider: str) -> tupl
     for variant in manifest.get("variants", {}):
         open_session(folder / f"{variant}.onnx", provider)
     if manifest["kind"] == VARIANTS:
-        return (f"not compared with torch: {len(manifest['variants'])} graphs were loaded",)
+        if CONFIG_FILE in manifest["files"] and provider == "cpu":
+            run_variants(folder, manifest["variants"])
+        return (f"not compared with torch: {len(manifest['variants'])} graphs were run alone",)
     open_session(folder / MODEL_FILE, provider)
     notes = ["not compared with torch: pass --base, and --adapter for each adapter"]
     if manifest["kind"] == "decoder" and provider == "cpu":

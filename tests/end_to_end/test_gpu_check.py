@@ -64,6 +64,11 @@ def test_last_logits_with_random_weights_against_another_folder(tmp_path: Path) 
     last = exported("llama", tmp_path / "last", "fp16", last_token_logits=True)
     every = exported("llama", tmp_path / "every", "fp16")
     before = (last / "model.onnx.data").read_bytes()
+    with pytest.raises(SystemExit, match="has weights"):
+        gpu_check.main([str(last), *QUICK, "--random"])
+    assert before == (last / "model.onnx.data").read_bytes()
+    for folder in (last, every):
+        (folder / "model.onnx.data").unlink()
     rows = rows_of(last, "--against", str(every), "--random", "--batch", "2")
     assert [row["folder"] for row in rows] == [last.name, every.name] * 2
     assert len(before) == len((last / "model.onnx.data").read_bytes())

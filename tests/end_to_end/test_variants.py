@@ -10,7 +10,8 @@ import onnx
 import pytest
 
 import bone_fx
-from bone_fx.errors import UsageError
+from bone_fx.deploy import variants
+from bone_fx.errors import UsageError, VerificationError
 from bone_fx.runtime.session import open_session
 from tests.command import run
 from tests.end_to_end.tiny import tiny_adapter, tiny_base, tiny_tokenizer
@@ -134,6 +135,16 @@ def test_variants_that_do_not_fit_one_folder(folder: Path, tmp_path: Path) -> No
                 verify="off",
             )
         assert not (tmp_path / "out").exists()
+
+
+def test_constants_that_are_not_those_that_were_verified(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refer = variants._refer
+    monkeypatch.setattr(variants, "_refer", lambda t, place, size: refer(t, place + 64, size))
+    with pytest.raises(VerificationError, match=r"poet\.onnx: constants in the common"):
+        bone_fx.export(folder / "base", variants={"poet": folder / "poet"}, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "model", "a.b", "é", "x" * 65])

@@ -78,7 +78,7 @@ def verify_generation(parity: Parity, graph: WrittenGraph) -> None:
     prompt = np.random.default_rng(0).integers(0, _of_graph(graph)["vocab_size"], 5).tolist()
     expected, margins = _greedy(graph, prompt)
     try:
-        tokens = _generated(graph.path.parent, prompt)
+        tokens = _generated(graph.path, prompt)
     except Exception as error:
         raise VerificationError(
             "verification failed: onnxruntime-genai does not run the folder",
@@ -284,12 +284,13 @@ def _greedy(graph: WrittenGraph, prompt: list[int]) -> tuple[list[int], list[flo
     return tokens[len(prompt) :], margins
 
 
-def _generated(folder: Path, prompt: list[int]) -> list[int]:
-    """Tokens that onnxruntime-genai generates on the CPU until it is done."""
+def _generated(graph: Path, prompt: list[int]) -> list[int]:
+    """Tokens that onnxruntime-genai generates with a graph on the CPU until it is done."""
     import onnxruntime_genai as og
 
-    config = og.Config(str(folder))
+    config = og.Config(str(graph.parent))
     config.clear_providers()
+    config.overlay(json.dumps({"model": {"decoder": {"filename": graph.name}}}))
     model = og.Model(config)
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(max_length=len(prompt) + _TOKENS, do_sample=False)
