@@ -57,6 +57,12 @@ def check_names(names: Sequence[str]) -> None:
                 expected="letters, digits, _ and -, and not " + ", ".join(sorted(_RESERVED)),
                 next_step="name it as its file may be named: --variant poet=DIR",
             )
+    if len({name.casefold() for name in names}) < len(names):
+        raise UsageError(
+            "two variants have names that differ in large and small letters only",
+            found=", ".join(names),
+            next_step="name one of them otherwise: some file systems take the names for one",
+        )
 
 
 class Folder:

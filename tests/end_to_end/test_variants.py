@@ -155,6 +155,12 @@ def test_a_name_that_is_none(name: str, folder: Path, tmp_path: Path) -> None:
         )
 
 
+def test_names_that_some_file_systems_take_for_one(folder: Path, tmp_path: Path) -> None:
+    both = {"poet": folder / "poet", "Poet": folder / "facts"}
+    with pytest.raises(UsageError, match="large and small letters only"):
+        bone_fx.export(folder / "base", variants=both, output=tmp_path / "out", verify="off")
+
+
 def test_what_is_no_variant(folder: Path, tmp_path: Path) -> None:
     poet, out = folder / "poet", tmp_path / "out"
     for given in ([f"={poet}"], ["poet"], [f"a={poet}", "--variant", f"a={poet}"]):

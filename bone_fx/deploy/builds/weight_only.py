@@ -40,7 +40,7 @@ class WeightOnly:
     """The quantized products of a graph, as CUDA runs them.
 
     Attributes:
-        products: How many there are.
+        products: How many weights they have.
         refused: Why the weight-only kernels do not take one, by the name of its weight.
         slow: Names of the weights that are dequantized in every run.
     """
@@ -87,7 +87,7 @@ def weight_only_products(graph: ir.Graph) -> WeightOnly:
     products = [node for node in graph if node.op_type == "MatMulNBits"]
     reasons = {_weight_of(node): why_refused(node) for node in products}
     return WeightOnly(
-        len(products),
+        len(reasons),
         {name: why for name, why in reasons.items() if why is not None},
         tuple(_weight_of(node) for node in products if not _is_fused(node)),
     )
