@@ -69,9 +69,7 @@ def write_model(model: ir.Model, folder: Path, progress: Progress | None = None)
         ExportError: The disk is full, or would be; with bytes needed and available.
         VerificationError: A value that was finite is not after rounding; names the constant.
     """
-    placements = lay_out(model.graph.initializers.values())
-    with _external(model, placements):
-        content = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+    content, placements = graph_alone(model)
     size = placements[-1].end if placements else 0
     _require_space(folder, size + len(content))
     files = []
@@ -91,6 +89,14 @@ def write_model(model: ir.Model, folder: Path, progress: Progress | None = None)
         ) from error
     files.insert(0, WrittenFile(MODEL_FILE, len(content), hashlib.sha256(content).hexdigest()))
     return WrittenModel(tuple(files), len(placements))
+
+
+def graph_alone(model: ir.Model) -> tuple[bytes, list[Placement]]:
+    """The bytes of `model.onnx`, and where its constants lie in the data file."""
+    placements = lay_out(model.graph.initializers.values())
+    with _external(model, placements):
+        content = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+    return content, placements
 
 
 @contextmanager

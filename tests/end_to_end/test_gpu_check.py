@@ -76,6 +76,21 @@ def test_last_logits_with_random_weights_against_another_folder(tmp_path: Path) 
     assert "to" in rows[1]["decode_4_of_first"]
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "int4"])
+def test_a_graph_of_a_shape_without_weights(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape_graphs: Any = import_module("shape_graphs")
+    folder = tmp_path / "shape"
+    command = ["shape_graphs.py", "tiny", "--dtype", dtype, "-o", str(folder)]
+    monkeypatch.setattr(sys, "argv", command)
+    shape_graphs.main()
+    said = json.loads((folder / "bone_export.json").read_text())
+    assert not (folder / "model.onnx.data").exists()
+    assert len(rows_of(folder, "--random")) == 2 + (dtype == "int4")
+    assert (folder / "model.onnx.data").stat().st_size == said["data_bytes"]
+
+
 def test_a_cache_in_int8(tmp_path: Path) -> None:
     folder = exported("llama", tmp_path, "fp16", kv_cache="int8")
     rows = rows_of(folder, "--batch", "2")
