@@ -26,7 +26,7 @@ PROGRAM = f"""
 import resource, sys
 import bone_fx, torch
 from bone_fx.deploy import builds, fold_checkpoint
-from bone_fx.onnx import torchlib
+from bone_fx.onnx.aten import torchlib
 from transformers import LlamaForCausalLM
 import torch.export._trace
 held = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status")
