@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import bone_fx
-from bone_fx.cli import commands
+from bone_fx.cli import exporting
 from bone_fx.deploy.options import HELP, ExportOptions
 from bone_fx.errors import UsageError
 
@@ -29,7 +29,7 @@ def test_export_and_the_command_line_have_the_same_choices() -> None:
     of_export = defaults_of(bone_fx.export, {"base", "output", "adapters", "variants", "progress"})
     assert of_export == DEFAULTS
     of_cli = defaults_of(
-        commands.bone_export,
+        exporting.export,
         {"context", "base", "output", "adapter", "variant", "as_json", "quiet", "debug"},
     )
     assert of_cli == {name: value for name, value in DEFAULTS.items() if name not in OF_MODULES}
