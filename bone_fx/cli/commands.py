@@ -32,9 +32,9 @@ COMPLETION = "_BONE_EXPORT_COMPLETE"
 EPILOG = """\b
 Examples:
   bone-export ./base -o ./out \\
-      --adapter ./my-adapter
+    --adapter ./my-adapter
   bone-export model.gguf -o ./out
-  bone-export generate ./out "Who are you?"
+  bone-export generate ./out "Hello!"
 
 A call that names no command is an export: bone-export BASE -o OUT.
 
@@ -46,10 +46,10 @@ SIGHUP, SIGINT, SIGTERM. Of an export or a fold nothing is published unless the 
 EXPORT_EPILOG = """\b
 Examples:
   bone-export ./base -o ./out \\
-      --adapter ./my-adapter
-  bone-export ./base -o ./out --dtype fp16 \\
-      --adapter style=./run1/checkpoint-500 \\
-      --adapter facts=./run2/checkpoint-500
+    --adapter ./my-adapter
+  bone-export ./base -o ./out \\
+    --adapter poet=./run1/checkpoint-500 \\
+    --adapter law=./run2/checkpoint-500
   bone-export owner/model -o ./out --json
 
 Exit codes: bone-export --help. Nothing is published unless the code is 0.
@@ -58,9 +58,9 @@ Exit codes: bone-export --help. Nothing is published unless the code is 0.
 FOLD_EPILOG = """\b
 Examples:
   bone-export fold ./base -o ./folded \\
-      --adapter ./my-adapter
+    --adapter ./my-adapter
   bone-export fold ./base -o ./folded \\
-      --adapter ./style --adapter ./facts
+    --adapter ./style --adapter ./facts
 
 Exit codes: bone-export --help. Nothing is published unless the code is 0.
 """
@@ -69,7 +69,7 @@ VERIFY_EPILOG = """\b
 Examples:
   bone-export verify ./out
   bone-export verify ./out --base ./base \\
-      --adapter ./my-adapter
+    --adapter ./my-adapter
 
 Without --base the files are hashed and the graph is run; with it, everything is compared again.
 Nothing is written. Exit codes: bone-export --help.
@@ -79,7 +79,7 @@ INSPECT_EPILOG = """\b
 Examples:
   bone-export inspect ./my-adapter
   bone-export inspect ./my-adapter \\
-      --base ./base --json
+    --base ./base --json
 
 Exit code 0 if nothing would be refused, else the refusal's.
 """
@@ -90,9 +90,9 @@ Exit code 0 if all is well, 7 if only the GPU's provider cannot be had, 5 for an
 
 GENERATE_EPILOG = """\b
 Examples:
-  bone-export generate ./out "Who are you?"
+  bone-export generate ./out "Hello!"
   bone-export generate ./out "Once upon" \\
-      --plain --max-new-tokens 64
+    --plain --max-new-tokens 64
 
 It needs the extra genai: pip install 'bone_fx[genai]'. Exit code 7 without it.
 """
@@ -164,7 +164,7 @@ def start(arguments: Sequence[str], signals: Signals) -> int:
         BoneFxError: One of its kinds.
     """
     if COMPLETION in os.environ:
-        return _complete()
+        return _ended_by_typer([], signals)
     command, rest = split(arguments)
     if not command:
         if not arguments or arguments[0] == "help":
@@ -172,7 +172,7 @@ def start(arguments: Sequence[str], signals: Signals) -> int:
             return 0 if arguments else _USAGE
         place = _first_word(arguments)
         if place is None and (asked := _of_the_program(arguments)) is not None:
-            return _call([asked], signals)
+            return _ended_by_typer([asked], signals)
         if place is not None:
             check_spelling(arguments[place], tuple(program().commands))
         command = "export"
@@ -199,13 +199,12 @@ def _call(arguments: list[str], signals: Signals) -> int:
     return status or 0
 
 
-def _complete() -> int:
-    """Answer a shell's completion, which typer ends with SystemExit."""
+def _ended_by_typer(arguments: list[str], signals: Signals) -> int:
+    """The same for what typer answers by itself: a shell's completion ends with SystemExit."""
     try:
-        program()([], prog_name=NAME, complete_var=COMPLETION)
+        return _call(arguments, signals)
     except SystemExit as end:
         return int(end.code or 0)
-    return 0
 
 
 def _of_the_program(arguments: Sequence[str]) -> str | None:
