@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-import typer
 from typer.core import TyperCommand, TyperGroup
 
 _WIDEST, _NARROWEST = 80, 40
@@ -44,14 +43,26 @@ class Program(TyperGroup):
         return name, self.commands[name], args[1:] if name == args[0] else args
 
 
-def _write_parameters(command: Any, context: typer.Context, formatter: Any) -> None:
-    rows: dict[str, list[tuple[str, str]]] = {"argument": [], "option": []}
+def parameters(command: Any, context: Any) -> dict[str, list[tuple[str, str]]]:
+    """Names and sentences of a command's arguments and options, under their headings.
+
+    Args:
+        command: A command or the program.
+        context: Click's context of it.
+    """
+    rows: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
     for parameter in command.get_params(context):
-        record = parameter.get_help_record(context)
-        if record is not None:
-            rows[parameter.param_type_name].append(record)
+        names, text = parameter.get_help_record(context)
+        if parameter.param_type_name == "argument":
+            rows["Arguments"].append((parameter.metavar, text))
+        else:
+            rows["Options"].append((names, text))
+    return rows
+
+
+def _write_parameters(command: Any, context: Any, formatter: Any) -> None:
     first = _FIRST_COLUMN[formatter.width < _NARROW]
-    for heading, kind in (("Arguments", "argument"), ("Options", "option")):
-        if rows[kind]:
+    for heading, rows in parameters(command, context).items():
+        if rows:
             with formatter.section(heading):
-                formatter.write_dl(rows[kind], col_max=first)
+                formatter.write_dl(rows, col_max=first)

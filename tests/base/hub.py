@@ -33,10 +33,10 @@ def served(hub_id: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
     commit = commit_of("main")
 
     class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:  # noqa: N802 - http.server calls it by this name
+        def do_HEAD(self) -> None:
             self._answer(body=False)
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self._answer(body=True)
 
         def _answer(self, *, body: bool) -> None:
@@ -72,7 +72,7 @@ def served(hub_id: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
             if body:
                 self.wfile.write(content)
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        def log_message(self, format: str, *args: object) -> None:
             """Say nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
