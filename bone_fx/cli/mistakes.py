@@ -85,7 +85,7 @@ def explain(error: Any, command: str, arguments: Sequence[str], program: Any) ->
     help_call = f"bone-export {command} --help"
     unknown = getattr(error, "option_name", None)
     if unknown is not None and hasattr(error, "possibilities"):
-        return _unknown_option(unknown, error, command, arguments, program)
+        return _unknown_option(unknown, command, arguments, program)
     if unknown is not None:
         option = next((p for p in parameters if unknown in p.opts), None)
         return UsageError(
@@ -112,9 +112,7 @@ def explain(error: Any, command: str, arguments: Sequence[str], program: Any) ->
     )
 
 
-def _unknown_option(
-    name: str, error: Any, command: str, arguments: Sequence[str], program: Any
-) -> UsageError:
+def _unknown_option(name: str, command: str, arguments: Sequence[str], program: Any) -> UsageError:
     own = _flags(program.commands[command].params)
     help_call = f"bone-export {command} --help"
     wrong = next((a for a in arguments if not a.startswith("--") and f"-{a}" in own), None)
@@ -139,8 +137,8 @@ def _unknown_option(
             f"{command} has no option {name}, only {' and '.join(others)}", next_step=help_call
         )
     if meant is None:
-        near = [*(error.possibilities or ()), *get_close_matches(plain, sorted(own), 1)]
-        meant = plain if plain in own else next(iter(near), None)
+        known = {*own, *_flags(program.params), "--help"}
+        meant = next(iter(get_close_matches(plain, sorted(known), 1)), None)
     if meant is not None:
         return UsageError(f"there is no option {name}", next_step=f"did you mean {meant}?")
     return UsageError(f"there is no option {name}", next_step=help_call)

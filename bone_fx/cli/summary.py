@@ -8,13 +8,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-_CLOSENESS = ("onnx_vs_unmerged", "onnx_vs_torch", "onnx_vs_written")
-"""Figures that say how far the graph is from the reference, the first that there is."""
 _REFERENCES = {
-    "onnx_vs_unmerged": "PyTorch with the base as transformers loads it",
+    "onnx_vs_written": "PyTorch with the rounded weights",
+    "onnx_vs_unmerged": "PyTorch, unmerged",
     "onnx_vs_torch": "the module in PyTorch",
-    "onnx_vs_written": "PyTorch with the weights as they were written",
 }
+"""What a graph was held to, by the figure that is held to the limit: the first that there is."""
+_ROUNDED = "onnx_vs_unmerged"
+"""The figure that says, beside that with the rounded weights, what rounding costs."""
 
 
 def export_lines(output: Path, manifest: Mapping[str, Any]) -> list[str]:
@@ -27,7 +28,7 @@ def export_lines(output: Path, manifest: Mapping[str, Any]) -> list[str]:
     kind = manifest["kind"]
     return [
         f"{output}: {kind} in {manifest['dtype']}, {_size(manifest)}, published",
-        _verified(manifest["verification"], manifest["adapters"]),
+        *_verified(manifest["verification"]),
         *_change(manifest),
         f"  run it: {_command(output, manifest)}",
     ]
@@ -57,22 +58,24 @@ def verify_lines(output: Path, files: int, verification: Mapping[str, Any] | Non
         verification: Figures of the comparison; None if nothing was compared.
     """
     lines = [f"{output}: {files} files as exported"]
-    return lines if verification is None else [*lines, _verified(verification, ())]
+    return lines if verification is None else [*lines, *_verified(verification)]
 
 
-def _verified(verification: Mapping[str, Any] | None, adapters: Any) -> str:
+def _verified(verification: Mapping[str, Any] | None) -> list[str]:
     """Against what, and how close."""
     if verification is None:
-        return "  verified: no, as --verify off asks for"
+        return ["  verified: no, as --verify off asks for"]
     figures = verification["figures"]
-    name = next((each for each in _CLOSENESS if each in figures), None)
-    against = _REFERENCES.get(str(name), "PyTorch")
-    beside = ", the adapters beside its weights" if adapters and name == _CLOSENESS[0] else ""
-    how_close = ""
-    if name is not None:
-        limit = verification["tolerance"]
-        how_close = f": at most {figures[name]:.1e} of the largest output apart (limit {limit:.0e})"
-    return f"  verified: {verification['cases']} cases against {against}{beside}{how_close}"
+    name = next((each for each in _REFERENCES if each in figures), "")
+    lines = [
+        f"  verified: {verification['cases']} cases against {_REFERENCES.get(name, 'PyTorch')}"
+    ]
+    if name:
+        apart, limit = figures[name], verification["tolerance"]
+        lines.append(f"  how close: {apart:.1e} of the largest output apart, limit {limit:.0e}")
+    if name != _ROUNDED and _ROUNDED in figures:
+        lines.append(f"  rounding: outputs by {figures[_ROUNDED]:.2g} of the largest")
+    return lines
 
 
 def _change(manifest: Mapping[str, Any]) -> list[str]:
@@ -88,9 +91,9 @@ def _change(manifest: Mapping[str, Any]) -> list[str]:
 
 def _moved(change: Mapping[str, float | None], verification: Mapping[str, Any] | None) -> str:
     known = [ratio for ratio in change.values() if ratio is not None] or [0.0]
-    moved = f"{len(change)} weights by {median(known):.2g} of their norm (at most {max(known):.2g})"
+    moved = f"{len(change)} weights by {median(known):.2g} of their norm, {max(known):.2g} at most"
     effect = (verification or {}).get("figures", {}).get("adapter_effect")
-    return moved if effect is None else f"{moved}, the outputs by {effect:.2g} of the largest"
+    return moved if effect is None else f"{moved}; outputs by {effect:.2g}"
 
 
 def _size(manifest: Mapping[str, Any]) -> str:

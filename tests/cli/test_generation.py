@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from bone_fx.cli.summary import export_lines
 from bone_fx.runtime.generation import Conversation
 from tests.command import run
 from tests.end_to_end.tiny import tiny_adapter, tiny_base, tiny_tokenizer
 
+ROUNDED = {"onnx_vs_unmerged": 0.3}
 PROMPT = "the quick brown fox"
 
 
@@ -34,13 +36,14 @@ def test_the_last_lines_of_an_export(
     folder, said = exported
     manifest = json.loads((folder / "out" / "bone_export.json").read_text())
     figures = manifest["verification"]["figures"]
-    first, verified, changed, command = said.splitlines()
+    first, verified, close, changed, command = said.splitlines()
     assert first.startswith(f"{folder / 'out'}: decoder in fp32, ")
     total = sum(entry["bytes"] for entry in manifest["files"].values())
     (shown,) = re.findall(r"([\d.]+) kB", first)
     assert float(shown) == pytest.approx(total / 1000, rel=5e-3)
-    assert "PyTorch with the base as transformers loads it" in verified
-    assert f"{figures['onnx_vs_unmerged']:.1e}" in verified
+    assert f"{manifest['verification']['cases']} cases against PyTorch, unmerged" in verified
+    assert f"{figures['onnx_vs_unmerged']:.1e}" in close
+    assert close.endswith("limit 1e-04")
     assert "6 weights" in changed
     assert f"{figures['adapter_effect']:.2g}" in changed
     _, _, typed = command.partition("run it: ")
@@ -50,10 +53,36 @@ def test_the_last_lines_of_an_export(
     assert run(*arguments, "--max-new-tokens", "2").returncode == 0
 
 
+def test_the_last_lines_of_other_outputs(exported: tuple[Path, str]) -> None:
+    out = exported[0] / "out"
+    manifest = json.loads((out / "bone_export.json").read_text())
+    lines = export_lines(out, {**manifest, "verification": None, "change": None})
+    assert [line.strip() for line in lines[1:-1]] == ["verified: no, as --verify off asks for"]
+    files = {name: file for name, file in manifest["files"].items() if name != "tokenizer.json"}
+    assert "README.md, with onnxruntime" in export_lines(out, {**manifest, "files": files})[-1]
+    variants = dict.fromkeys(("poet", "facts"), manifest)
+    lines = export_lines(out, {**manifest, "change": None, "variants": variants})
+    assert [line.split(":")[0].strip() for line in lines[3:5]] == [
+        "changed by poet",
+        "changed by facts",
+    ]
+    rounded = {**manifest["verification"], "figures": {"onnx_vs_written": 2e-6} | ROUNDED}
+    lines = export_lines(out, {**manifest, "verification": rounded})
+    assert [line.split(": ")[1] for line in lines[1:4]] == [
+        f"{rounded['cases']} cases against PyTorch with the rounded weights",
+        "2.0e-06 of the largest output apart, limit 1e-04",
+        "outputs by 0.3 of the largest",
+    ]
+    done = run("verify", out, "--base", exported[0] / "base", "-q")
+    assert "not those that were exported" in done.stderr
+
+
 def test_text_is_that_of_transformers(exported: tuple[Path, str]) -> None:
     folder, _ = exported
     merged = folder / "merged"
-    assert run("fold", folder / "base", "--adapter", folder / "adapter", "-o", merged).stdout
+    done = run("fold", folder / "base", "--adapter", folder / "adapter", "-o", merged, "-q")
+    assert "6 folded weights, read back" in done.stdout
+    assert "changed: 6 weights" in done.stdout
     model = LlamaForCausalLM.from_pretrained(merged)
     tokenizer = AutoTokenizer.from_pretrained(merged)
     said = [{"role": "user", "content": PROMPT}]

@@ -31,6 +31,8 @@ CALLS: list[tuple[str, int, str, str]] = [
     ("base -o", 2, "-o is given without its value", "bone-export export --help"),
     # flags
     ("base -o out --adaptr my-adapter", 2, "no option --adaptr", "did you mean --adapter?"),
+    ("--verison", 2, "no option --verison", "did you mean --version?"),
+    ("verify --hlep", 2, "no option --hlep", "did you mean --help?"),
     ("base -o out --trust_remote_code", 2, "--trust_remote_code", "mean --trust-remote-code?"),
     ("base --output-dir out", 2, "no option --output-dir", "did you mean --output?"),
     ("base -o out --precision fp16", 2, "no option --precision", "did you mean --dtype?"),
