@@ -70,7 +70,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 _QUANTIZED_ONLY = ("block_size", "symmetric", "head", "embeddings")
 
-_FULL_PRECISION = ("none", "no", "off", "float", "fp16", "fp32")
+_UNCHANGED = ("none", "no", "off", "fp16", "fp32")
 _OTHER_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "dtype": {
         "fp32": ("float32", "float", "f32", "full", "single", "32"),
@@ -88,8 +88,8 @@ _OTHER_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
         "fast": ("quick", "some"),
         "off": ("no", "none", "false", "skip", "0"),
     },
-    "head": {"keep": _FULL_PRECISION, "int4": ("4", "4bit"), "int8": ("8", "8bit")},
-    "kv_cache": {"float": _FULL_PRECISION, "int8": ("8", "8bit", "q8", "uint8")},
+    "head": {"keep": (*_UNCHANGED, "float"), "int4": ("4", "4bit"), "int8": ("8", "8bit")},
+    "kv_cache": {"float": (*_UNCHANGED, "keep"), "int8": ("8", "8bit", "q8", "uint8")},
 }
 """What people call the values elsewhere: they are told the word, and nothing is assumed."""
 _OTHER_WORDS |= {"verify_on": _OTHER_WORDS["provider"], "embeddings": _OTHER_WORDS["head"]}
