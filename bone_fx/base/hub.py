@@ -1,14 +1,16 @@
-"""Fetching a model from the Hugging Face hub: the only place that may use the network."""
+"""Fetching from the Hugging Face hub and uploading to it: the only place that uses the network."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-from bone_fx.errors import BaseModelError
+from bone_fx.errors import AdapterError, BaseModelError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _TEXTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.tiktoken"]
+_OF_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 _WANTED = ["*.safetensors", *_TEXTS, "*.gguf", "README.md", "LICENSE*"]
 # Folders whose names begin with a digit are modules of sentence-transformers, such as 2_Dense.
 _UNWANTED = ["[!0-9]*/*.safetensors", "*/*.gguf", "onnx/*", "openvino/*"]
@@ -57,3 +59,83 @@ def download(hub_id: str, revision: str | None, *, trust_remote_code: bool) -> P
             found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
             next_step="check the spelling, the network, and `hf auth login` for gated models",
         ) from error
+
+
+def adapter_folder(
+    model_id: str | Path,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    **options: Any,
+) -> Path:
+    """The folder of an adapter: a local one, or a hub adapter's files in the hub's cache.
+
+    Args:
+        model_id: A folder, or `owner/name`.
+        subfolder: Folder of the adapter in it.
+        revision: Branch, tag or commit, of the hub.
+        cache_dir: Where to keep files of the hub.
+        token: Of the hub; None takes the one that is stored.
+        **options: More of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        AdapterError: There is no such folder, the hub has no such adapter, or it cannot be reached.
+    """
+    folder = Path(model_id)
+    if not folder.is_dir():
+        if not _HUB_ID.fullmatch(str(model_id)):
+            raise AdapterError(f"there is no adapter folder {model_id}", next_step="check the path")
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        inside = f"{subfolder}/" if subfolder else "*"
+        try:
+            folder = Path(
+                snapshot_download(
+                    str(model_id),
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    token=token,
+                    allow_patterns=[f"{inside}{name}" for name in _OF_ADAPTERS],
+                    **options,
+                )
+            )
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise AdapterError(
+                f"{model_id} is no local folder, and it could not be fetched from the hub",
+                expected="a folder that exists, or the id of an adapter that you may read",
+                found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+                next_step="check the spelling, the network, and `hf auth login`",
+            ) from error
+    return folder / subfolder if subfolder else folder
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    commit_message: str = "Upload adapter",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload a folder to a repository of the hub, which is made if needed.
+
+    Returns:
+        Address of the commit.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = api.upload_folder(
+        repo_id=name,
+        folder_path=folder,
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+    )
+    return str(commit.commit_url)
