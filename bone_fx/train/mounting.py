@@ -313,7 +313,7 @@ def new_adapter(
     saved, absent = saved_parameters(base, config, trained_values, where)
     refused = [*result.refused, *absent]
     told = {refusal.name.removesuffix(".weight") for refusal in refused}
-    missed = not_adapted(config, model, result.applied)
+    missed = not_adapted(config, model, result.applied, origin.output_layers(config))
     refused += [refusal for refusal in missed if refusal.name not in told]
     warn_of(refused)
     modules = (base if model is None else model).named_modules()

@@ -53,19 +53,30 @@ def refuse_lists(config: BoneConfig, model: nn.Module | None) -> None:
 
 
 def not_adapted(
-    config: BoneConfig, model: nn.Module | None, adapted: Iterable[LinearSite]
+    config: BoneConfig,
+    model: nn.Module | None,
+    adapted: Iterable[LinearSite],
+    output_layers: Collection[str],
 ) -> list[Refusal]:
-    """Modules of a model that a configuration targets and that got no block."""
+    """Modules of a model that a configuration targets and that got no block.
+
+    Args:
+        config: The configuration.
+        model: The model; None has no modules.
+        adapted: The sites with a block.
+        output_layers: Names that `"all-linear"` leaves out.
+    """
     if model is None:
         return []
     names, weights = set(), set()
+    left_out = output_layers if config.target_modules == ALL_LINEAR else ()
     by_name = dict(model.named_parameters(remove_duplicate=False))
     for site in adapted:
         names.add(site.name)
         weights.add(id(by_name.get(site.weight_name)))
     missed = []
     for name, module in model.named_modules():
-        if not name or name in names or not is_target(config, name):
+        if not name or name in names or name in left_out or not is_target(config, name):
             continue
         weight = getattr(module, "weight", None)
         if id(weight) in weights:
