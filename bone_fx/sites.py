@@ -17,6 +17,9 @@ from bone_fx.adapters import METHODS
 from bone_fx.config import ALL_LINEAR, BoneConfig
 from bone_fx.errors import SiteError
 
+UNMATCHED = "this target matched no linear layer"
+"""Why an entry of a list of targets is refused."""
+
 _LINEAR_MODULES = ("Linear", "Conv1D")
 
 
@@ -204,9 +207,8 @@ def _unmatched(config: BoneConfig, names: list[str]) -> list[Refusal]:
     """Entries of a target list that chose nothing."""
     if not isinstance(config.target_modules, list):
         return []
-    reason = "this target matched no linear layer"
     return [
-        Refusal(target, reason)
+        Refusal(target, UNMATCHED)
         for target in config.target_modules
         if not any(
             n == target or n.endswith(f".{target}") or f".{target}." in f".{n}." for n in names

@@ -197,19 +197,6 @@ class AdaptedModule(Merging, Saving, Status, PeftVerbs, Passing):
             warnings.warn(f"{self._merged} were merged, and are no more", stacklevel=2)
         self._activate(names, [] if inference_mode else trained)
 
-    def _refuse_two_heads(self, names: Sequence[str]) -> None:
-        """Of two modules that were trained whole, one alone can act."""
-        trained_by: dict[str, str] = {}
-        for name in names:
-            for parameter in sorted(self._adapter(name).trained_names()):
-                if other := trained_by.get(parameter):
-                    raise UsageError(
-                        f"adapters {other!r} and {name!r} both trained {parameter} whole",
-                        expected="one active adapter with a module in modules_to_save",
-                        next_step=f"activate {other!r} or {name!r}",
-                    )
-                trained_by[parameter] = name
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its blocks; the others stay as they are.
 

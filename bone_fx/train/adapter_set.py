@@ -147,6 +147,19 @@ class AdapterSet(TrainingGraph):
             merged.update(self._adapter(name).saved)
         return merged
 
+    def _refuse_two_heads(self, names: Sequence[str]) -> None:
+        """Of two modules that were trained whole, one alone can act."""
+        trained_by: dict[str, str] = {}
+        for name in names:
+            for parameter in sorted(self._adapter(name).trained_names()):
+                if other := trained_by.get(parameter):
+                    raise UsageError(
+                        f"adapters {other!r} and {name!r} both trained {parameter} whole",
+                        expected="one active adapter with a module in modules_to_save",
+                        next_step=f"activate {other!r} or {name!r}",
+                    )
+                trained_by[parameter] = name
+
     def _touched(self, names: Sequence[str]) -> list[LinearSite]:
         sites = {name for adapter in names for name in self._adapter(adapter).blocks}
         return [site for site in find_sites(self._base).sites if site.name in sites]

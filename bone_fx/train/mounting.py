@@ -23,6 +23,7 @@ from bone_fx.sites import LinearSite, Refusal, is_trained_whole, modules_above
 from bone_fx.train.origin import Origin
 from bone_fx.train.targets import (
     not_adapted,
+    refusals_of,
     refuse_lists,
     warn_if_nothing_is_excluded,
     warn_of,
@@ -311,10 +312,8 @@ def new_adapter(
     trained_values = folder.modules_to_save if folder else {}
     where = str(folder.path) if folder else name
     saved, absent = saved_parameters(base, config, trained_values, where)
-    refused = [*result.refused, *absent]
-    told = {refusal.name.removesuffix(".weight") for refusal in refused}
     missed = not_adapted(config, model, result.applied, origin.output_layers(config))
-    refused += [refusal for refusal in missed if refusal.name not in told]
+    refused = refusals_of(config, model, [*result.refused, *absent], missed)
     warn_of(refused)
     modules = (base if model is None else model).named_modules()
     warn_if_nothing_is_excluded(config, (module for module, _ in modules))

@@ -11,7 +11,7 @@ from torch import nn
 from bone_fx.config import ALL_LINEAR, BoneConfig
 from bone_fx.default_targets import DEFAULT_TARGETS
 from bone_fx.errors import SiteError, some
-from bone_fx.sites import LinearSite, Refusal, is_excluded, is_target, trains_module
+from bone_fx.sites import UNMATCHED, LinearSite, Refusal, is_excluded, is_target, trains_module
 
 _HEADS = ("classifier", "score")
 """Heads that PEFT 0.18.1 trains whole for a classification task."""
@@ -86,6 +86,28 @@ def not_adapted(
         elif config.target_modules != ALL_LINEAR:
             missed.append(Refusal(name, f"{type(module).__name__} is not a linear layer"))
     return missed
+
+
+def refusals_of(
+    config: BoneConfig, model: nn.Module | None, refused: Iterable[Refusal], missed: list[Refusal]
+) -> list[Refusal]:
+    """What was refused, each thing once, without entries that the configuration itself excludes.
+
+    Args:
+        config: The configuration.
+        model: The model; None has no modules.
+        refused: What choosing sites refused: parameters, and entries that matched none.
+        missed: Modules that were targeted, with a better reason than such an entry's.
+    """
+    modules = [] if model is None else [name for name, _ in model.named_modules()]
+    explained = [m for m in modules if is_excluded(config, m)] + [m.name for m in missed]
+    told = []
+    for refusal in refused:
+        entry = refusal.reason == UNMATCHED
+        if not entry or not any(f".{name}".endswith(f".{refusal.name}") for name in explained):
+            told.append(refusal)
+    names = {refusal.name.removesuffix(".weight") for refusal in told}
+    return told + [refusal for refusal in missed if refusal.name not in names]
 
 
 def warn_of(refusals: Iterable[Refusal]) -> None:

@@ -52,8 +52,10 @@ class Merging(AdapterSet):
 
         Raises:
             FoldError: A folded weight holds NaN or Inf.
+            UsageError: Two of the adapters trained one module whole.
         """
         names = self._named(adapters)
+        self._refuse_two_heads(names)
         carry_buffers(named_buffers(self), self._base)
         result = fold_adapters(self._inserted(names)).graph_module
         for name, parameter in self._saved(names).items():
@@ -82,6 +84,7 @@ class Merging(AdapterSet):
 
         Raises:
             FoldError: A folded weight holds NaN or Inf; nothing is changed.
+            UsageError: Two of the adapters trained one module whole.
         """
         new = [name for name in self._named(adapter_names) if name not in self._merged]
         if self._merged and not new:
@@ -89,6 +92,7 @@ class Merging(AdapterSet):
             return
         if self._merged:
             warnings.warn(f"{self._merged} are merged already; {new} join them", stacklevel=2)
+        self._refuse_two_heads([*self._merged, *new])
         with self._change():
             self._merged = [*self._merged, *new]
 
