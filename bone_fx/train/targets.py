@@ -16,6 +16,8 @@ from bone_fx.sites import UNMATCHED, LinearSite, Refusal, is_excluded, is_target
 _HEADS = ("classifier", "score")
 """Heads that PEFT 0.18.1 trains whole for a classification task."""
 
+_CLASSIFY = ("SEQ_CLS", "TOKEN_CLS")
+
 _NOT_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -29,7 +31,7 @@ def with_default_targets(config: BoneConfig, model: nn.Module | None) -> BoneCon
 
 def with_heads(config: BoneConfig, parameters: Collection[str]) -> BoneConfig:
     """The configuration, with the head that a classification task trains too, as in PEFT."""
-    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+    if config.task_type not in _CLASSIFY:
         return config
     heads = [h for h in _HEADS if any(f".{h}." in f".{n}" for n in parameters)]
     listed = dict.fromkeys([*(config.modules_to_save or ()), *heads])
@@ -103,6 +105,8 @@ def refusals_of(
     explained = [m for m in modules if is_excluded(config, m)] + [m.name for m in missed]
     told = []
     for refusal in refused:
+        if refusal.name in _HEADS and config.task_type in _CLASSIFY:
+            continue  # PEFT lists both heads, and a model has one
         entry = refusal.reason == UNMATCHED
         if not entry or not any(f".{name}".endswith(f".{refusal.name}") for name in explained):
             told.append(refusal)
