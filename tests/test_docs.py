@@ -12,7 +12,7 @@ import pytest
 
 import bone_fx
 
-DOCUMENTS = [Path(__file__).parents[1] / name for name in ("README.md", "docs/training.md")]
+DOCUMENTS = [Path(__file__).parents[1] / name for name in ("README.md", "docs/training.md", "docs/peft.md")]
 
 
 @pytest.mark.parametrize("name", sorted(set(bone_fx.__all__) - {"__version__"}))
