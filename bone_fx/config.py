@@ -99,6 +99,9 @@ class BoneConfig:
                 setattr(self, name, sorted(value))
             elif isinstance(value, tuple):
                 setattr(self, name, list(value))
+        for name in ("task_type", "peft_type"):
+            if isinstance(getattr(self, name), enum.Enum):  # PEFT's own
+                setattr(self, name, str(getattr(self, name).value))
         if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
             self.target_modules = ALL_LINEAR
         self._check_values()
@@ -111,6 +114,16 @@ class BoneConfig:
     def method(self) -> str:
         """Key of `bone_fx.adapters.METHODS`."""
         return _METHOD_OF_INIT[self.init_weights]
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """What PEFT and TRL ask of a configuration: False, here are blocks."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """What PEFT asks of a configuration: False, here are blocks."""
+        return False
 
     @property
     def _needs_miss(self) -> bool:
@@ -254,14 +267,14 @@ class BoneConfig:
             ) from None
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> BoneConfig:
-        """Read `adapter_config.json` from an adapter folder.
+    def from_pretrained(cls, directory: str | Path, subfolder: str | None = None) -> BoneConfig:
+        """Read `adapter_config.json` from an adapter folder, or from a folder in it.
 
         Raises:
             AdapterError: The file is missing or not JSON.
             ConfigError: A value in it is not allowed.
         """
-        path = Path(directory) / CONFIG_NAME
+        path = Path(directory, subfolder or "", CONFIG_NAME)
         try:
             content = read_object(path)
         except FileNotFoundError:

@@ -12,7 +12,8 @@ import pytest
 
 import bone_fx
 
-DOCUMENTS = [Path(__file__).parents[1] / name for name in ("README.md", "docs/training.md", "docs/peft.md")]
+NAMES = ("README.md", "docs/training.md", "docs/peft.md")
+DOCUMENTS = [Path(__file__).parents[1] / name for name in NAMES]
 
 
 @pytest.mark.parametrize("name", sorted(set(bone_fx.__all__) - {"__version__"}))

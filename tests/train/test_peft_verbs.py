@@ -50,6 +50,10 @@ def test_pefts_own_configurations_are_taken() -> None:
         )
     assert bone_fx.BoneConfig.of(miss) == bone_fx.MissConfig.of(miss)
     assert bone_fx.BoneConfig.of(miss).mini_r == 2
+    kinds = bone_fx.BoneConfig(peft_type=peft.PeftType.MISS, task_type=peft.TaskType.CAUSAL_LM)
+    assert (kinds.peft_type, kinds.task_type) == ("MISS", "CAUSAL_LM")
+    assert str(kinds.peft_type) == "MISS"
+    assert not kinds.is_prompt_learning
     assert bone_fx.MissConfig().to_dict() == {
         name: value.value if name == "peft_type" else value
         for name, value in peft.MissConfig().to_dict().items()
