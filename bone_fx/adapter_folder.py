@@ -31,6 +31,7 @@ from bone_fx.adapters import METHODS
 from bone_fx.config import CONFIG_NAME, BoneConfig
 from bone_fx.errors import AdapterError, UsageError, some
 from bone_fx.files.inputs import unsafe_entries
+from bone_fx.files.nearby import meant
 from bone_fx.sites import LinearSite, Refusal, check_fit, is_trained_whole, select_sites
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -125,7 +126,9 @@ def read_adapter(directory: str | Path, name: str = "default") -> AdapterFolder:
     """
     folder = Path(directory)
     if not folder.is_dir():
-        raise AdapterError(f"there is no adapter folder {directory}", next_step="check the path")
+        raise AdapterError(
+            f"there is no adapter folder {directory}", next_step=meant(directory, "check the path")
+        )
     if not (folder / CONFIG_NAME).exists() and (folder / name / CONFIG_NAME).exists():
         folder = folder / name
     _refuse_unsafe(folder)
@@ -301,25 +304,44 @@ Adapters = Sequence[tuple[str, AdapterFolder]]
 """Adapters by name, in the order in which they apply."""
 
 
-def read_adapters(paths: Sequence[str | Path]) -> list[tuple[str, AdapterFolder]]:
-    """Several adapter folders with the names they go by.
+def read_adapters(
+    paths: Sequence[str | Path] | Mapping[str, str | Path],
+) -> list[tuple[str, AdapterFolder]]:
+    """Several adapter folders with the names they go by: given ones, or those of `adapter_names`.
+
+    Raises:
+        UsageError: A folder is given twice.
+        AdapterError: A folder holds no adapter that can be used.
+    """
+    if not isinstance(paths, Mapping):
+        paths = dict(zip(adapter_names(paths), paths, strict=True))
+    folders = {name: Path(path).resolve() for name, path in paths.items()}
+    if len(set(folders.values())) < len(folders):
+        _refuse_twice(list(folders.values()))
+    return [(name, read_adapter(path)) for name, path in paths.items()]
+
+
+def adapter_names(paths: Sequence[str | Path]) -> list[str]:
+    """The names that adapters go by which were given none.
 
     One is `default`. Several have their folders' names, with as many of the folders above as tell
     them apart: `run1/checkpoint-500` and `run2/checkpoint-500`.
 
     Raises:
         UsageError: A folder is given twice.
-        AdapterError: A folder holds no adapter that can be used.
     """
     folders = [Path(path).resolve() for path in paths]
-    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
-    if twice is not None:
-        raise UsageError(
-            f"the adapter {twice} is given twice",
-            next_step="name it once: an adapter applies once",
-        )
-    names = ["default"] if len(paths) == 1 else [_name_among(f, folders) for f in folders]
-    return [(name, read_adapter(path)) for name, path in zip(names, paths, strict=True)]
+    if len(set(folders)) < len(folders):
+        _refuse_twice(folders)
+    return ["default"] if len(paths) == 1 else [_name_among(f, folders) for f in folders]
+
+
+def _refuse_twice(folders: Sequence[Path]) -> None:
+    twice = next(folder for folder in folders if folders.count(folder) > 1)
+    raise UsageError(
+        f"the adapter {twice} is given twice",
+        next_step="name it once: an adapter applies once",
+    )
 
 
 def _name_among(folder: Path, folders: Sequence[Path]) -> str:

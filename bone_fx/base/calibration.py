@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = Path(__file__).with_suffix(".txt")
 WINDOW, WINDOWS = 256, 4
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _UP, _DOWN, _GATE = "gate_up_proj", "down_proj", "_apply_gate"
 """What transformers calls the weights of all experts, and what stands between their products."""
 _RUN_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
@@ -332,7 +332,7 @@ def token_ids(base: BaseCheckpoint, text: Text, folder: Path) -> Tensor:
     Raises:
         CalibrationError: There is no tokenizer, or its ids are not the model's.
     """
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CalibrationError("the base has no tokenizer")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(

@@ -12,9 +12,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,11 +25,13 @@ import torch
 from torch import Tensor
 
 from bone_fx.deploy.checkpoint_inputs import TORCH_DTYPES, CheckpointInputs
-from bone_fx.errors import UsageError
+from bone_fx.errors import InputRefusedError, UsageError
 from bone_fx.onnx.writer import MODEL_FILE, write_model
 from bone_fx.verify.parity import Parity
 
 _TEXT_TOKENS = 256
+_LETTERS = 16
+"""Letters of a text for each token that is wanted of it: more than a token has on average."""
 _SAMPLE, _SAMPLES = 256, 8
 """Tokens of a piece of the samples, and pieces that are run."""
 _STREAMED = (
@@ -88,13 +91,17 @@ def verify_checkpoint(
     from bone_fx.verify.compare_quantized import RoundedWeights, Written
     from bone_fx.verify.constants import verify_constants
     from bone_fx.verify.decoder.compare_decoder import DecoderChecks, verify_decoder
-    from bone_fx.verify.decoder.genai_folder import verify_genai_folder, verify_generation
+    from bone_fx.verify.decoder.genai_folder import (
+        load_tokenizer,
+        verify_genai_folder,
+        verify_generation,
+    )
     from bone_fx.verify.decoder.int8_cache import Int8Cache
     from bone_fx.verify.graph import WrittenGraph
     from bone_fx.verify.peft_layout import PeftAdapter
     from bone_fx.verify.rotary_tables import verify_rotary_tables
 
-    folder, short = exported.folder, level == "fast"
+    folder, short, tokenizer_of = exported.folder, level == "fast", cache(load_tokenizer)
     texts = () if samples is None else _sample_texts(exported, inputs, Path(samples))
     room = room_for(inputs.checkpoint, available_memory() if memory is None else memory)
     model: Any = load_model(
@@ -128,12 +135,12 @@ def verify_checkpoint(
                 vocab_size=vocabulary_of(model),
                 context_length=getattr(config, "max_position_embeddings", None),
                 short=short,
-                text=() if short else _real_text(inputs, exported.tokenizer),
+                text=() if short else _real_text(config, exported.tokenizer, tokenizer_of),
                 samples=texts,
             )
             parity = verify_decoder(graph, model, adapters, checks, written)
-    cache = None if exported.examples is not None else Int8Cache.of(folder / MODEL_FILE)
-    named = {*tables, *(() if cache is None else cache.constants)}
+    kept = None if exported.examples is not None else Int8Cache.of(folder / MODEL_FILE)
+    named = {*tables, *(() if kept is None else kept.constants)}
     unnamed = [name for name in compared.others if name not in named]
     if room is not None:
         parity.reference = "streamed"
@@ -142,7 +149,9 @@ def verify_checkpoint(
     if exported.examples is None:
         graph = WrittenGraph(folder / MODEL_FILE, provider)
         folders = [adapter.folder for adapter in adapters]
-        verify_genai_folder(parity, graph, inputs.config, inputs.checkpoint.folder, folders)
+        verify_genai_folder(
+            parity, graph, inputs.config, inputs.checkpoint.folder, folders, tokenizer_of
+        )
         if not short and provider == "cpu" and exported.twin is None:
             verify_generation(parity, graph)
     return parity
@@ -159,16 +168,20 @@ def _runnable(exported: Exported) -> Iterator[Path]:
         yield Path(beside) / MODEL_FILE
 
 
-def _real_text(inputs: CheckpointInputs, tokenizer: Path) -> tuple[int, ...]:
-    """Token ids of the built-in text; none where there is no tokenizer that fits."""
-    from bone_fx.base.calibration import CalibrationError, built_in_text, token_ids
+def _real_text(config: Any, folder: Path, tokenizer_of: Callable[[Path], Any]) -> tuple[int, ...]:
+    """Token ids of the built-in text's start; none where a folder has no tokenizer that fits."""
+    from bone_fx.base.calibration import TOKENIZER_FILES, built_in_text
 
-    try:
-        ids = token_ids(inputs.checkpoint, built_in_text(), tokenizer)
-    except CalibrationError:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return ()
-    most = getattr(inputs.config.get_text_config(), "max_position_embeddings", None)
-    return tuple(ids[: min(_TEXT_TOKENS, int(most or _TEXT_TOKENS))].tolist())
+    try:
+        ids = tokenizer_of(folder)(built_in_text().content[: _TEXT_TOKENS * _LETTERS])["input_ids"]
+    except InputRefusedError:
+        return ()
+    if len(ids) < 2 or max(ids) >= int(getattr(config, "vocab_size", None) or max(ids) + 1):
+        return ()
+    most = getattr(config, "max_position_embeddings", None)
+    return tuple(ids[: min(_TEXT_TOKENS, int(most or _TEXT_TOKENS))])
 
 
 def _sample_texts(

@@ -29,12 +29,14 @@ from bone_fx.deploy.earlier_output import (
     read_manifest,
 )
 from bone_fx.deploy.genai_config import CONFIG_FILE
+from bone_fx.deploy.input_files import local_adapters
 from bone_fx.deploy.manifest import adapter_entry, figures_of
 from bone_fx.deploy.options import Compared, Provider
 from bone_fx.deploy.variants import KIND as VARIANTS
 from bone_fx.deploy.variants import run_variants
 from bone_fx.deploy.verification import Exported, verify_checkpoint
 from bone_fx.errors import KEPT, UsageError, VerificationError, printable, some
+from bone_fx.files.nearby import meant
 from bone_fx.files.seal import is_sealed
 from bone_fx.onnx.writer import DATA_FILE, MODEL_FILE
 from bone_fx.progress import Progress, Silent
@@ -74,7 +76,7 @@ def verify_export(
     output: str | Path,
     *,
     base: str | Path | None = None,
-    adapters: Sequence[str | Path] = (),
+    adapters: Sequence[str | Path] | Mapping[str, str | Path] = (),
     provider: Provider = "cpu",
     verify: Compared = "full",
     samples: str | Path | None = None,
@@ -88,7 +90,7 @@ def verify_export(
     Args:
         output: The folder, with its `bone_export.json`.
         base: The base that it was made from; None compares the files and runs the graph only.
-        adapters: The adapters, in the order in which they applied.
+        adapters: The adapters, folders or hub ids, in the order in which they applied.
         provider: ONNX Runtime's provider to run on.
         verify: `"full"` or `"fast"`.
         samples: A text whose likelihood is measured, as for `export`.
@@ -120,7 +122,7 @@ def verify_export(
         raise UsageError(
             f"{output} is no output of an export or a fold",
             expected=f"a folder with {MANIFEST}",
-            next_step="give the folder that was passed to -o",
+            next_step=meant(output, "give the folder that was passed to -o"),
         )
     for name, given in (("adapters", adapters), ("samples", samples)):
         if given and base is None:
@@ -164,7 +166,7 @@ def verify_export(
     progress.stage("read the inputs")
     inputs = open_checkpoint(
         base,
-        read_adapters(adapters),
+        read_adapters(local_adapters(adapters)),
         trust_remote_code=trust_remote_code,
         revision=revision,
         allow_unused=allow_unused or (),

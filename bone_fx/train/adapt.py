@@ -127,7 +127,7 @@ def get_peft_model(
         >>> config = bone_fx.BoneConfig(r=16, target_modules=["0"])
         >>> adapted = bone_fx.get_peft_model(net, config, example_inputs=[torch.randn(3, 48)])
         >>> adapted.print_trainable_parameters()
-        trainable params: 1,280 || all params: 5,767 || trainable%: 22.1953
+        trainable params: 1,280 || all params: 5,767 || trainable%: 22.1952
     """
     if mixed:
         raise UsageError(

@@ -42,7 +42,7 @@ class AdaptedModule(Merging, Saving, Status, PeftVerbs, Passing):
         refused: Targets of the adapters that could not be adapted.
 
     Example:
-        >>> import bone_fx
+        >>> import bone_fx, torch
         >>> net = nn.Sequential(nn.Linear(48, 80), nn.ReLU(), nn.Linear(80, 7))
         >>> x = torch.randn(3, 48)
         >>> adapted = bone_fx.adapt(net, BoneConfig(r=16, target_modules=["0"]), [x])

@@ -62,7 +62,7 @@ def decoder_cases(config: Any, context_length: int | None, *, short: bool) -> li
     Around an original context, beyond which all positions are embedded in another way, a row's
     logits depend on the longest row of its batch and on what was cached before: no case crosses it.
     """
-    switches = _named(config, (_ORIGINAL,))
+    switches = original_contexts(config)
     widest = max((n + 2 for n in switches if n < LONGEST), default=0)
     cases = [
         case if case.buffer is None else replace(case, buffer=max(case.buffer, widest))
@@ -92,6 +92,11 @@ def edges(config: Any, limit: int | None) -> list[int]:
         limit: The largest of interest.
     """
     return [n for n in _named(config, (*_WORDS, _ORIGINAL)) if n < (limit or sys.maxsize)]
+
+
+def original_contexts(config: Any) -> list[int]:
+    """Lengths beyond which all positions of a text are embedded in another way, in order."""
+    return _named(config, (_ORIGINAL,))
 
 
 def _named(config: Any, words: Sequence[str]) -> list[int]:

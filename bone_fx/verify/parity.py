@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -39,6 +40,21 @@ DIFFERS_FROM_BASE = 100
 """An adapter must move the outputs by more than this many tolerances of fp32; less is a warning."""
 
 
+@dataclass(frozen=True)
+class Generated:
+    """What a decoder's graph generated greedily.
+
+    Attributes:
+        prompt: The tokens before it.
+        tokens: The tokens of the graph.
+        margins: How far the logit of each is ahead of the next best, relative to the largest.
+    """
+
+    prompt: list[int]
+    tokens: list[int]
+    margins: list[float]
+
+
 @dataclass
 class Parity:
     """What was compared and what came out.
@@ -57,6 +73,7 @@ class Parity:
         skipped: Cases that could not be run, and why.
         warnings: What a person should know though it is no failure.
         reference: Where the weights of the torch model were: `in memory`, or `streamed`.
+        generated: What a decoder's graph generated, as it is published.
     """
 
     tolerance: float
@@ -66,6 +83,7 @@ class Parity:
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     reference: str = "in memory"
+    generated: Generated | None = None
 
     def compare(
         self,
@@ -148,9 +166,9 @@ def difference(actual: Tensor, reference: Tensor, floor: float = SMALLEST["fp32"
     """
     if actual.shape != reference.shape:
         return float("inf")
-    actual, reference = actual.float(), reference.float()
-    if not bool(torch.isfinite(actual).all()) or not bool(torch.isfinite(reference).all()):
-        return float("inf")
     if actual.numel() == 0:
         return 0.0
-    return float((actual - reference).abs().max() / reference.abs().max().clamp_min(floor))
+    actual, reference = actual.float(), reference.float()
+    # Any NaN or Inf of either is one of the largest difference.
+    gap = float((actual - reference).abs().max() / reference.abs().max().clamp_min(floor))
+    return gap if math.isfinite(gap) else math.inf

@@ -7,7 +7,7 @@ verification.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -42,11 +42,14 @@ def verify_rotary_tables(folder: Path, model: nn.Module, names: Iterable[str]) -
         VerificationError: A layer reads a table that is not its own in the reference.
     """
     names = [name for name in names if name.startswith(("cos_cache", "sin_cache"))]
-    if not names or not any(map(_is_rotary, model.modules())):
+    modules = [module for module in model.modules() if _is_rotary(module)] if names else []
+    if not modules:
         return []
     constants = ir.load(folder / "model.onnx").graph.initializers
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     layers = LayerList.of(model)
+    of_layers = {} if layers is None else _modules_by_layer(layers, modules)
+    unowned = [m for m in modules if not any(m in own for own in of_layers.values())]
     for name in names:
         value = constants[name].const_value
         assert value is not None
@@ -57,7 +60,8 @@ def verify_rotary_tables(folder: Path, model: nn.Module, names: Iterable[str]) -
             readers += reading_layers(graph, layers.path, name)
         wrong = cache(partial(_wrong_row, table, cosine=cosine))
         for layer in readers or [None]:
-            rows = [wrong(*own) for own in _modules_of(layer, layers, model)]
+            own = modules if layer is None else of_layers[layer] or unowned
+            rows = [wrong(m, kind) for m in own for kind in _kinds(m, model, layer)]
             if None in rows:
                 continue
             first = max(row for row in rows if row is not None)
@@ -71,23 +75,14 @@ def verify_rotary_tables(folder: Path, model: nn.Module, names: Iterable[str]) -
     return names
 
 
-def _modules_of(
-    layer: int | None, layers: LayerList | None, model: nn.Module
-) -> list[tuple[nn.Module, str | None]]:
-    """The rotary modules that a layer may read, each with the kind of its layer.
-
-    A layer's own, else those that no layer owns; of an unknown layer all, for all kinds.
-    """
-    modules = [m for m in model.modules() if _is_rotary(m)]
-    if layer is None or layers is None:
-        return [(module, kind) for module in modules for kind in _kinds(module, model)]
-    of_layers = {m for m in layers.layers.modules() if _is_rotary(m)}
-    own = [m for m in modules if m in set(layers.layers[layer].modules())]
-    return [
-        (module, kind)
-        for module in own or [m for m in modules if m not in of_layers]
-        for kind in _kinds(module, model, layer)
-    ]
+def _modules_by_layer(
+    layers: LayerList, modules: Sequence[nn.Module]
+) -> dict[int, list[nn.Module]]:
+    """Those of some modules that each layer has for itself."""
+    return {
+        number: [module for module in layer.modules() if module in modules]
+        for number, layer in enumerate(layers.layers)
+    }
 
 
 def _is_rotary(module: nn.Module) -> bool:
@@ -97,8 +92,12 @@ def _is_rotary(module: nn.Module) -> bool:
     )
 
 
-def _kinds(module: nn.Module, model: nn.Module, layer: int | None = None) -> list[str | None]:
-    """The kinds of layers that a module has tables for, or that of one layer; None for all."""
+def _kinds(module: nn.Module, model: nn.Module, layer: int | None) -> list[str | None]:
+    """The kinds of layers that a module has tables for, or that of one layer; None for all.
+
+    A layer reads the tables of its own modules, else of those that no layer owns; an unknown layer
+    may read all, for all kinds.
+    """
     if "layer_type" not in inspect.signature(module.forward).parameters:
         return [None]
     config = getattr(module, "config", model.config)

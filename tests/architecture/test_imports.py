@@ -23,7 +23,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "adapters": {"errors"},
     "operators": {"adapters", "errors"},
     "config": {"errors", "files"},
-    "runtime": {"errors"},
+    "runtime": {"errors", "files"},
     "default_targets": set(),
     "sites": {"adapters", "config", "errors"},
     "adapter_folder": {"adapters", "config", "errors", "files", "sites"},
@@ -48,7 +48,8 @@ MAY_KNOW: dict[str, set[str]] = {
         *("adapter_folder", "base", "capture", "config", "dialects", "errors", "files", "onnx"),
         *("passes", "progress", "runtime", "sites", "train", "verify", "weights"),
     },
-    "cli": {"deploy", "errors", "progress"},
+    # Of runtime the command line takes the generation, which reads a published folder alone.
+    "cli": {"deploy", "errors", "progress", "runtime"},
     "__main__": {"cli"},
     "__init__": {"config", "deploy", "errors", "passes", "train"},
 }

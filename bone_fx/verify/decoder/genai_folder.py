@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy as np
 from transformers import AutoTokenizer, GenerationConfig
 
 from bone_fx.errors import LOOK, InputRefusedError, VerificationError, first_line
-from bone_fx.verify.decoder.running import empty_past, step_of
+from bone_fx.verify.decoder.routes import Choices
+from bone_fx.verify.decoder.running import generate
 from bone_fx.verify.graph import WrittenGraph
 from bone_fx.verify.parity import Parity
 
@@ -26,13 +27,19 @@ TOKENIZER = "tokenizer.json"
 _DEFAULT_CONTEXT = 2048
 _TOKENS = 8
 _TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_PROMPT = 5
 _MARGIN = 1e-3
 """Of the largest logit: two tokens that lie closer may change places in a cache of fixed size."""
 _TEXT = "The quick brown fox: 3.14 jumps <|over|>\n\tthe lazy dög, 狗."
 
 
 def verify_genai_folder(
-    parity: Parity, graph: WrittenGraph, config: Any, base: Path, adapters: Sequence[Path]
+    parity: Parity,
+    graph: WrittenGraph,
+    config: Any,
+    base: Path,
+    adapters: Sequence[Path],
+    load: Callable[[Path], Any],
 ) -> None:
     """Compare `genai_config.json` and the tokenizer with the graph and with their sources.
 
@@ -42,15 +49,17 @@ def verify_genai_folder(
         config: The reference's configuration.
         base: The base's folder.
         adapters: The adapters' folders, in the order in which they apply.
+        load: Gives the tokenizer of a folder, as `load_tokenizer` does.
 
     Raises:
+        InputRefusedError: The tokenizer of an input cannot be loaded.
         VerificationError: A field or the tokenizer is wrong; the message names file and field.
     """
     folder = graph.path.parent
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     found = _flat(content["model"])
     of_graph = _of_graph(graph)
-    tokens = _special_tokens(config, base, adapters, of_graph["vocab_size"])
+    tokens = _special_tokens(config, base, adapters, of_graph["vocab_size"], load)
     expected = {**of_graph, **_of_config(config), **tokens}
     for field, value in expected.items():
         _check(field, found.get(field), value)
@@ -63,11 +72,15 @@ def verify_genai_folder(
         if options.get("cuda", {}).get("enable_cuda_graph") == "1" and not graph.shares_a_buffer():
             _check("enable_cuda_graph", "1", "0, as the cache grows from step to step")
     parity.cases.append(f"{CONFIG}: {len(expected) + 1} fields")
-    _verify_tokenizer(parity, folder, [*reversed(adapters), base], found["vocab_size"])
+    _verify_tokenizer(parity, folder, [*reversed(adapters), base], found["vocab_size"], load)
 
 
 def verify_generation(parity: Parity, graph: WrittenGraph) -> None:
     """Generate greedily with onnxruntime-genai; the tokens are those of the graph itself.
+
+    Args:
+        parity: Takes the name of the check; the graph is run where it did not generate before.
+        graph: The graph in its folder.
 
     Raises:
         VerificationError: genai does not open the folder, or generates other tokens.
@@ -75,10 +88,15 @@ def verify_generation(parity: Parity, graph: WrittenGraph) -> None:
     if importlib.util.find_spec("onnxruntime_genai") is None:
         parity.skip("onnxruntime-genai", "it is not installed")
         return
-    prompt = np.random.default_rng(0).integers(0, _of_graph(graph)["vocab_size"], 5).tolist()
-    expected, margins = _greedy(graph, prompt)
+    of_graph = parity.generated
+    if of_graph is None:
+        vocab_size = _of_graph(graph)["vocab_size"]
+        prompt = np.random.default_rng(0).integers(0, vocab_size, _PROMPT).tolist()
+        without_experts = Choices({}, {}, last_of_equals=True)
+        of_graph = generate(graph.session(), without_experts, prompt, _TOKENS)
+    expected = of_graph.tokens
     try:
-        tokens = _generated(graph.path, prompt)
+        tokens = _generated(graph.path, of_graph.prompt, len(expected))
     except Exception as error:
         raise VerificationError(
             "verification failed: onnxruntime-genai does not run the folder",
@@ -89,7 +107,7 @@ def verify_generation(parity: Parity, graph: WrittenGraph) -> None:
     content = json.loads((graph.path.parent / CONFIG).read_text(encoding="utf-8"))
     ends = _as_list(content["model"].get("eos_token_id", 0))  # 0 is what genai takes without one
     place = _first_difference(tokens, expected, ends)
-    if place is not None and margins[place] > _MARGIN:
+    if place is not None and of_graph.margins[place] > _MARGIN:
         raise VerificationError(
             "verification failed: onnxruntime-genai generates other tokens than the graph",
             expected=expected,
@@ -172,7 +190,11 @@ def _of_config(config: Any) -> dict[str, Any]:
 
 
 def _special_tokens(
-    config: Any, base: Path, adapters: Sequence[Path], vocab_size: int
+    config: Any,
+    base: Path,
+    adapters: Sequence[Path],
+    vocab_size: int,
+    load: Callable[[Path], Any],
 ) -> dict[str, Any]:
     """Begin, end and padding of texts.
 
@@ -182,8 +204,9 @@ def _special_tokens(
     folders = [*reversed(adapters), base]
     with_settings = next((f for f in folders if (f / "generation_config.json").is_file()), None)
     settings = {} if with_settings is None else _generation(with_settings)
-    own = _tokenizer(next((f for f in adapters[::-1] if (f / TOKENIZER).is_file()), None))
-    of_base = _tokenizer(base if (base / TOKENIZER).is_file() else None)
+    trained_with = next((f for f in adapters[::-1] if (f / TOKENIZER).is_file()), None)
+    own = None if trained_with is None else load(trained_with)
+    of_base = load(base) if own is not None and (base / TOKENIZER).is_file() else None
     tokens: dict[str, Any] = {}
     for field in _TOKEN_FIELDS:
         token = settings.get(field)
@@ -208,9 +231,12 @@ def _as_list(token: Any) -> list[int]:
     return list(token) if isinstance(token, list) else [] if token is None else [token]
 
 
-def _tokenizer(folder: Path | None) -> Any:
-    if folder is None:
-        return None
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, as transformers loads it.
+
+    Raises:
+        InputRefusedError: It cannot be loaded.
+    """
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
@@ -222,7 +248,11 @@ def _tokenizer(folder: Path | None) -> Any:
 
 
 def _verify_tokenizer(
-    parity: Parity, folder: Path, sources: Sequence[Path], vocab_size: int
+    parity: Parity,
+    folder: Path,
+    sources: Sequence[Path],
+    vocab_size: int,
+    load: Callable[[Path], Any],
 ) -> None:
     """The folder's tokenizer is that of the first source that has one, and fits the vocabulary."""
     source = next((s for s in sources if (s / TOKENIZER).is_file()), None)
@@ -230,17 +260,19 @@ def _verify_tokenizer(
         parity.skip("tokenizer", "there is none in tokenizer.json")
         return
     try:
-        actual = _tokenizer(folder)
+        actual = load(folder)
     except Exception as error:
         raise VerificationError(
             f"verification failed: {TOKENIZER}: transformers does not load it",
             found=f"{type(error).__name__}: {error}",
             next_step=LOOK,
         ) from error
-    expected = _tokenizer(source)
+    expected = load(source)
     ids, of_source = actual(_TEXT)["input_ids"], expected(_TEXT)["input_ids"]
-    contents = [json.loads((f / TOKENIZER).read_text("utf-8")) for f in (folder, source)]
-    if ids != of_source or contents[0] != contents[1]:
+    contents = [(f / TOKENIZER).read_bytes() for f in (folder, source)]
+    if ids != of_source or (
+        contents[0] != contents[1] and json.loads(contents[0]) != json.loads(contents[1])
+    ):
         raise VerificationError(
             f"verification failed: {TOKENIZER}: another tokenizer than that of {source.name}",
             expected=of_source,
@@ -254,7 +286,7 @@ def _verify_tokenizer(
             found=max(ids),
             next_step=LOOK,
         )
-    _verify_template(actual, [_tokenizer(s) for s in sources if (s / TOKENIZER).is_file()])
+    _verify_template(actual, [load(s) for s in sources if (s / TOKENIZER).is_file()])
     parity.cases.append(f"{TOKENIZER}: {len(actual)} tokens")
 
 
@@ -270,21 +302,7 @@ def _verify_template(tokenizer: Any, sources: Sequence[Any]) -> None:
         )
 
 
-def _greedy(graph: WrittenGraph, prompt: list[int]) -> tuple[list[int], list[float]]:
-    """Tokens of the graph in a loop of our own, and how far each is ahead of the next best."""
-    session = graph.session()
-    past, tokens, margins = empty_past(session, 1), list(prompt), []
-    ids = np.array([prompt], dtype=np.int64)
-    for _ in range(_TOKENS):
-        logits, past = step_of(session, ids, np.ones((1, len(tokens)), dtype=np.int64), past)
-        two = logits[0, -1].topk(2)
-        margins.append(float((two.values[0] - two.values[1]) / logits[0, -1].abs().max()))
-        tokens.append(int(two.indices[0]))
-        ids = np.array([tokens[-1:]], dtype=np.int64)
-    return tokens[len(prompt) :], margins
-
-
-def _generated(graph: Path, prompt: list[int]) -> list[int]:
+def _generated(graph: Path, prompt: list[int], count: int) -> list[int]:
     """Tokens that onnxruntime-genai generates with a graph on the CPU until it is done."""
     import onnxruntime_genai as og
 
@@ -293,7 +311,7 @@ def _generated(graph: Path, prompt: list[int]) -> list[int]:
     config.overlay(json.dumps({"model": {"decoder": {"filename": graph.name}}}))
     model = og.Model(config)
     parameters = og.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(prompt) + _TOKENS, do_sample=False)
+    parameters.set_search_options(max_length=len(prompt) + count, do_sample=False)
     generator = og.Generator(model, parameters)
     generator.append_tokens(np.array([prompt], dtype=np.int32))
     while not generator.is_done():

@@ -1,4 +1,4 @@
-"""A decoder run once: the torch model on whole texts, a session on a step.
+"""A decoder run once: the torch model on whole texts, a session on a step or greedily.
 
 Shape letters: B batch, S new tokens, V vocabulary.
 """
@@ -6,14 +6,16 @@ Shape letters: B batch, S new tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bone_fx.verify.decoder.int8_cache import Int8Cache
-from bone_fx.verify.decoder.routes import Routed, Routes
+from bone_fx.verify.decoder.int8_cache import Int8Cache, rows_of_codes
+from bone_fx.verify.decoder.routes import Choices, Routed, Routes, joined
+from bone_fx.verify.parity import Generated
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -61,6 +63,66 @@ def routed(
     with Routed(model, len(row), routes, tolerance, case) as choices:
         [logits] = alone(model, [row], kept)
     return logits, choices.made
+
+
+def together(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor] | None:
+    """Logits `[S, V]` of rows in one batch without padding; None of a model that chooses experts.
+
+    Shorter rows are repeated until they are as long as the longest: what comes later changes
+    nothing before it in a model that has a cache.
+    """
+    longest = max(map(len, rows))
+    ids = torch.tensor([(list(row) * longest)[:longest] for row in rows])
+    whole: Any = model
+    with torch.no_grad(), Routed(model, ids.numel(), ()) as choices:
+        logits = whole(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+    if choices.made:
+        return None
+    return [of_row[: len(row)] for of_row, row in zip(logits, rows, strict=True)]
+
+
+@dataclass(frozen=True)
+class Generation(Generated):
+    """What a graph generated greedily, and how it came to it.
+
+    Attributes:
+        routes: The experts that it chose for the prompt and all tokens but the last.
+        kept: What it kept of these; None of a cache in floats.
+    """
+
+    routes: Routes
+    kept: Int8Cache | None
+
+
+def generate(
+    session: onnxruntime.InferenceSession,
+    choices: Choices,
+    prompt: Sequence[int],
+    count: int,
+    cache: Int8Cache | None = None,
+) -> Generation:
+    """Generate tokens greedily with a graph.
+
+    Args:
+        session: A session of the graph.
+        choices: The nodes whose choice of experts it shows.
+        prompt: Tokens that it begins with.
+        count: How many it generates.
+        cache: How the graph keeps its cache in int8; None for floats.
+    """
+    past, tokens, margins, chosen = empty_past(session, 1), list(prompt), [], []
+    ids = np.array([prompt], dtype=np.int64)
+    for _ in range(count):
+        outputs = outputs_of(session, ids, np.ones((1, len(tokens)), dtype=np.int64), past)
+        past = past_of(outputs)
+        chosen.append([each[0] for each in choices.read(outputs, ids.shape)])
+        logits = logits_of(outputs)[0, -1]
+        two = logits.topk(2)
+        margins.append(float((two.values[0] - two.values[1]) / logits.abs().max()))
+        tokens.append(int(two.indices[0]))
+        ids = np.array([tokens[-1:]], dtype=np.int64)
+    [kept] = rows_of_codes(cache, past, [len(tokens) - 1])
+    return Generation(list(prompt), tokens[len(prompt) :], margins, joined(chosen), kept)
 
 
 def step_of(
