@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bone_fx.adapter_folder import WEIGHTS_NAME, AdapterFolder, Adapters
 from bone_fx.base.unused_tensors import matching
 from bone_fx.errors import AdapterError, some
-from bone_fx.sites import is_trained_whole
+from bone_fx.sites import is_saved_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -204,7 +204,7 @@ def _check_whole(label: str, adapter: AdapterFolder, model: PreTrainedModel) -> 
         for name, _ in model.named_parameters(remove_duplicate=False)
         if name not in brought
         and tied.get(name, name) not in partners
-        and is_trained_whole(adapter.config, name)
+        and is_saved_module(adapter.config, name.rpartition(".")[0])
     ]
     if lacking:
         raise AdapterError(
