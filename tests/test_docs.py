@@ -14,7 +14,8 @@ import pytest
 import bone_fx
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
-DOCUMENTS = [Path(__file__).parents[1] / name for name in ("README.md", "docs/training.md")]
+NAMES = ("README.md", "docs/training.md", "docs/peft.md")
+DOCUMENTS = [Path(__file__).parents[1] / name for name in NAMES]
 
 
 @pytest.mark.parametrize("name", sorted(set(bone_fx.__all__) - {"__version__"}))
