@@ -20,10 +20,16 @@ NUMPY: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(bfloat16)": ml_dtypes.bfloat16,
+    "tensor(float8e4m3fn)": ml_dtypes.float8_e4m3fn,
     "tensor(int8)": np.int8,
     "tensor(uint8)": np.uint8,
     "tensor(int64)": np.int64,
 }
+_WITHOUT_NUMPY = {
+    ml_dtypes.bfloat16: (onnx.TensorProto.BFLOAT16, np.uint16),
+    ml_dtypes.float8_e4m3fn: (onnx.TensorProto.FLOAT8E4M3FN, np.uint8),
+}
+"""What ONNX Runtime takes as bits alone: its own name for it, and NumPy's integer of the size."""
 _BLOCK = 1 << 22
 RANDOM = "random-weights"
 """An empty file beside data that `fill_at_random` wrote."""
@@ -125,14 +131,15 @@ class Decoder:
         self._inputs = {value.name: value for value in self.session.get_inputs()}
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self.dtype, self.vocabulary = logits.type, int(logits.shape[2])
-        self.runs_on_cpu = self.dtype != "tensor(bfloat16)"
         self._only_last = logits.shape[1] == 1
         past = [name for name in self._inputs if name.startswith("past_key_values.")]
         fused = sum(node.op_type == "GroupQueryAttention" for node in nodes)
         self._shares = 2 * fused == len(past)
         if graph and not self._shares:
             raise OSError("the cache grows from step to step: no CUDA graph")
-        self.rounds_cache = any(self._inputs[name].type == "tensor(int8)" for name in past)
+        kept = {self._inputs[name].type for name in past}
+        self.rounds_cache = bool(kept & {"tensor(int8)", "tensor(float8e4m3fn)"})
+        self.runs_on_cpu = not {self.dtype, *kept} & {"tensor(bfloat16)", "tensor(float8e4m3fn)"}
         self._past = past
         self._cache: dict[str, ort.OrtValue] = {}
         self._bound: dict[int, tuple[Any, dict[str, ort.OrtValue]]] = {}
@@ -204,12 +211,12 @@ class Decoder:
         return binding, values
 
     def _value(self, content: np.ndarray) -> ort.OrtValue:
-        if content.dtype != ml_dtypes.bfloat16:
+        if content.dtype.type not in _WITHOUT_NUMPY:
             return ort.OrtValue.ortvalue_from_numpy(content, self.provider, 0)
-        kind = onnx.TensorProto.BFLOAT16
+        kind, bits = _WITHOUT_NUMPY[content.dtype.type]
         shape = list(content.shape)
         value = ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, self.provider, 0)
-        value.update_inplace(content.view(np.uint16))
+        value.update_inplace(content.view(bits))
         return value
 
     def _last(self, logits: ort.OrtValue) -> np.ndarray:

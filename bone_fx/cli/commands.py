@@ -230,6 +230,7 @@ def bone_export_verify(
         str | None, typer.Option("--base", metavar="BASE", help="The base that it was made from.")
     ] = None,
     adapter: Annotated[list[str] | None, ADAPTER] = None,
+    variant: Annotated[list[str] | None, VARIANT] = None,
     provider: Annotated[Provider, typer.Option(help="Provider to run the graph on.")] = "cpu",
     verify: Annotated[Compared, typer.Option(help="How much is compared with torch.")] = "full",
     samples: Annotated[str | None, option("samples", metavar="FILE")] = None,
@@ -248,6 +249,7 @@ def bone_export_verify(
             output,
             base=base,
             adapters=adapter or (),
+            variants=_variants(variant or []),
             provider=provider,
             verify=verify,
             samples=samples,
