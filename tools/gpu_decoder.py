@@ -100,14 +100,14 @@ class Decoder:
     """A session with its inputs and outputs bound, and one buffer for past and present.
 
     Args:
-        folder: Where `model.onnx` is.
+        path: `model.onnx`, or the graph of a variant.
         provider: `cuda` or `cpu`.
         graph: Whether steps are fed as CUDA graphs need it, with a mask as wide as the cache; on
             CUDA they are captured and replayed.
         entries: Entries of the session's configuration.
     """
 
-    def __init__(self, folder: Path, provider: str, graph: bool, entries: dict[str, str]) -> None:
+    def __init__(self, path: Path, provider: str, graph: bool, entries: dict[str, str]) -> None:
         self.provider, self.graph = provider, graph
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -119,7 +119,6 @@ class Decoder:
         if provider == "cuda":
             captures = {"enable_cuda_graph": str(int(graph))}
             providers.insert(0, ("CUDAExecutionProvider", captures))
-        path = folder / "model.onnx"
         self.session = ort.InferenceSession(str(path), options, providers=providers)
         if self.session.get_providers()[0] != f"{provider.upper()}ExecutionProvider":
             raise OSError(f"the session fell back to {self.session.get_providers()[0]}")
@@ -127,7 +126,8 @@ class Decoder:
         self.rounds_activations = any(
             a.name == "accuracy_level" and a.i == 4 for node in nodes for a in node.attribute
         )
-        self.bytes = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
+        self.bytes = path.stat().st_size
+        self.bytes += sum(file.stat().st_size for file in path.parent.glob("*.data"))
         self._inputs = {value.name: value for value in self.session.get_inputs()}
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self.dtype, self.vocabulary = logits.type, int(logits.shape[2])
@@ -232,17 +232,23 @@ def _present(name: str) -> str:
     return name.replace("past_key_values", "present")
 
 
+def models_of(folder: Path) -> list[Path]:
+    """The graphs of a folder: `model.onnx`, or those of its variants."""
+    model = folder / "model.onnx"
+    return [model] if model.is_file() else sorted(folder.glob("*.onnx")) or [model]
+
+
 def fill_at_random(folder: Path) -> None:
-    """Write the data file of a graph: values of the right dtypes and sizes, none large.
+    """Write the data file of a folder's graphs: values of the right dtypes and sizes, none large.
 
     Raises:
         SystemExit: There are weights that this function did not write; they are left alone.
     """
     mark = folder / RANDOM
     if not mark.exists() and any(folder.glob("*.data")):
-        raise SystemExit(f"{folder} has weights: copy only its model.onnx for --random")
+        raise SystemExit(f"{folder} has weights: copy only its graphs for --random")
     mark.touch()
-    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    graphs = [onnx.load(path, load_external_data=False).graph for path in models_of(folder)]
     generator = np.random.default_rng(0)
     small = generator.standard_normal(_BLOCK) * 0.02
     blocks: dict[int, bytes] = {
@@ -252,7 +258,7 @@ def fill_at_random(folder: Path) -> None:
         onnx.TensorProto.UINT8: generator.integers(0, 256, _BLOCK, np.uint8).tobytes(),
     }
     places: dict[tuple[str, int], tuple[int, int]] = {}
-    for tensor in graph.initializer:
+    for tensor in (tensor for graph in graphs for tensor in graph.initializer):
         entries = {entry.key: entry.value for entry in tensor.external_data}
         if entries:
             offset, length = int(entries.get("offset", 0)), int(entries["length"])

@@ -139,8 +139,9 @@ def export(
             to a quantized head, which then serves both.
         kv_cache: `"int8"` keeps a decoder's keys and values in int8 between its steps, a quarter of
             fp32's bytes, by scales of each layer and channel that are measured on the calibration
-            text; `"float"` keeps them in the dtype of the activations. Only where every layer's
-            attention is GroupQueryAttention.
+            text; `"fp8"` the same in float8_e4m3fn, for provider `"cuda"` alone, verified through
+            a twin with a cache of rounded floats; `"float"` keeps them in the dtype of the
+            activations. Only where every layer's attention is GroupQueryAttention.
         last_token_logits: Give a decoder's logits of each text's last token only, as a generation
             loop reads them: prefill without a product over the vocabulary for every token.
         cuda_graph: Let onnxruntime-genai capture a decoder's step as a CUDA graph and replay it,

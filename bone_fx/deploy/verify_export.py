@@ -131,6 +131,12 @@ def verify_export(
     check_fields(output, manifest, compared=base is not None)
     if variants and manifest["kind"] != VARIANTS:
         raise UsageError(f"{output} holds no variants", next_step="pass --adapter instead")
+    cache = manifest.get("kv_cache") or {}
+    if cache.get("dtype") == FP8_CACHE and provider != "cpu" and base is not None:
+        raise UsageError(
+            "a decoder with a cache in fp8 is compared through a twin on the CPU",
+            next_step="--provider cpu, and tools/gpu_check.py on the card",
+        )
     is_folded = manifest["kind"] == "checkpoint"
     progress.stage("hash the files")
     files = check_files(folder, manifest)
@@ -202,12 +208,6 @@ def exported_of(
     Raises:
         UsageError: The provider has no kernels for its dtype.
     """
-    cache = manifest.get("kv_cache") or {}
-    if cache.get("dtype") == FP8_CACHE and provider != "cpu":
-        raise UsageError(
-            "a decoder with a cache in fp8 is compared through a twin on the CPU",
-            next_step="--provider cpu, and tools/gpu_check.py on the card",
-        )
     if manifest["activations"] == "bf16" and provider == "cpu":
         raise UsageError(
             "ONNX Runtime does not load a bf16 model on the CPU provider",
