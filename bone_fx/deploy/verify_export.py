@@ -211,7 +211,9 @@ def exported_of(
     if manifest["activations"] == "bf16" and provider == "cpu":
         raise UsageError(
             "ONNX Runtime does not load a bf16 model on the CPU provider",
-            next_step="--provider cuda",
+            next_step="leave out --base: it was compared when it was exported, through a twin"
+            if (manifest.get("kv_cache") or {}).get("dtype") == FP8_CACHE
+            else "--provider cuda",
         )
     is_decoder, quantization = manifest["kind"] == "decoder", manifest["quantization"]
     companions = choose_companions(inputs.checkpoint.folder, inputs.adapters)
