@@ -104,6 +104,11 @@ VARIANT = typer.Option(
     help="Instead of --adapter: an adapter that gets a graph of its own, NAME.onnx, over common "
     "weights; repeat for several.",
 )
+VARIANT_AGAIN = typer.Option(
+    "--variant",
+    metavar="NAME=DIR",
+    help="Of a folder of variants: the adapter that one was made from; repeat for each.",
+)
 Overwrite = Annotated[bool, option("overwrite", "--overwrite")]
 
 app = typer.Typer(**SETTINGS)
@@ -230,7 +235,7 @@ def bone_export_verify(
         str | None, typer.Option("--base", metavar="BASE", help="The base that it was made from.")
     ] = None,
     adapter: Annotated[list[str] | None, ADAPTER] = None,
-    variant: Annotated[list[str] | None, VARIANT] = None,
+    variant: Annotated[list[str] | None, VARIANT_AGAIN] = None,
     provider: Annotated[Provider, typer.Option(help="Provider to run the graph on.")] = "cpu",
     verify: Annotated[Compared, typer.Option(help="How much is compared with torch.")] = "full",
     samples: Annotated[str | None, option("samples", metavar="FILE")] = None,

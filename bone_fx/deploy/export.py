@@ -149,8 +149,8 @@ def export(
             cache has `max_length` positions from the start.
         calibration: A text file. int4 chooses a decoder's scales for the inputs that its products
             see on its first thousand tokens, and a cache in 8 bits is measured there; None takes
-            the built-in text, `"none"` rounds weights to nearest, as ONNX Runtime's quantizer and the
-            builder do.
+            the built-in text, `"none"` rounds weights to nearest, as ONNX Runtime's quantizer and
+            the builder do.
         trust_remote_code: Run Python files that come with the base.
         revision: Branch, tag or commit of a hub id.
         allow_unused: Names, or patterns as for file names, of tensors in the base's or an adapter's

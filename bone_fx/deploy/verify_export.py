@@ -45,7 +45,8 @@ class VerifyResult:
     Attributes:
         output: The folder.
         files: How many files are as the manifest says.
-        verification: Figures and cases of the comparison with torch; None without the base.
+        verification: Figures and cases of the comparison with torch; None without the base. Of a
+            folder of variants the worst of all, and each one's own under `variants`.
         warnings: What a person should know.
     """
 
