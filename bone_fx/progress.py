@@ -1,4 +1,4 @@
-"""Progress: stage names and bytes on a terminal, plain lines elsewhere, always on stderr."""
+"""Progress: stages and a bar on a terminal, plain lines elsewhere, on stderr."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import sys
 import time
 from contextlib import suppress
 from types import TracebackType
-from typing import IO, Protocol, Self
+from typing import IO, TYPE_CHECKING, Protocol, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 PUBLISH = "publish"
 """The last stage: the folder is moved to the output."""
 
 _WORTH_SHOWING = 20_000_000
+"""Bytes of a stage from which on they are shown."""
+_ON_A_TERMINAL, _ELSEWHERE = 100, 4
+"""Parts of a stage that are shown."""
 
 
 class Progress(Protocol):
@@ -35,13 +41,18 @@ class Silent:
 
 
 class Lines:
-    """A line a stage, and every quarter of its bytes; on a terminal the bytes stay on one line."""
+    """A line a stage; of its bytes a bar on a terminal, and elsewhere a line every quarter.
+
+    Args:
+        stream: Where it is written, stderr by default.
+    """
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._start = time.monotonic()
         self._part = -1
+        self._bar: Bar | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -52,14 +63,11 @@ class Lines:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._part >= 0 and self._terminal:
-            self._write("\n")
+        self._end_of_stage()
 
     def stage(self, name: str) -> None:
         """A stage begins."""
-        if self._part >= 0 and self._terminal:
-            self._write("\n")
-        self._part = -1
+        self._end_of_stage()
         bold, plain = ("\x1b[1m", "\x1b[0m") if self._terminal else ("", "")
         self._write(f"[{time.monotonic() - self._start:6.1f} s] {bold}{name}{plain}\n")
 
@@ -70,16 +78,46 @@ class Lines:
         """
         if total < _WORTH_SHOWING:
             return
-        steps = 100 if self._terminal else 4
-        part = steps * done // max(total, 1)
+        part = (_ON_A_TERMINAL if self._terminal else _ELSEWHERE) * done // total
         if part == self._part:
             return
         self._part = part
-        text = f"           {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
-        self._write(f"\r{text}" if self._terminal else f"{text}\n")
+        if not self._terminal:
+            self._write(f"           {done / 1e6:,.0f} of {total / 1e6:,.0f} MB\n")
+            return
+        # A run does not fail because nobody reads how it goes.
+        with suppress(OSError, ValueError):
+            if self._bar is None:
+                self._bar = _bar(self._stream, total)
+                self._bar.start()
+            self._bar.update(self._bar.task_ids[0], completed=done, refresh=True)
+
+    def _end_of_stage(self) -> None:
+        with suppress(OSError, ValueError):
+            if self._bar is not None:
+                self._bar.stop()
+        self._bar, self._part = None, -1
 
     def _write(self, text: str) -> None:
-        # A run does not fail because nobody reads how it goes.
         with suppress(OSError, ValueError):
             self._stream.write(text)
             self._stream.flush()
+
+
+def _bar(stream: IO[str], total: int) -> Bar:
+    """A bar with bytes and the time that is left, drawn only when it is told to."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    bar = Progress(
+        BarColumn(bar_width=None),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=stream, force_terminal=True),
+        expand=True,
+        auto_refresh=False,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    bar.add_task("", total=total)
+    return bar

@@ -52,5 +52,7 @@ def main(base: str, output: str, steps: int = 4) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
     os._exit(0)  # PyTorch 2.13: a thread of gloo's that frees a tensor while Python ends aborts

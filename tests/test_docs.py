@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import pytest
 
 import bone_fx
 
-DOCUMENTS = [Path(__file__).parents[1] / name for name in ("README.md", "docs/training.md")]
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+NAMES = ("README.md", "docs/training.md", "docs/peft.md")
+DOCUMENTS = [Path(__file__).parents[1] / name for name in NAMES]
 
 
 @pytest.mark.parametrize("name", sorted(set(bone_fx.__all__) - {"__version__"}))
@@ -48,3 +51,13 @@ def test_python_of_the_documents_names_what_there_is(block: str) -> None:
             and node.value.id == "bone_fx"
         ):
             assert hasattr(bone_fx, node.attr), node.attr
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_without_arguments_says_its_usage(
+    example: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(example)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(example), run_name="__main__")
+    assert re.search(rf"^.*Run: .*examples/{example.name} \w+", str(end.value), re.MULTILINE)

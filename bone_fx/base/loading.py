@@ -25,6 +25,7 @@ from bone_fx.base.weight_files import (
     refuse_unsafe,
 )
 from bone_fx.errors import BaseModelError, InputRefusedError, UsageError
+from bone_fx.files.nearby import meant
 from bone_fx.weights.load_plan import LoadPlan
 from bone_fx.weights.recipes.recipe import Read
 from bone_fx.weights.storage.safetensors_file import file_sha256, same_bytes
@@ -171,7 +172,7 @@ def open_base(
         raise BaseModelError(
             f"{base} does not exist",
             expected="a model folder, a .gguf file or a hub id",
-            next_step="check the path",
+            next_step=meant(base, "check the path"),
         )
     else:
         from bone_fx.base.hub import download

@@ -20,9 +20,9 @@ def run(arguments: Sequence[str], signals: Signals) -> int:
         # transformers fetches and runs kernels from the hub by names in a configuration.
         if "--trust-remote-code" not in arguments:
             os.environ["USE_HUB_KERNELS"] = "0"
-        from bone_fx.cli.commands import split, start
+        from bone_fx.cli.commands import start
 
-        return start(*split(arguments), signals)
+        return start(arguments, signals)
     except BaseException as error:  # noqa: BLE001 - the last place at which it can be explained
         from bone_fx.cli.failures import failure_of
 

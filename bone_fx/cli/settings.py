@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from bone_fx.deploy.options import HELP
 
-SETTINGS: dict[str, Any] = {
-    "add_completion": False,
-    "rich_markup_mode": None,
-    "pretty_exceptions_enable": False,
-}
 HELP_FLAGS = {"help_option_names": ["-h", "--help"]}
 
 
@@ -21,7 +17,23 @@ def option(choice: str, *flags: str, **settings: Any) -> Any:
     return typer.Option(*flags, help=HELP[choice], **settings)
 
 
-Revision = Annotated[str | None, option("revision")]
+ADAPTER = typer.Option(
+    "--adapter",
+    metavar="[NAME=]DIR",
+    help="Bone, BAT or MiSS adapter in PEFT's layout: a folder, or a hub id (ID@REVISION); "
+    "repeat to apply several, in order.",
+)
+Base = Annotated[
+    str, typer.Argument(metavar="BASE", help="Hugging Face folder, GGUF file or hub id.")
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", metavar="BASE", help="The base: folder, GGUF file or hub id."),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to publish.")]
+Overwrite = Annotated[bool, option("overwrite", "--overwrite")]
+Samples = Annotated[str | None, option("samples", metavar="FILE")]
+Revision = Annotated[str | None, option("revision", metavar="REVISION")]
 AllowUnused = Annotated[list[str] | None, option("allow_unused", "--allow-unused", metavar="NAME")]
 RemoteCode = Annotated[bool, option("trust_remote_code", "--trust-remote-code")]
 AsJson = Annotated[

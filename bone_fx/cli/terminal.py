@@ -28,6 +28,11 @@ def answer(text: str) -> None:
     _write(sys.stdout, f"{printable(text, lines=False)}\n")
 
 
+def answer_part(text: str) -> None:
+    """A part of the result on stdout, as it comes."""
+    _write(sys.stdout, printable(text))
+
+
 def answer_json(content: Any) -> None:
     """The result, or an error, as JSON on stdout."""
     _write(sys.stdout, json.dumps(content) + "\n")

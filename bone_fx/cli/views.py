@@ -1,4 +1,4 @@
-"""The commands that look and write nothing: `inspect` and `doctor`."""
+"""The commands that look and write nothing: `verify`, `inspect` and `doctor`."""
 
 from __future__ import annotations
 
@@ -7,41 +7,79 @@ from typing import Annotated
 
 import typer
 
+from bone_fx.cli.adapters import named_adapters, named_variants
 from bone_fx.cli.settings import (
-    HELP_FLAGS,
-    SETTINGS,
+    ADAPTER,
     AllowUnused,
     AsJson,
+    BaseOption,
     Debug,
     Quiet,
     RemoteCode,
     Revision,
+    Samples,
 )
+from bone_fx.cli.summary import verify_lines
 from bone_fx.cli.terminal import answer, answer_json, note
+from bone_fx.cli.watching import progress_of
+from bone_fx.deploy.options import Compared, Provider
 
-INSPECT_EPILOG = """\b
-Examples:
-  bone-export inspect ./my-adapter
-  bone-export inspect ./my-adapter --base ./base --json
-
-Exit code 0 if nothing would be refused, else the refusal's.
-"""
-
-DOCTOR_EPILOG = """\b
-Exit code 0 if all is well, 7 if only the GPU's provider cannot be had, 5 for anything else.
-"""
-
-inspect_app = typer.Typer(**SETTINGS)
-doctor_app = typer.Typer(**SETTINGS)
+VARIANT = typer.Option(
+    "--variant",
+    metavar="NAME=DIR",
+    help="Of a folder of variants: the adapter that one was made from; repeat for each.",
+)
 
 
-@inspect_app.command(epilog=INSPECT_EPILOG, context_settings=HELP_FLAGS)
-def bone_export_inspect(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter in PEFT's layout.")],
-    base: Annotated[
-        str | None,
-        typer.Option("--base", metavar="BASE", help="A base to match it with: folder, GGUF, id."),
-    ] = None,
+def verify(
+    context: typer.Context,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Output of an export or a fold.")],
+    base: BaseOption = None,
+    adapter: Annotated[list[str] | None, ADAPTER] = None,
+    variant: Annotated[list[str] | None, VARIANT] = None,
+    provider: Annotated[Provider, typer.Option(help="Provider to run the graph on.")] = "cpu",
+    verify: Annotated[Compared, typer.Option(help="How much is compared with torch.")] = "full",
+    samples: Samples = None,
+    revision: Revision = None,
+    allow_unused: AllowUnused = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Verify an output again, from its files and its manifest."""
+    adapters, variants = named_adapters(adapter or []), named_variants(variant or [])
+    from bone_fx.deploy.verify_export import verify_export
+
+    with progress_of(context, quiet=quiet) as progress:
+        result = verify_export(
+            output,
+            base=base,
+            adapters=adapters,
+            variants=variants,
+            provider=provider,
+            verify=verify,
+            samples=samples,
+            revision=revision,
+            allow_unused=allow_unused,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    for warning in result.warnings:
+        note(warning)
+    if as_json:
+        found = {"files": result.files, "verification": result.verification}
+        answer_json({"output": str(result.output), "warnings": result.warnings, **found})
+    else:
+        for line in verify_lines(result.output, result.files, result.verification):
+            answer(line)
+
+
+def inspect(
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="Adapter in PEFT's layout: folder or hub id.")
+    ],
+    base: BaseOption = None,
     revision: Revision = None,
     allow_unused: AllowUnused = None,
     trust_remote_code: RemoteCode = False,
@@ -69,8 +107,7 @@ def bone_export_inspect(
     return int(view["refused"][0]["exit_code"]) if view["refused"] else 0
 
 
-@doctor_app.command(epilog=DOCTOR_EPILOG, context_settings=HELP_FLAGS)
-def bone_export_doctor(
+def doctor(
     as_json: AsJson = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Only what is wrong or worth knowing.")
@@ -90,7 +127,3 @@ def bone_export_doctor(
             for line in finding.lines():
                 answer(line)
     return exit_code(findings)
-
-
-VIEWS = {"inspect": inspect_app, "doctor": doctor_app}
-"""The commands by name."""

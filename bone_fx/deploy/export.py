@@ -24,7 +24,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ import torch
 from torch import fx, nn
 
 from bone_fx.adapter_folder import Adapters, read_adapters
-from bone_fx.deploy.input_files import files_read
+from bone_fx.deploy.input_files import files_read, local_adapters
 from bone_fx.deploy.options import (
     FLOAT_CACHE,
     NO_CALIBRATION,
@@ -80,7 +80,7 @@ def export(
     base: str | Path | nn.Module | fx.GraphModule | ExportedProgram,
     *,
     output: str | Path,
-    adapters: Sequence[str | Path] = (),
+    adapters: Sequence[str | Path] | Mapping[str, str | Path] = (),
     variants: Mapping[str, str | Path] | None = None,
     dtype: Dtype | None = None,
     provider: Provider = "cpu",
@@ -110,8 +110,9 @@ def export(
             ExportedProgram of your own, which needs `example_inputs`.
         output: Folder to publish: `model.onnx`, one `model.onnx.data`, `bone_export.json`,
             `report.html`, `README.md`; for decoders also what onnxruntime-genai needs.
-        adapters: Adapter folders in PEFT's layout, in the order in which they apply; only with a
-            checkpoint.
+        adapters: Adapter folders in PEFT's layout or hub ids (`owner/name`,
+            `owner/name@revision`), in the order in which they apply; or name -> folder, to name
+            them in the manifest. Only with a checkpoint.
         variants: Name -> adapter folder, instead of `adapters`: each is folded into a graph of its
             own, `NAME.onnx`, and all lie in one folder over one `model.onnx.data`, in which what no
             adapter touches stands once.
@@ -197,20 +198,21 @@ def export(
 
 def export_with(
     base: str | Path | nn.Module | ExportedProgram,
-    adapters: Sequence[str | Path],
+    adapters: Sequence[str | Path] | Mapping[str, str | Path],
     output: str | Path,
     options: ExportOptions,
     progress: Progress,
     variants: Mapping[str, str | Path] | None = None,
 ) -> ExportResult:
     """Export to ONNX as the options say; `export` tells what the arguments are."""
-    every = [*adapters, *(variants or {}).values()]
     if not isinstance(base, str | Path):
-        _check_module_choices(base, every, options)
-    text = None if options.calibration == NO_CALIBRATION else options.calibration
-    inputs = files_read(base, every, [text, options.samples])
+        _check_module_choices(base, [*adapters, *(variants or ())], options)
     if variants:
         _check_variants(adapters, variants)
+    adapters, variants = local_adapters(adapters), local_adapters(variants or {})
+    text = None if options.calibration == NO_CALIBRATION else options.calibration
+    every = [*adapters.values(), *variants.values()]
+    inputs = files_read(base, every, [text, options.samples])
     with staged(output, overwrite=options.overwrite, inputs=inputs) as staging:
         timed = Timed(progress)
         if variants:
@@ -228,7 +230,7 @@ def export_with(
 def _write(
     folder: Path,
     base: object,
-    adapters: Sequence[str | Path],
+    adapters: Mapping[str, Path],
     options: ExportOptions,
     timed: Timed,
 ) -> dict[str, Any]:
@@ -265,7 +267,7 @@ def _write(
 def _write_variants(
     folder: Path,
     base: object,
-    variants: Mapping[str, str | Path],
+    variants: Mapping[str, Path],
     options: ExportOptions,
     timed: Timed,
 ) -> dict[str, Any]:
@@ -277,7 +279,7 @@ def _write_variants(
         timed.stage(f"variant {name}")
         place = whole.begin(name)
         try:
-            manifest = _write(place, base, [adapter], options, timed)
+            manifest = _write(place, base, {"default": adapter}, options, timed)
         except VerificationError as error:
             raise VerificationError(
                 f"variant {name}: {error.what}",
@@ -290,7 +292,7 @@ def _write_variants(
     return whole.finish()
 
 
-def _check_variants(adapters: Sequence[str | Path], variants: Mapping[str, str | Path]) -> None:
+def _check_variants(adapters: Collection[str | Path], variants: Collection[str]) -> None:
     from bone_fx.deploy.variants import check_names
 
     if adapters:
@@ -320,7 +322,7 @@ def _verify(
 
 
 def _check_module_choices(
-    base: object, adapters: Sequence[str | Path], options: ExportOptions
+    base: object, adapters: Collection[str | Path], options: ExportOptions
 ) -> None:
     """Refuse what goes with a checkpoint only, for a module of the user's own."""
     if options.example_inputs is None and not isinstance(base, torch.export.ExportedProgram):

@@ -35,7 +35,7 @@ from bone_fx.deploy.checkpoint_inputs import open_checkpoint
 from bone_fx.deploy.companions.checkpoint_folder import INDEX_SUFFIX, copy_the_rest
 from bone_fx.deploy.companions.choice import hashes_beside_weights
 from bone_fx.deploy.earlier_output import files_of
-from bone_fx.deploy.input_files import files_read
+from bone_fx.deploy.input_files import files_read, local_adapters
 from bone_fx.deploy.manifest import manifest_of
 from bone_fx.deploy.report import write_reports
 from bone_fx.deploy.report.origin import read_origin
@@ -80,7 +80,7 @@ class FoldResult:
 def fold_checkpoint(
     base: str | Path,
     *,
-    adapters: Sequence[str | Path],
+    adapters: Sequence[str | Path] | Mapping[str, str | Path],
     output: str | Path,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -96,7 +96,8 @@ def fold_checkpoint(
 
     Args:
         base: A Hugging Face folder, a GGUF file or a hub id.
-        adapters: Adapter folders in PEFT's layout, in the order in which they apply.
+        adapters: Adapter folders in PEFT's layout or hub ids, in the order in which they apply; or
+            name -> folder, to name them in the manifest.
         output: Folder to publish: the base's files with other weights, `bone_export.json`,
             `report.html` and a model card.
         overwrite: Replace an earlier output.
@@ -123,7 +124,9 @@ def fold_checkpoint(
     if not adapters:
         raise UsageError("there is nothing to fold", next_step="pass one adapter or more")
     progress = timed = Timed(progress or Silent())
-    with staged(output, overwrite=overwrite, inputs=files_read(base, adapters)) as staging:
+    adapters = local_adapters(adapters)
+    inputs_read = files_read(base, list(adapters.values()))
+    with staged(output, overwrite=overwrite, inputs=inputs_read) as staging:
         progress.stage("read the inputs")
         inputs = open_checkpoint(
             base,

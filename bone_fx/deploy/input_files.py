@@ -1,10 +1,12 @@
-"""The files that a run reads: none may be overwritten or deleted by it."""
+"""The files that a run reads: where they lie, so that none is overwritten or deleted by it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from bone_fx.adapter_folder import adapter_names
 
 
 def files_read(
@@ -24,6 +26,40 @@ def files_read(
         given += [base, *_caches(Path(base).expanduser())]
     named = [path for each in given for path in _inside(Path(each).expanduser())]
     return [path for path in named if os.path.lexists(path)]
+
+
+def local_adapters(
+    given: Sequence[str | Path] | Mapping[str, str | Path],
+) -> dict[str, Path]:
+    """The folders of adapters by the names they go by; what is a hub id is fetched.
+
+    Args:
+        given: Folders in PEFT's layout or hub ids (`owner/name`, `owner/name@revision`), in the
+            order in which they apply; by name, or named by `adapter_names`.
+
+    Raises:
+        UsageError: A folder is given twice.
+        AdapterError: An adapter cannot be fetched.
+    """
+    if not isinstance(given, Mapping):
+        given = dict(zip(adapter_names(given), given, strict=True))
+    return {name: local_adapter(adapter) for name, adapter in given.items()}
+
+
+def local_adapter(given: str | Path) -> Path:
+    """The folder of an adapter: the path itself, or where the hub's cache has an id's files.
+
+    Args:
+        given: A path or a hub id; what exists on disk is no id.
+
+    Raises:
+        AdapterError: The adapter cannot be fetched.
+    """
+    from bone_fx.base.hub import adapter_id, download_adapter
+
+    folder = Path(given).expanduser()
+    named = None if os.path.lexists(folder) else adapter_id(str(given))
+    return folder if named is None else download_adapter(*named)
 
 
 def _inside(path: Path) -> list[Path]:

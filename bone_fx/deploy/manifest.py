@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _NUMPY = {"FLOAT": "float32", "DOUBLE": "float64", "BFLOAT16": "bfloat16"}
 """Names of dtypes that are not ONNX's in small letters."""
 
+_OF_MODELS = "models--"
+"""What the hub's cache has before the id of a model or an adapter."""
 _PACKAGES = (
     "bone_fx",
     "torch",
@@ -144,7 +146,7 @@ def adapter_entry(name: str, adapter: AdapterFolder) -> dict[str, Any]:
     """What a manifest says of an adapter."""
     return {
         "name": name,
-        "folder": adapter.path.name,
+        "folder": folder_name(adapter.path),
         "peft_type": adapter.config.peft_type,
         "method": adapter.config.method,
         "r": adapter.config.r,
@@ -156,6 +158,14 @@ def adapter_entry(name: str, adapter: AdapterFolder) -> dict[str, Any]:
         },
         **_adapter_origin(adapter),
     }
+
+
+def folder_name(path: Path) -> str:
+    """The name of an adapter's folder; of one in the hub's cache its id, not its commit."""
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith(_OF_MODELS):
+        return repository.removeprefix(_OF_MODELS).replace("--", "/")
+    return path.name
 
 
 def _adapter_origin(adapter: AdapterFolder) -> dict[str, Any]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from bone_fx.errors import UsageError
+from bone_fx.files.nearby import meant
 
 Dtype = Literal["fp32", "fp16", "bf16", "int4", "int8"]
 Provider = Literal["cpu", "cuda"]
@@ -68,6 +70,46 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 _QUANTIZED_ONLY = ("block_size", "symmetric", "head", "embeddings")
 
+_UNCHANGED = ("none", "no", "off", "fp16", "fp32")
+_OTHER_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "dtype": {
+        "fp32": ("float32", "float", "f32", "full", "single", "32"),
+        "fp16": ("float16", "half", "f16", "16"),
+        "bf16": ("bfloat16", "brainfloat"),
+        "int4": ("uint4", "4", "4bit", "4-bit", "q4", "w4", "i4"),
+        "int8": ("uint8", "8", "8bit", "8-bit", "q8", "w8", "i8"),
+    },
+    "provider": {
+        "cuda": ("gpu", "nvidia", "cuda:0", "cudaexecutionprovider"),
+        "cpu": ("cpuexecutionprovider", "host"),
+    },
+    "verify": {
+        "full": ("yes", "true", "on", "all", "1", "slow"),
+        "fast": ("quick", "some"),
+        "off": ("no", "none", "false", "skip", "0"),
+    },
+    "head": {"keep": (*_UNCHANGED, "float"), "int4": ("4", "4bit"), "int8": ("8", "8bit")},
+    "kv_cache": {"float": (*_UNCHANGED, "keep"), "int8": ("8", "8bit", "q8", "uint8")},
+}
+"""What people call the values elsewhere: they are told the word, and nothing is assumed."""
+_OTHER_WORDS |= {"verify_on": _OTHER_WORDS["provider"], "embeddings": _OTHER_WORDS["head"]}
+
+
+def right_word(choice: str, value: object, allowed: Sequence[object]) -> object | None:
+    """The allowed value that a person means who wrote another word for it; None for no idea.
+
+    Args:
+        choice: Name of the choice, such as `dtype`.
+        value: What was written.
+        allowed: What may be written.
+    """
+    word = str(value).strip().lower().removeprefix("torch.")
+    of_word = {w: right for right, words in _OTHER_WORDS.get(choice, {}).items() for w in words}
+    if of_word.get(word) in allowed:
+        return of_word[word]
+    near = get_close_matches(word, [str(each) for each in allowed], 1)
+    return next((each for each in allowed if str(each) in near), None)
+
 
 @dataclass(frozen=True, eq=False)
 class ExportOptions:
@@ -119,10 +161,13 @@ class ExportOptions:
         for choice in fields(self):
             value, allowed = getattr(self, choice.name), _ALLOWED.get(choice.name)
             if allowed is not None and value != choice.default and value not in allowed:
+                meant = right_word(choice.name, value, allowed)
                 raise UsageError(
                     f"{choice.name}={value!r} is not known",
                     expected=" or ".join(map(str, allowed)),
-                    next_step="choose one of these",
+                    next_step="choose one of these"
+                    if meant is None
+                    else f"{choice.name}={meant!r}",
                 )
         self._check_quantization()
         self._check_calibration()
@@ -224,7 +269,9 @@ class ExportOptions:
             raise UsageError(
                 f"calibration={str(self.calibration)!r} is no file",
                 expected="a text file, or none",
-                next_step="name a file, or leave it out for the built-in text",
+                next_step=meant(
+                    self.calibration, "name a file, or leave it out for the built-in text"
+                ),
             )
 
 
@@ -249,7 +296,7 @@ def check_samples(samples: str | Path | None, verify: str) -> None:
         raise UsageError(
             f"samples={str(samples)!r} is no file",
             expected="a text file in UTF-8",
-            next_step="name a file, or leave it out",
+            next_step=meant(samples, "name a file, or leave it out"),
         )
 
 

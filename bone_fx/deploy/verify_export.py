@@ -22,6 +22,7 @@ from bone_fx.deploy.builds.checkpoint_graph import random_inputs
 from bone_fx.deploy.checkpoint_inputs import CheckpointInputs, open_checkpoint
 from bone_fx.deploy.companions.choice import choose_companions
 from bone_fx.deploy.earlier_output import MANIFEST, REJECTED, read_manifest
+from bone_fx.deploy.input_files import local_adapter, local_adapters
 from bone_fx.deploy.manifest import figures_of
 from bone_fx.deploy.options import FP8_CACHE, Compared, Provider, check_samples
 from bone_fx.deploy.published.alone import run_alone
@@ -31,6 +32,7 @@ from bone_fx.deploy.variants import KIND as VARIANTS
 from bone_fx.deploy.variants import together
 from bone_fx.deploy.verification import Exported, verify_checkpoint
 from bone_fx.errors import KEPT, UsageError, VerificationError
+from bone_fx.files.nearby import meant
 from bone_fx.onnx.writer import MODEL_FILE
 from bone_fx.progress import Progress, Silent
 from bone_fx.runtime.session import require_provider
@@ -60,7 +62,7 @@ def verify_export(
     output: str | Path,
     *,
     base: str | Path | None = None,
-    adapters: Sequence[str | Path] = (),
+    adapters: Sequence[str | Path] | Mapping[str, str | Path] = (),
     variants: Mapping[str, str | Path] | None = None,
     provider: Provider = "cpu",
     verify: Compared = "full",
@@ -75,8 +77,8 @@ def verify_export(
     Args:
         output: The folder, with its `bone_export.json`.
         base: The base that it was made from; None compares the files and runs the graph only.
-        adapters: The adapters, in the order in which they applied. Of a folder of variants, one of
-            each, which its files tell.
+        adapters: The adapters, folders or hub ids, in the order in which they applied. Of a folder
+            of variants, one of each, which its files tell.
         variants: Instead, of a folder of variants: each one's adapter by its name.
         provider: ONNX Runtime's provider to run on.
         verify: `"full"` or `"fast"`.
@@ -109,7 +111,7 @@ def verify_export(
         raise UsageError(
             f"{output} is no output of an export or a fold",
             expected=f"a folder with {MANIFEST}",
-            next_step="give the folder that was passed to -o",
+            next_step=meant(output, "give the folder that was passed to -o"),
         )
     for name, given in (("adapters", adapters), ("variants", variants), ("samples", samples)):
         if given and base is None:
@@ -173,12 +175,14 @@ def verify_export(
 
     if manifest["kind"] != VARIANTS:
         try:
-            figures = compared(read_adapters(adapters))
+            figures = compared(read_adapters(local_adapters(adapters)))
         except VerificationError as error:
             raise _of_a_published_folder(error) from error
     else:
         found = {}
-        for name, adapter in adapters_of_variants(manifest, adapters, variants or {}).items():
+        named = {name: local_adapter(each) for name, each in (variants or {}).items()}
+        every = adapters_of_variants(manifest, local_adapters(adapters), named)
+        for name, adapter in every.items():
             try:
                 found[name] = compared(read_adapters([adapter]), name)
             except VerificationError as error:

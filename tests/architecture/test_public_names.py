@@ -6,14 +6,14 @@ import importlib
 import inspect
 import re
 from importlib import metadata
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
-import typer
 
 import bone_fx
 from bone_fx import cli, errors
-from bone_fx.cli import commands, views
+from bone_fx.cli import exporting
+from bone_fx.cli.commands import program
 
 PUBLIC = {
     "AdaptedModule",
@@ -22,15 +22,23 @@ PUBLIC = {
     "BoneFxError",
     "ExportResult",
     "FoldResult",
+    "MissConfig",
     "PassResult",
+    "PeftModel",
     "VerifyResult",
     "adapt",
     "export",
     "fold_adapters",
     "fold_checkpoint",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "hotswap_adapter",
     "insert_adapters",
+    "set_peft_model_state_dict",
     "verify_export",
 }
+ALIASES = {"PeftModel": "AdaptedModule"}
+"""Names that PEFT has for what is called otherwise here."""
 OPTIONS = {
     "base": [],
     "output": ["--output", "-o"],
@@ -92,6 +100,28 @@ INSPECT_OPTIONS = {
     },
 }
 DOCTOR_OPTIONS = {name: OPTIONS[name] for name in ("as_json", "quiet", "debug", "help")}
+GENERATE_OPTIONS = {
+    "output": [],
+    "prompt": [],
+    "max_new_tokens": ["--max-new-tokens"],
+    "variant": ["--variant"],
+    "plain": ["--plain"],
+    **DOCTOR_OPTIONS,
+}
+COMMANDS = {
+    "export": OPTIONS,
+    "fold": FOLD_OPTIONS,
+    "verify": VERIFY_OPTIONS,
+    "inspect": INSPECT_OPTIONS,
+    "generate": GENERATE_OPTIONS,
+    "doctor": DOCTOR_OPTIONS,
+}
+PROGRAM_OPTIONS = {
+    "version": ["--version"],
+    "install_completion": ["--install-completion"],
+    "show_completion": ["--show-completion"],
+    "help": ["-h", "--help"],
+}
 CHOICES = {
     "dtype": (None, ["fp32", "fp16", "bf16", "int4", "int8"]),
     "provider": ("cpu", ["cpu", "cuda"]),
@@ -119,9 +149,8 @@ EXIT_CODES = {
 }
 
 
-def _options(app: typer.Typer) -> dict[str, list[str]]:
-    """The options of the command by parameter name, arguments with none."""
-    command = typer.main.get_command(app)
+def _options(command: Any) -> dict[str, list[str]]:
+    """The options of a command by parameter name, arguments with none."""
     with command.make_context("bone-export", [], resilient_parsing=True) as context:
         listed = command.get_params(context)
     return {
@@ -132,10 +161,10 @@ def _options(app: typer.Typer) -> dict[str, list[str]]:
 
 def _choices() -> dict[str, tuple[str | None, list[str]]]:
     """Default and allowed values of every parameter that takes one of a few words."""
-    hints = get_type_hints(commands.bone_export)
+    hints = get_type_hints(exporting.export)
     return {
         name: (parameter.default, list(get_args(kind)))
-        for name, parameter in inspect.signature(commands.bone_export).parameters.items()
+        for name, parameter in inspect.signature(exporting.export).parameters.items()
         for kind in (hints[name], *get_args(hints[name]))
         if get_origin(kind) is Literal
     }
@@ -148,7 +177,7 @@ def test_public_names() -> None:
 @pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_public_name_is_there_and_documented(name: str) -> None:
     value = getattr(bone_fx, name)
-    assert value.__name__ == name
+    assert value.__name__ == ALIASES.get(name, name)
     assert value.__doc__
 
 
@@ -161,16 +190,15 @@ def test_unknown_name_is_an_attribute_error() -> None:
         _ = bone_fx.nonsense
 
 
-def test_command_line_options() -> None:
-    commands_and_options = (
-        (commands.app, OPTIONS),
-        (commands.fold_app, FOLD_OPTIONS),
-        (commands.verify_app, VERIFY_OPTIONS),
-        (views.inspect_app, INSPECT_OPTIONS),
-        (views.doctor_app, DOCTOR_OPTIONS),
-    )
-    for app, expected in commands_and_options:
-        assert _options(app) == {name: sorted(options) for name, options in expected.items()}
+def test_commands() -> None:
+    assert list(program().commands) == list(COMMANDS)
+    assert _options(program()) == {n: sorted(options) for n, options in PROGRAM_OPTIONS.items()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_line_options(name: str) -> None:
+    expected = {parameter: sorted(options) for parameter, options in COMMANDS[name].items()}
+    assert _options(program().commands[name]) == expected
 
 
 def test_command_line_choices_and_defaults() -> None:
@@ -179,7 +207,7 @@ def test_command_line_choices_and_defaults() -> None:
 
 @pytest.mark.parametrize("name", EFFECTIVE)
 def test_help_says_what_an_open_choice_is(name: str) -> None:
-    command = typer.main.get_command(commands.app)
+    command = program().commands["export"]
     with command.make_context("bone-export", [], resilient_parsing=True) as context:
         text = " ".join(command.get_help(context).split())
     default = re.search(rf" --{name} .*?\[default: \(([\w, ]+)\)]", text)

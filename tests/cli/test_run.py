@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from bone_fx.cli import terminal
-from bone_fx.cli.commands import split
+from bone_fx.cli.commands import program, split
 from bone_fx.cli.signals import Signals, Stopped
 from bone_fx.cli.terminal import cut
 from bone_fx.deploy import fold_checkpoint as folding
@@ -49,6 +49,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("base fold", "", "base fold"),
         ("-o fold base", "", "-o fold base"),
         ("-- fold", "", "-- fold"),
+        ("export base -o out", "export", "base -o out"),
         ("./fold -o out", "", "./fold -o out"),
         ("--help", "", "--help"),
         ("", "", ""),
@@ -60,10 +61,14 @@ def test_the_command_among_the_arguments(arguments: str, command: str, rest: str
 
 def test_help_lists_the_commands_and_the_exit_codes() -> None:
     text = run("--help").stdout
-    assert "bone-export fold BASE" in text
+    for command in program().commands:
+        assert re.search(rf"^  {command}  ", text, re.MULTILINE), command
     for code in (0, 2, 3, 4, 5, 6, 7, 70, 129, 130, 143):
         assert re.search(rf"\b{code}\b", text), code
     assert "bone-export fold" in run("-q", "fold", "--help").stdout
+    assert run("help").stdout == text
+    bare = run()
+    assert (bare.stdout, bare.returncode) == (text, 2)
 
 
 def test_a_command_after_an_option(inputs: Path, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import bone_fx
-from bone_fx.cli import commands
-from bone_fx.deploy.options import HELP, ExportOptions
+from bone_fx.cli import exporting
+from bone_fx.deploy.options import _ALLOWED, _OTHER_WORDS, HELP, ExportOptions
 from bone_fx.errors import UsageError
 
 DEFAULTS = {choice.name: choice.default for choice in fields(ExportOptions)}
@@ -29,7 +29,7 @@ def test_export_and_the_command_line_have_the_same_choices() -> None:
     of_export = defaults_of(bone_fx.export, {"base", "output", "adapters", "variants", "progress"})
     assert of_export == DEFAULTS
     of_cli = defaults_of(
-        commands.bone_export,
+        exporting.export,
         {"context", "base", "output", "adapter", "variant", "as_json", "quiet", "debug"},
     )
     assert of_cli == {name: value for name, value in DEFAULTS.items() if name not in OF_MODULES}
@@ -151,3 +151,28 @@ def test_choices_of_a_checkpoint_are_refused_for_a_module(
     with pytest.raises(UsageError, match=f"{next(iter(choice))}.* goes with a checkpoint"):
         bone_fx.export(nn.Linear(4, 4), output=tmp_path / "out", example_inputs=inputs, **choice)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("choice", "written", "meant"),
+    [
+        ("dtype", "torch.float16", "fp16"),
+        ("dtype", "8-bit", "int8"),
+        ("provider", "gpu", "cuda"),
+        ("verify", "none", "off"),
+        ("kv_cache", "fp16", "float"),
+    ],
+)
+def test_another_word_for_a_value_is_told_the_right_one(
+    choice: str, written: str, meant: str
+) -> None:
+    with pytest.raises(UsageError, match=f"next: +{choice}='{meant}'$"):
+        ExportOptions(**{choice: written})
+
+
+def test_every_other_word_stands_for_one_value() -> None:
+    for choice, words in _OTHER_WORDS.items():
+        others = [other for each in words.values() for other in each]
+        assert set(words) <= set(_ALLOWED[choice])
+        assert len(set(others)) == len(others)
+        assert not set(others) & set(_ALLOWED[choice])

@@ -18,10 +18,12 @@ import torch
 from bone_fx.adapter_folder import WEIGHTS_NAME, AdapterFolder, read_adapters
 from bone_fx.config import CONFIG_NAME
 from bone_fx.deploy.companions.choice import companion_files
+from bone_fx.deploy.input_files import local_adapter
 from bone_fx.deploy.report.origin import read_origin
 from bone_fx.errors import AdapterError, BoneFxError
 from bone_fx.files.inputs import is_plain_file, unsafe_entries
 from bone_fx.files.json_file import NotJsonError, read_object
+from bone_fx.files.nearby import meant
 from bone_fx.weights.recipes.recipe import Recipe
 from bone_fx.weights.storage.safetensors_file import read_header, read_tensor
 
@@ -46,7 +48,7 @@ def inspect_adapter(
     """What an adapter folder holds.
 
     Args:
-        adapter: The folder.
+        adapter: The folder, or a hub id.
         base: A base to match it with: Hugging Face folder, GGUF file or hub id.
         trust_remote_code: Run Python files that come with the base.
         revision: Branch, tag or commit of a hub id.
@@ -60,9 +62,11 @@ def inspect_adapter(
     Raises:
         AdapterError: There is no such folder.
     """
-    folder = Path(adapter).expanduser()
+    folder = local_adapter(adapter)
     if not folder.is_dir():
-        raise AdapterError(f"there is no adapter folder {adapter}", next_step="check the path")
+        raise AdapterError(
+            f"there is no adapter folder {adapter}", next_step=meant(adapter, "check the path")
+        )
     if not (folder / CONFIG_NAME).exists() and (folder / "default" / CONFIG_NAME).exists():
         folder = folder / "default"
     view: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ def of_variant(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def adapters_of_variants(
     manifest: Mapping[str, Any],
-    adapters: Sequence[str | Path],
-    variants: Mapping[str, str | Path],
-) -> dict[str, str | Path]:
+    adapters: Mapping[str, Path],
+    variants: Mapping[str, Path],
+) -> dict[str, Path]:
     """The adapter of every variant, by its name.
 
     Args:
         manifest: Of the folder.
-        adapters: Folders of adapters; each belongs to the variants that were made from its files.
+        adapters: Folders of adapters by their names; each belongs to the variants that were made
+            from its files.
         variants: Instead: the folder of each variant's adapter.
 
     Raises:
@@ -44,7 +45,7 @@ def adapters_of_variants(
             expected=", ".join(names),
             next_step="name it as it was exported",
         )
-    for folder, (label, adapter) in zip(adapters, read_adapters(adapters), strict=True):
+    for label, adapter in read_adapters(adapters):
         files = adapter_entry(label, adapter)["files"]
         made = [name for name in names if _files_of(manifest, name) == [files]]
         if not made:
@@ -53,7 +54,7 @@ def adapters_of_variants(
                 expected="the adapters of " + ", ".join(names),
                 next_step="pass --variant NAME=DIR for each",
             )
-        given |= dict.fromkeys(made, folder)
+        given |= dict.fromkeys(made, adapters[label])
     if lacking := [name for name in names if name not in given]:
         raise UsageError(
             f"the variant {lacking[0]} is compared with its own adapter, and none is given",

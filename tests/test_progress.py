@@ -1,0 +1,63 @@
+"""Progress on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+
+from bone_fx.progress import Lines
+
+MB = 1_000_000
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(stream: io.StringIO, total: int) -> str:
+    with Lines(stream) as lines:
+        lines.stage("write the model")
+        for part in range(101):
+            lines.advance(part * total // 100, total)
+        lines.stage("verify")
+    return stream.getvalue()
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    text = shown(io.StringIO(), 400 * MB)
+    assert "\x1b" not in text
+    assert "\r" not in text
+    assert [line.strip() for line in text.splitlines() if "of" in line] == [
+        f"{done} of 400 MB" for done in (0, 100, 200, 300, 400)
+    ]
+
+
+@pytest.mark.parametrize("columns", [80, 44])
+def test_a_bar_with_bytes_and_time_on_a_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown(Terminal(), 400 * MB))
+    drawn = [line for line in re.split(r"[\r\n]+", text) if "MB" in line]
+    assert any("100.0/400.0 MB" in line for line in drawn)
+    assert all(re.search(r"\d+:\d\d|-:--", line) for line in drawn)
+    assert max(map(len, drawn)) <= columns
+    assert text.splitlines()[-1].endswith("] verify")
+
+
+def test_small_models_show_stages_only() -> None:
+    assert len(shown(Terminal(), MB).splitlines()) == 2
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_run() -> None:
+    stream = Terminal()
+    with Lines(stream) as lines:
+        lines.stage("write the model")
+        lines.advance(0, 400 * MB)
+        stream.close()
+        lines.advance(200 * MB, 400 * MB)
+        lines.stage("verify")
