@@ -8,7 +8,7 @@ kept: optimizers stay valid.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -36,6 +36,9 @@ from bone_fx.train.mounting import (
 from bone_fx.train.origin import Origin
 from bone_fx.train.training_graph import TrainingGraph, refuse_hidden_names, sign_as
 
+_FORMS = 3
+"""Graphs of other sets of active adapters that are kept, as a preference loss needs one or two."""
+
 
 class AdapterSet(TrainingGraph):
     """A traced model with adapters by name, some of them active.
@@ -57,7 +60,9 @@ class AdapterSet(TrainingGraph):
                 parameter.requires_grad_(False)
         sign_as(self, origin.model)
         super().__init__(copy_module(base), base.graph, "AdaptedModule")
-        self.__dict__.update(_origin=origin, _base=base, _adapters={}, _trained_when_on=[])
+        self.__dict__.update(
+            _origin=origin, _base=base, _adapters={}, _trained_when_on=[], _forms={}
+        )
         self.active_adapters = []
         self._disabled = False
         self._merged: list[str] = []
@@ -70,7 +75,7 @@ class AdapterSet(TrainingGraph):
 
     def _activate(self, names: list[str], trained: Sequence[str]) -> None:
         """Make adapters active, in this order; some of them train, and no other adapter does."""
-        with self._change():
+        with self._other_form():
             self.active_adapters, self._merged = names, []
             self._trained_when_on = []
             for name, adapter in self._adapters.items():
@@ -85,14 +90,33 @@ class AdapterSet(TrainingGraph):
         for parameter, trained in self._trained_when_on:
             parameter.requires_grad_(trained)
         self._trained_when_on = []
-        if not self._swap_forms():
-            leaving = self._form()
-            with self._change():
-                self._disabled = disabled
-            self._other_form = leaving
-        self._disabled = disabled
+        with self._other_form():
+            self._disabled = disabled
         if disabled:
             self._freeze_adapters()
+
+    @contextmanager
+    def _other_form(self) -> Iterator[None]:
+        """A change that may be taken back: the graph of before is kept, and a known one taken."""
+        leaving = self._what_is_on()
+
+        def take() -> None:
+            entering = self._what_is_on()
+            if self._swap_forms(leaving, entering):
+                return
+            forms = {k: form for k, form in self._forms.items() if k != entering}
+            if leaving != entering:
+                forms[leaving] = self._form()
+            self._rebuild()
+            self._forms = dict(list(forms.items())[-_FORMS:])
+
+        with self._change(take):
+            yield
+
+    def _what_is_on(self) -> Hashable:
+        """What a graph is written for: adapters, and the parameters that train."""
+        trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        return self._disabled, tuple(self.active_adapters), tuple(self._merged), tuple(trained)
 
     def _freeze_adapters(self) -> None:
         parameters = [p for adapter in self._adapters.values() for p in adapter.parameters()]
@@ -165,7 +189,7 @@ class AdapterSet(TrainingGraph):
         return [site for site in find_sites(self._base).sites if site.name in sites]
 
     @contextmanager
-    def _change(self) -> Iterator[None]:
+    def _change(self, rewrite: Callable[[], None] | None = None) -> Iterator[None]:
         """A change of adapters: the graph is written anew, or everything is as it was before."""
         if self.is_sharded:
             raise UsageError("a sharded module keeps its adapters", next_step="shard it last")
@@ -174,7 +198,7 @@ class AdapterSet(TrainingGraph):
         trains = [(p, p.requires_grad) for a in self._adapters.values() for p in a.parameters()]
         try:
             yield
-            self._rebuild()
+            (rewrite or self._rebuild)()
         except BaseException:
             self.__dict__["_adapters"] = before[0]
             self.active_adapters, self._merged, self._disabled = before[1:]
@@ -200,7 +224,7 @@ class AdapterSet(TrainingGraph):
 
     def _rebuild(self) -> None:
         """Write the graph anew for the active adapters and mount every kept parameter."""
-        self._other_form = None
+        self._forms = {}
         carry_buffers(named_buffers(self), self._base)
         parameters = dict(self._base.named_parameters(remove_duplicate=False))
         gm = self._base

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
@@ -26,7 +26,7 @@ class TrainingGraph(ModelGraph):
     _origin: Origin
     _rebuild: Callable[[], None]
     _call_with_fused_head: Callable[..., Any]
-    _other_form: Form | None = None  # with adapters while they are disabled, else without
+    _forms: dict[Hashable, Form]  # of other active adapters, or without them, by what is on
     _split = False
     _checkpointing: dict[str, Any] | None = None
     _every = 1
@@ -225,13 +225,13 @@ class TrainingGraph(ModelGraph):
             hasattr(parameter, "full_tensor") for parameter in self.parameters()
         )
 
-    def _swap_forms(self) -> bool:
-        """Be the other form, and keep this one for the next time; False where there is none."""
-        if self._other_form is None or self.is_sharded:
+    def _swap_forms(self, leaving: Hashable, entering: Hashable) -> bool:
+        """Be another form, and keep this one for the next time; False where there is none."""
+        if entering not in self._forms or self.is_sharded:
             return False
-        leaving, buffers = self._form(), named_buffers(self)
-        self._take_form(self._other_form)
-        self._other_form = leaving
+        form, buffers = self._form(), named_buffers(self)
+        self._take_form(self._forms.pop(entering))
+        self._forms[leaving] = form
         carry_buffers(buffers, self)
         self._set_checkpointing(self)
         self.train(self.training)
@@ -255,7 +255,7 @@ class TrainingGraph(ModelGraph):
             UsageError: A cast of a graph in which the trace wrote the dtype down.
         """
         self._refuse_cast(fn)
-        self._other_form = None
+        self._forms.clear()
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _refuse_cast(self, fn: Callable[[Tensor], Tensor]) -> None:

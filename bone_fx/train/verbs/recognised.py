@@ -2,18 +2,19 @@
 
 `transformers.Trainer` and TRL ask `isinstance(model, peft.PeftModel)`: for one, they save adapters
 alone, load them again, and take the model without its adapters as the reference of a preference
-loss. An adapted module has the verbs that they call then, so it answers yes where PEFT is imported
-when it is made. No code of PEFT's class is used.
+loss. An adapted module of a transformers model has the verbs that they call then, so it answers yes
+where PEFT is installed. No code of PEFT's class is used.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
+import importlib
 from typing import Any, Self
 
 from torch import Tensor, nn
 
+from bone_fx.capture.trace.hf_model import is_transformers_model
 from bone_fx.errors import UsageError
 from bone_fx.operators import HeadInputs, head_inputs
 from bone_fx.train.adapter_set import AdapterSet
@@ -23,9 +24,10 @@ class Recognised(AdapterSet):
     """An adapter set that trainers take for a PEFT model."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """A module whose class is also `peft.PeftModel`, where PEFT is imported."""
+        """A module whose class is also `peft.PeftModel`, where PEFT is installed."""
         module: Any = super().__new__(cls, *args, **kwargs)
-        peft = sys.modules.get("peft")
+        origin = kwargs.get("origin", args[0] if args else None)
+        peft = _peft() if origin is not None and is_transformers_model(origin.model) else None
         if peft is not None:
             kind = type(module)  # fx gives every GraphModule a class of its own
             cover = _cover(kind, peft.PeftModel)
@@ -83,6 +85,14 @@ class BackboneOutput:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._packed, name)
+
+
+def _peft() -> Any:
+    """PEFT's package; None where it is missing or does not fit what is installed."""
+    try:
+        return importlib.import_module("peft")
+    except ImportError:
+        return None
 
 
 def _cover(kind: type[nn.Module], peft_model: type[nn.Module]) -> type:
