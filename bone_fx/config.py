@@ -55,7 +55,7 @@ class BoneConfig:
         ConfigError: A field has a value that is not allowed; the message names field, value and
             what is allowed.
 
-    Example:
+    Examples:
         >>> config = BoneConfig(r=16, target_modules=["q_proj", "v_proj"])
         >>> config.method, config.peft_type
         ('bone', 'BONE')

@@ -53,7 +53,7 @@ class AdaptedModule(TrainingGraph):
         active_adapters: Names of the adapters in the graph, in the order in which they apply.
         refused: Targets of the adapters that could not be adapted.
 
-    Example:
+    Examples:
         >>> import bone_fx
         >>> net = nn.Sequential(nn.Linear(48, 80), nn.ReLU(), nn.Linear(80, 7))
         >>> x = torch.randn(3, 48)
