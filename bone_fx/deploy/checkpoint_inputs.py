@@ -21,9 +21,9 @@ from bone_fx.deploy.trained_heads import (
     brought_tensors,
     concern_heads,
     trained_heads,
+    trained_labels,
     without_unused,
 )
-from bone_fx.deploy.trained_labels import trained_labels
 from bone_fx.errors import AdapterError
 from bone_fx.sites import LinearSite
 from bone_fx.weights.recipes.change import Change

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from bone_fx.deploy.checkpoint_inputs import CheckpointInputs
-
-_OF_A_MODEL = ("_from_model_config", "transformers_version")
-"""Fields that say where generation settings come from, and set nothing."""
 
 
 def write_configuration(
@@ -48,17 +45,14 @@ def write_configuration(
     Raises:
         InputRefusedError: generation_config.json or a tokenizer's file cannot be read.
     """
-    from transformers import GenerationConfig
-
-    from bone_fx.base.real_model import write_config
+    from bone_fx.base.real_model import settings_of_generation, write_config
 
     write_config(_of_a_graph(inputs.config, dtype), inputs.architecture, folder)
     settings, changed = companions.generation_settings(inputs.checkpoint.config)
     if companions.generation is not None:
         shutil.copyfile(companions.generation, folder / GENERATION_FILE)
     elif generates:
-        made: dict[str, Any] = GenerationConfig.from_model_config(inputs.config).to_diff_dict()
-        settings = {key: made[key] for key in made if key not in _OF_A_MODEL} | settings
+        settings = settings_of_generation(inputs.config) | settings
         write_object(folder / GENERATION_FILE, settings)
     write_generation_settings(settings, changed, folder)
 
