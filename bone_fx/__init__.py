@@ -11,14 +11,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bone_fx.config import BoneConfig
+    from bone_fx.config import BoneConfig, MissConfig
     from bone_fx.deploy.export import ExportResult, export
     from bone_fx.deploy.fold_checkpoint import FoldResult, fold_checkpoint
     from bone_fx.deploy.verify_export import VerifyResult, verify_export
     from bone_fx.errors import BoneFxError
     from bone_fx.passes import PassResult, fold_adapters, insert_adapters
-    from bone_fx.train.adapt import adapt
-    from bone_fx.train.adapted_module import AdaptedModule
+    from bone_fx.train.adapt import adapt, get_peft_model
+    from bone_fx.train.adapted_module import AdaptedModule, PeftModel
+    from bone_fx.train.peft_functions import (
+        get_peft_model_state_dict,
+        hotswap_adapter,
+        set_peft_model_state_dict,
+    )
     from bone_fx.train.trainer import AdapterTrainer
 
 __version__ = "0.1.0"
@@ -30,13 +35,19 @@ _HOMES = {
     "BoneFxError": "bone_fx.errors",
     "ExportResult": "bone_fx.deploy.export",
     "FoldResult": "bone_fx.deploy.fold_checkpoint",
+    "MissConfig": "bone_fx.config",
+    "PeftModel": "bone_fx.train.adapted_module",
     "PassResult": "bone_fx.passes",
     "VerifyResult": "bone_fx.deploy.verify_export",
     "adapt": "bone_fx.train.adapt",
     "export": "bone_fx.deploy.export",
     "fold_adapters": "bone_fx.passes",
     "fold_checkpoint": "bone_fx.deploy.fold_checkpoint",
+    "get_peft_model": "bone_fx.train.adapt",
+    "get_peft_model_state_dict": "bone_fx.train.peft_functions",
+    "hotswap_adapter": "bone_fx.train.peft_functions",
     "insert_adapters": "bone_fx.passes",
+    "set_peft_model_state_dict": "bone_fx.train.peft_functions",
     "verify_export": "bone_fx.deploy.verify_export",
 }
 
@@ -47,13 +58,19 @@ __all__ = [
     "BoneFxError",
     "ExportResult",
     "FoldResult",
+    "MissConfig",
     "PassResult",
+    "PeftModel",
     "VerifyResult",
     "adapt",
     "export",
     "fold_adapters",
     "fold_checkpoint",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "hotswap_adapter",
     "insert_adapters",
+    "set_peft_model_state_dict",
     "verify_export",
 ]
 

@@ -32,9 +32,10 @@ from bone_fx.config import CONFIG_NAME, BoneConfig
 from bone_fx.errors import AdapterError, UsageError, some
 from bone_fx.files.inputs import unsafe_entries
 from bone_fx.files.nearby import meant
-from bone_fx.sites import LinearSite, Refusal, check_fit, select_sites
+from bone_fx.sites import LinearSite, Refusal, check_fit, is_trained_whole, select_sites
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer."
 _SECOND_COPIES = (".original_module.", ".modules_to_save.")
@@ -95,13 +96,6 @@ class AdapterFolder:
         for site in chosen:
             self._check_shape(site)
         return chosen
-
-    def trains_copy_of(self, parameter: str) -> bool:
-        """Whether PEFT trains a copy of a parameter: `modules_to_save` ends a path to it."""
-        *modules, _ = parameter.split(".")
-        paths = [".".join(modules[: depth + 1]) for depth in range(len(modules))]
-        entries = self.config.modules_to_save or ()
-        return any(path.endswith(entry) for entry in entries for path in paths)
 
     def _check_shape(self, site: LinearSite) -> None:
         config = self.config
@@ -205,28 +199,80 @@ def write_adapter(
     config: BoneConfig,
     blocks: Mapping[str, Tensor],
     modules_to_save: Mapping[str, Tensor],
+    *,
+    as_safetensors: bool = True,
 ) -> Path:
     """Write an adapter folder that PEFT 0.18.1 loads.
 
     Earlier files are replaced only when the new ones are whole.
 
+    Args:
+        directory: The folder, which is made if needed.
+        config: The adapter's configuration.
+        blocks: Block by site.
+        modules_to_save: Tensor by name of each parameter that the adapter brings whole.
+        as_safetensors: False writes PEFT's pickle, which only PEFT reads again.
+
     Returns:
         The folder.
+
+    Raises:
+        UsageError: There is a file of that name.
     """
     folder = Path(directory)
+    if folder.is_file():
+        raise UsageError(
+            f"{folder} is a file", expected="a folder, or a name for one", next_step="give another"
+        )
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        key: tensor.detach().cpu().contiguous().clone()
+        for key, tensor in sorted(adapter_tensors(config, blocks, modules_to_save).items())
+    }
+    written, other = (WEIGHTS_NAME, PICKLE_NAME) if as_safetensors else (PICKLE_NAME, WEIGHTS_NAME)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".staging-") as staging:
+        if as_safetensors:
+            save_file(tensors, Path(staging) / written, metadata={"format": "pt"})
+        else:
+            torch.save(tensors, Path(staging) / written)
+        config.save_pretrained(staging)
+        for name in (written, CONFIG_NAME):
+            os.replace(Path(staging) / name, folder / name)
+    (folder / other).unlink(missing_ok=True)  # or PEFT would read the weights of an earlier save
+    return folder
+
+
+def adapter_tensors(
+    config: BoneConfig, blocks: Mapping[str, Tensor], modules_to_save: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of an adapter under the names that they have in its file."""
     leaf = _BLOCK_OF_TYPE[str(config.peft_type)]
     tensors = {f"{_PREFIX}{site}.{leaf}": block for site, block in blocks.items()}
-    tensors |= {f"{_PREFIX}{name}": tensor for name, tensor in modules_to_save.items()}
-    tensors = {
-        key: tensor.detach().cpu().contiguous().clone() for key, tensor in sorted(tensors.items())
-    }
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".staging-") as staging:
-        save_file(tensors, Path(staging) / WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(staging)
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(Path(staging) / name, folder / name)
-    return folder
+    return tensors | {f"{_PREFIX}{name}": tensor for name, tensor in modules_to_save.items()}
+
+
+def adapter_of_tensors(
+    config: BoneConfig, tensors: Mapping[str, Tensor], where: str
+) -> AdapterFolder:
+    """An adapter whose tensors are in memory, under the names that they have in a file.
+
+    Args:
+        config: Its configuration.
+        tensors: By name.
+        where: What a message says they come from.
+
+    Raises:
+        AdapterError: Some of them belong to no adapter of this kind.
+    """
+    adapter = _sorted(Path(where), config, tensors)
+    if adapter.unused or not adapter.blocks:
+        raise AdapterError(
+            f"{where}: not the tensors of a {config.peft_type} adapter",
+            expected=f"keys that end in .{_BLOCK_OF_TYPE[str(config.peft_type)]}",
+            found=some(list(adapter.unused or tensors)),
+            next_step="take them from get_peft_model_state_dict or from an adapter's file",
+        )
+    return adapter
 
 
 def _sorted(folder: Path, config: BoneConfig, tensors: Mapping[str, Tensor]) -> AdapterFolder:
@@ -236,7 +282,6 @@ def _sorted(folder: Path, config: BoneConfig, tensors: Mapping[str, Tensor]) -> 
     saved: dict[str, Tensor] = {}
     in_base: set[str] = set()
     unused: list[str] = []
-    copies = AdapterFolder(folder, config, {}, {})
     names = (key.removeprefix(_PREFIX) for key in tensors)
     sites = {name.removesuffix(leaf) for name in names if name.endswith(leaf)}
     for key in sorted(tensors, key=lambda key: (_BASE_LAYER in key, key)):
@@ -250,7 +295,7 @@ def _sorted(folder: Path, config: BoneConfig, tensors: Mapping[str, Tensor]) -> 
             unused.append(key)
         else:
             saved[parameter] = tensors[key]
-            if not copies.trains_copy_of(parameter):
+            if not is_trained_whole(config, parameter):
                 in_base.add(parameter)
     return AdapterFolder(folder, config, blocks, saved, frozenset(in_base), tuple(unused))
 

@@ -6,6 +6,7 @@ Reference: `BoneConfig` of PEFT 0.18.1 and `MissConfig` of PEFT 0.18.1 and 0.21.
 
 from __future__ import annotations
 
+import enum
 import json
 import reprlib
 from collections.abc import Mapping
@@ -13,13 +14,19 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from bone_fx.errors import AdapterError, ConfigError
+from bone_fx.errors import AdapterError, ConfigError, UsageError
 from bone_fx.files.json_file import NotJsonError, read_object
 
 CONFIG_NAME = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 INIT_WEIGHTS = (True, False, "bat", "mini")
 PEFT_TYPES = ("BONE", "MISS")
+PEFT_VERSION = "0.18.1"
+"""The version of PEFT whose files these are; noted in a configuration that has none."""
+TASK_TYPES = (
+    *("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS"),
+    "FEATURE_EXTRACTION",
+)
 _LARGEST = 1 << 31
 """No layer is as wide."""
 _METHOD_OF_INIT: dict[bool | str, str] = {True: "bone", False: "bone", "bat": "bat", "mini": "mini"}
@@ -44,11 +51,14 @@ class BoneConfig:
         mini_r: Width M of a mini block; it must divide every adapted layer's out_features.
         miss_dropout: Dropout probability on the adapter's input while training, in [0, 1). BAT
             ignores it, as in PEFT.
-        task_type: PEFT's task type, kept for those who read the file.
+        task_type: PEFT's task type: with `"SEQ_CLS"` and `"TOKEN_CLS"` the head trains too.
         base_model_name_or_path: The base the adapter was trained on, kept for those who read the
             file.
-        inference_mode: PEFT's flag of saved adapters, kept.
+        revision: Revision of that base, kept.
+        inference_mode: Whether a fresh adapter starts frozen; True in saved adapters.
         peft_type: `"BONE"` or `"MISS"`; chosen from the other fields when None.
+        auto_mapping: Class and module of the base, which PEFT's `AutoPeftModel` opens it with.
+        peft_version: The version of PEFT that the file is of.
         extra: Fields of `adapter_config.json` that are not ours, kept as they came.
 
     Raises:
@@ -75,8 +85,11 @@ class BoneConfig:
     miss_dropout: float = 0.0
     task_type: str | None = None
     base_model_name_or_path: str | None = None
+    revision: str | None = None
     inference_mode: bool = False
     peft_type: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,16 +99,31 @@ class BoneConfig:
                 setattr(self, name, sorted(value))
             elif isinstance(value, tuple):
                 setattr(self, name, list(value))
+        for name in ("task_type", "peft_type"):
+            if isinstance(getattr(self, name), enum.Enum):  # PEFT's own
+                setattr(self, name, str(getattr(self, name).value))
         if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
             self.target_modules = ALL_LINEAR
         self._check_values()
         if self.peft_type is None:
             self.peft_type = "MISS" if self._needs_miss else "BONE"
+        if self.peft_version is None:
+            self.peft_version = PEFT_VERSION
 
     @property
     def method(self) -> str:
         """Key of `bone_fx.adapters.METHODS`."""
         return _METHOD_OF_INIT[self.init_weights]
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """What PEFT and TRL ask of a configuration: False, here are blocks."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """What PEFT asks of a configuration: False, here are blocks."""
+        return False
 
     @property
     def _needs_miss(self) -> bool:
@@ -155,9 +183,13 @@ class BoneConfig:
             and 0.0 <= dropout < 1.0
         )
         _require("miss_dropout", dropout, dropout_ok, "a probability in [0, 1)")
-        for name in ("task_type", "base_model_name_or_path"):
+        for name in ("base_model_name_or_path", "revision", "peft_version"):
             value = getattr(self, name)
             _require(name, value, value is None or isinstance(value, str), "a text or nothing")
+        tasks = (None, *TASK_TYPES)
+        _require("task_type", self.task_type, self.task_type in tasks, ", ".join(TASK_TYPES))
+        mapping_ok = self.auto_mapping is None or isinstance(self.auto_mapping, dict)
+        _require("auto_mapping", self.auto_mapping, mapping_ok, "a dictionary or nothing")
         is_flag = isinstance(self.inference_mode, bool)
         _require("inference_mode", self.inference_mode, is_flag, "True or False")
         _require(
@@ -180,6 +212,29 @@ class BoneConfig:
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def of(cls, config: Any) -> BoneConfig:
+        """A configuration as it is, or made of PEFT's own `BoneConfig` or `MissConfig`.
+
+        Raises:
+            ConfigError: A configuration of another kind, or a value that is not allowed.
+            UsageError: It is no configuration.
+        """
+        if isinstance(config, BoneConfig):
+            return config
+        to_dict = getattr(config, "to_dict", None)
+        if not callable(to_dict) or not hasattr(config, "peft_type"):
+            raise UsageError(
+                f"{reprlib.repr(config)} is no configuration of an adapter",
+                expected="a BoneConfig, or PEFT's BoneConfig or MissConfig",
+                found=type(config).__name__,
+            )
+        content = {
+            name: str(value.value) if isinstance(value, enum.Enum) else value
+            for name, value in to_dict().items()
+        }
+        return BoneConfig.from_dict(content, where=f"the {type(config).__name__}")
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], *, where: str = CONFIG_NAME) -> BoneConfig:
@@ -212,14 +267,14 @@ class BoneConfig:
             ) from None
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> BoneConfig:
-        """Read `adapter_config.json` from an adapter folder.
+    def from_pretrained(cls, directory: str | Path, subfolder: str | None = None) -> BoneConfig:
+        """Read `adapter_config.json` from an adapter folder, or from a folder in it.
 
         Raises:
             AdapterError: The file is missing or not JSON.
             ConfigError: A value in it is not allowed.
         """
-        path = Path(directory) / CONFIG_NAME
+        path = Path(directory, subfolder or "", CONFIG_NAME)
         try:
             content = read_object(path)
         except FileNotFoundError:
@@ -235,6 +290,19 @@ class BoneConfig:
                 next_step="save or copy the adapter again",
             ) from None
         return cls.from_dict(content, where=str(path))
+
+
+@dataclass
+class MissConfig(BoneConfig):
+    """`BoneConfig` with the defaults of PEFT's `MissConfig`: its type, and `mini_r=1`.
+
+    Examples:
+        >>> MissConfig(r=16, target_modules="all-linear").peft_type
+        'MISS'
+    """
+
+    mini_r: int = 1
+    peft_type: str | None = "MISS"
 
 
 def _require(name: str, value: object, ok: bool, allowed: str) -> None:

@@ -51,19 +51,22 @@ class BoneFxError(Exception):
         super().__init__("\n".join(line.replace("\n", _INDENTED) for line in [what, *lines]))
 
 
-class UsageError(BoneFxError):
-    """A call or command line that cannot mean anything."""
+class UsageError(BoneFxError, ValueError):
+    """A call or command line that cannot mean anything.
+
+    What a person gave is also a `ValueError`, as PEFT raises one: here, and in what follows.
+    """
 
     exit_code = 2
 
 
-class InputRefusedError(BoneFxError):
+class InputRefusedError(BoneFxError, ValueError):
     """A base, an adapter or an example input that cannot be used."""
 
     exit_code = 3
 
 
-class ConfigError(InputRefusedError, ValueError):
+class ConfigError(InputRefusedError):
     """A field of an adapter configuration with a value that is not allowed."""
 
 
@@ -79,7 +82,7 @@ class SiteError(InputRefusedError):
     """A target that is no linear site, or a set of targets that does not fit the graph."""
 
 
-class FoldError(BoneFxError):
+class FoldError(BoneFxError, ValueError):
     """Folding gave a value that must not be published."""
 
     exit_code = 4

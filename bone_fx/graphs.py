@@ -8,6 +8,31 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from bone_fx.errors import UsageError
+
+
+class ParameterHolder(nn.Module):
+    """A place in a module tree that owns parameters; a graph reads them, and nothing calls it.
+
+    So a hook on it would never fire, and is refused.
+    """
+
+    def _refuse_hook(self, *_args: Any, **_options: Any) -> Any:
+        raise UsageError(
+            "a hook on a part of a traced model would never fire: the graph reads its parameters, "
+            "and does not call it",
+            expected="a module that is called: the adapted module itself, one of its "
+            "layer_modules(), or a part of the model that merge_and_unload() gives",
+            next_step="ask the call for output_hidden_states=True, or register the hook on one of "
+            "those",
+        )
+
+    register_forward_hook = _refuse_hook
+    register_forward_pre_hook = _refuse_hook
+    register_full_backward_hook = _refuse_hook
+    register_full_backward_pre_hook = _refuse_hook
+    register_backward_hook = _refuse_hook
+
 
 def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy to work on: its own graph, module tree and `Parameter` objects over the same storage.
@@ -101,7 +126,7 @@ def container(root: nn.Module, name: str) -> tuple[nn.Module, str]:
     for part in path:
         child = getattr(root, part, None)
         if not isinstance(child, nn.Module):
-            child = nn.Module()
+            child = ParameterHolder()
             root.add_module(part, child)
         root = child
     return root, leaf

@@ -17,6 +17,9 @@ from bone_fx.adapters import METHODS
 from bone_fx.config import ALL_LINEAR, BoneConfig
 from bone_fx.errors import SiteError
 
+UNMATCHED = "this target matched no linear layer"
+"""Why an entry of a list of targets is refused."""
+
 _LINEAR_MODULES = ("Linear", "Conv1D")
 
 
@@ -79,9 +82,7 @@ def is_target(config: BoneConfig, name: str) -> bool:
 
     `"all-linear"` chooses every name that is not excluded.
     """
-    if _listed(config.exclude_modules, name) or is_saved_module(config, name):
-        return False
-    if config.target_modules is None:
+    if is_excluded(config, name) or config.target_modules is None:
         return False
     if config.target_modules == ALL_LINEAR:
         return True
@@ -92,12 +93,36 @@ def is_target(config: BoneConfig, name: str) -> bool:
     return _in_layers(config, name)
 
 
+def is_excluded(config: BoneConfig, name: str) -> bool:
+    """Whether `exclude_modules` or `modules_to_save` keeps `name` from being a target."""
+    return _listed(config.exclude_modules, name) or is_saved_module(config, name)
+
+
 def is_saved_module(config: BoneConfig, name: str) -> bool:
-    """Whether `name` lies in one of `modules_to_save`."""
+    """Whether PEFT takes `name` for a part of `modules_to_save` when it chooses targets."""
     return any(
         _match(module, rf"(^|.*\.){module}($|\..*)", name)
         for module in config.modules_to_save or ()
     )
+
+
+def is_trained_whole(config: BoneConfig, parameter: str) -> bool:
+    """Whether PEFT trains a copy of a parameter: it lies in a module that an entry names.
+
+    PEFT 0.18.1 compares ends of letters here, not names: `norm` is `input_layernorm` too.
+    """
+    return any(trains_module(config, path) for path in modules_above(parameter))
+
+
+def trains_module(config: BoneConfig, module: str) -> bool:
+    """Whether an entry of `modules_to_save` is an end of a module's name."""
+    return any(module.endswith(entry) for entry in config.modules_to_save or ())
+
+
+def modules_above(parameter: str) -> list[str]:
+    """Names of the modules that a parameter lies in, the outermost first."""
+    *modules, _ = parameter.split(".")
+    return [".".join(modules[: depth + 1]) for depth in range(len(modules))]
 
 
 def select_sites(
@@ -151,6 +176,14 @@ def select_sites(
             found="; ".join(map(str, refused[:5])) or "no match",
             next_step="correct target_modules, exclude_modules or layers_to_transform",
         )
+    both = [s.name for s in chosen if is_trained_whole(config, s.weight_name)]
+    if both:
+        raise SiteError(
+            f"modules_to_save={config.modules_to_save} also names an adapted layer, {both[0]}",
+            expected="layers that are adapted, or modules that are trained whole",
+            next_step="write the whole name in modules_to_save, or leave the layer out with "
+            "exclude_modules",
+        )
     return chosen, refused
 
 
@@ -174,9 +207,8 @@ def _unmatched(config: BoneConfig, names: list[str]) -> list[Refusal]:
     """Entries of a target list that chose nothing."""
     if not isinstance(config.target_modules, list):
         return []
-    reason = "this target matched no linear layer"
     return [
-        Refusal(target, reason)
+        Refusal(target, UNMATCHED)
         for target in config.target_modules
         if not any(
             n == target or n.endswith(f".{target}") or f".{target}." in f".{n}." for n in names

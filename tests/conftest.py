@@ -30,10 +30,10 @@ def captures_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     For tests of what comes after the capture.
     """
-    import bone_fx.train.adapt as adapting
+    import bone_fx.train.origin as capturing
     from tests.captures import capture_once
 
-    monkeypatch.setattr(adapting, "capture_training", capture_once)
+    monkeypatch.setattr(capturing, "capture_training", capture_once)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import bone_fx
-import bone_fx.train.adapt as adapting
+import bone_fx.train.origin as capturing
 from bone_fx.capture.training.capture_training import TrainingCapture
 from tests.captures import capture_once
 from tests.tolerances import assert_agrees
@@ -80,7 +80,7 @@ class Flow:
         )
         with pytest.MonkeyPatch.context() as patch:
             if self.captured is not None:
-                patch.setattr(adapting, "capture_training", lambda *_, **__: self.captured)
+                patch.setattr(capturing, "capture_training", lambda *_, **__: self.captured)
             self.adapted = adapted = bone_fx.adapt(self.model, config, self.batch)
         self._call = lambda: self._logits(adapted)
 

@@ -1,9 +1,11 @@
-"""Fetching models and adapters from the hub: the only place that may use the network."""
+"""Fetching from the Hugging Face hub and uploading to it: the only place that uses the network."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bone_fx.errors import AdapterError, BaseModelError
 from bone_fx.files.nearby import meant
@@ -77,6 +79,8 @@ def _snapshot(
     revision: str | None,
     patterns: list[str],
     kind: type[BaseModelError | AdapterError],
+    unwanted: Sequence[str] = _UNWANTED,
+    **options: Any,
 ) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -84,7 +88,11 @@ def _snapshot(
     try:
         return Path(
             snapshot_download(
-                hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=_UNWANTED
+                hub_id,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=list(unwanted),
+                **options,
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -96,3 +104,67 @@ def _snapshot(
                 hub_id, "check the spelling, the network, and `hf auth login` for gated models"
             ),
         ) from error
+
+
+def adapter_folder(
+    model_id: str | Path,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    **options: Any,
+) -> Path:
+    """The folder of an adapter: a local one, or a hub adapter's files in the hub's cache.
+
+    Args:
+        model_id: A folder, `owner/name` or `owner/name@revision`.
+        subfolder: Folder of the adapter in it.
+        revision: Branch, tag or commit, of the hub.
+        cache_dir: Where to keep files of the hub.
+        token: Of the hub; None takes the one that is stored.
+        **options: More of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        AdapterError: There is no such folder, the hub has no such adapter, or it cannot be reached.
+    """
+    folder = Path(model_id)
+    if not folder.is_dir():
+        found = adapter_id(str(model_id))
+        if found is None:
+            next_step = meant(str(model_id), "check the path")
+            raise AdapterError(f"there is no adapter folder {model_id}", next_step=next_step)
+        hub_id, noted = found
+        patterns = [f"{subfolder}/{name}" if subfolder else f"*{name}" for name in _OF_ADAPTERS]
+        options |= {"cache_dir": cache_dir, "token": token}
+        folder = _snapshot(hub_id, revision or noted, patterns, AdapterError, (), **options)
+    return folder / subfolder if subfolder else folder
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    commit_message: str = "Upload adapter",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload a folder to a repository of the hub, which is made if needed.
+
+    Returns:
+        Address of the commit.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = api.upload_folder(
+        repo_id=name,
+        folder_path=folder,
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+    )
+    return str(commit.commit_url)

@@ -224,7 +224,7 @@ def _architecture(checkpoint: BaseCheckpoint, adapters: Adapters) -> type[PreTra
 
     task = _task(adapters)
     if task is None:
-        noted = (adapter.config.extra.get("auto_mapping") for _, adapter in adapters)
+        noted = (adapter.config.auto_mapping for _, adapter in adapters)
         names = [note.get("base_model_class") for note in noted if isinstance(note, Mapping)]
         trained = named_architecture(checkpoint.config, names[0]) if names else None
         return trained or checkpoint.architecture

@@ -60,11 +60,10 @@ def _entries(folder: Path, depth: int) -> Iterator[os.DirEntry[str]]:
 
 
 def _blobs(root: Path) -> list[Path]:
-    """Where the hub's cache keeps the files of a snapshot, if the folder is one."""
-    if root.parent.name != "snapshots":
-        return []
-    blobs = root.parent.parent / "blobs"
-    return [blobs] if Path(os.path.realpath(blobs)) == blobs else []
+    """Where the hub's cache keeps the files of a snapshot, if the folder is one, or in one."""
+    snapshots = (place.parent for place in (root, root.parent) if place.parent.name == "snapshots")
+    blobs = [folder.parent / "blobs" for folder in snapshots]
+    return [folder for folder in blobs if Path(os.path.realpath(folder)) == folder]
 
 
 def _problem(entry: os.DirEntry[str], root: Path, allowed: list[Path]) -> str | None:

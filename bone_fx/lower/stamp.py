@@ -11,7 +11,8 @@ After:
     z:       linear(y, layers.1.weight)
 
 What is copied stands behind the entry and depends on it, on a parameter of the layer or on its
-past; all else belongs to every layer and is shared. A graph without such nodes is left as it is.
+past; all else belongs to every layer and is shared, or is copied too where layers are to be whole.
+A graph without such nodes is left as it is.
 """
 
 from __future__ import annotations
@@ -23,20 +24,21 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from bone_fx.errors import PassError
-from bone_fx.lower.symbolic import attributes, is_operator, operands
+from bone_fx.lower.symbolic import SINGLE, attributes, is_operator, operands
 from bone_fx.passes.frame import Outcome
 
 DOMAIN = "bone_fx"
 ENTRY, EXIT, LAYER = "LayerEntry", "LayerExit", "Layer"
 
 
-def stamp(graph: Graph, constants: Mapping[str, str]) -> Outcome:
+def stamp(graph: Graph, constants: Mapping[str, str], *, whole: bool = False) -> Outcome:
     """Expands every `Layer` and removes the marks around the traced ones.
 
     Args:
         graph: The graph.
         constants: The name of the parameter or buffer that a placeholder stands for, by the
             placeholder's name.
+        whole: Whether a layer has copies of all that stands in it.
     """
     entries = _by_path(graph, ENTRY)
     exits = _by_path(graph, EXIT)
@@ -54,8 +56,8 @@ def stamp(graph: Graph, constants: Mapping[str, str]) -> Outcome:
         former = str(attributes(node)["of"])
         if former not in regions:
             owned[former] = [n for n in placeholders if n.startswith(f"{former}.")]
-            layer_inputs = {placeholders[name] for name in owned[former]}
-            regions[former] = _region(graph, entries[former], exits[former], layer_inputs)
+            own = None if whole else {placeholders[name] for name in owned[former]}
+            regions[former] = _region(graph, entries[former], exits[former], own)
         path = str(attributes(node)["path"])
         twins = {}
         for name in owned[former]:
@@ -85,11 +87,16 @@ def _by_path(graph: Graph, kind: str) -> dict[str, Node]:
     return {str(attributes(n)["path"]): n for n in graph.nodes if is_operator(n, DOMAIN, kind)}
 
 
-def _region(graph: Graph, entry: Node, leaving: Node, layer_inputs: set[Node]) -> list[Node]:
-    """The nodes of a layer, in order: behind its entry, its own, and needed by its exit."""
+def _region(graph: Graph, entry: Node, leaving: Node, own: set[Node] | None) -> list[Node]:
+    """The nodes of a layer, in order: behind its entry, needed by its exit, and its own.
+
+    These depend on the entry or on constants of its own; None for all that stands between the two.
+    """
     nodes = list(graph.nodes)
     behind = nodes[nodes.index(entry) + 1 : nodes.index(leaving)]
-    depends = {entry, *layer_inputs, *(n for n in operands(entry)[1:] if n is not None)}
+    if own is None:
+        return behind
+    depends = {entry, *own, *(n for n in operands(entry)[1:] if n is not None)}
     for node in behind:
         if any(n in depends for n in node.all_input_nodes):
             depends.add(node)
@@ -118,6 +125,9 @@ def _expand(
             copied.meta = {**node.meta, **_stack_of(node, of, path)}
             instead[node] = copied
     results = [instead.get(n, n) for n in operands(leaving) if n is not None]
+    if layer.target == SINGLE:
+        assert results[0] is not None
+        layer.replace_all_uses_with(results[0])
     for user in list(layer.users):
         if user.target is not operator.getitem:
             raise PassError(f"layer {path} is read whole by {user.name}")
@@ -133,9 +143,8 @@ def _stack_of(node: Node, of: str, path: str) -> dict[str, Any]:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return {}
-    return {
-        "nn_module_stack": {
-            key: (path + owner.removeprefix(of) if f"{owner}.".startswith(f"{of}.") else owner, *r)
-            for key, (owner, *r) in stack.items()
-        }
-    }
+    copied = {}
+    for key, (owner, *kind) in stack.items():
+        there = path + owner.removeprefix(of) if f"{owner}.".startswith(f"{of}.") else owner
+        copied[key.removesuffix(owner) + there if owner else key] = (there, *kind)
+    return {"nn_module_stack": copied}

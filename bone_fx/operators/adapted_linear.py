@@ -43,7 +43,7 @@ def adapted_linear(
         recompute: Whether backward folds a BAT block's weight again, instead of keeping it.
 
     Returns:
-        `[..., O]` in the dtype of the base product. Rounding follows PEFT 0.18.1: the branch is
+        `[..., O]` in x's dtype, under autocast too. Rounding follows PEFT 0.18.1: the branch is
         computed in the block's dtype and the sum is cast back once.
     """
     w_OI = weight.t() if transposed else weight
@@ -57,14 +57,13 @@ def adapted_linear(
             w_OI = METHODS[name].fold(w_OI.to(block.dtype), block)
         block, method = blocks[last], methods[last]
         y = joint_linear(x, [w_OI], [bias], [block], [method], recompute=recompute)[0]
-    dtype = y.dtype
     for i in range(last + 1, len(blocks)):
         term = METHODS[methods[i]].term
         if term is None:
             raise AssertionError(f"{methods[i]} after the last method that acts on the weight")
         source = block_inputs[i] if block_inputs else x
         y = y + term(source.to(blocks[i].dtype), blocks[i], w_OI.shape[0])
-    return y.to(dtype)
+    return y.to(x.dtype)
 
 
 def _base_product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:

@@ -33,7 +33,7 @@ def adapted_linears(
             weight a layer.
 
     Returns:
-        `[..., O_i]` for each layer, in the dtype of the base product.
+        `[..., O_i]` for each layer, in x's dtype, under autocast too.
     """
     oriented = [weight.t() for weight in weights] if transposed else weights
     return joint_linear(x, oriented, biases, blocks, methods, recompute=recompute)

@@ -160,7 +160,7 @@ def joint_linear(
     """`JointLinear` under the rules of autocast.
 
     Under autocast products run in its dtype and folds in the block's; without, what a block takes
-    part in runs in the block's dtype, as in PEFT 0.18.1. The results have the base product's dtype.
+    part in runs in the block's dtype. The results have x's dtype in both cases, as in PEFT 0.18.1.
     """
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -172,7 +172,7 @@ def joint_linear(
     tensors = [t for three in zip(weights, biases, blocks, strict=True) for t in three]
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         outputs = JointLinear.apply(cast(x, compute), sites, *tensors)  # type: ignore[no-untyped-call]
-    return list(outputs)
+    return [cast(output, x.dtype) for output in outputs]
 
 
 def _by_site(values: Any) -> Any:

@@ -25,7 +25,7 @@ from bone_fx.graphs import container, fake_like
 from bone_fx.operators import ADAPTED_LINEAR
 from bone_fx.passes.frame import Outcome, on_a_copy
 from bone_fx.passes.untie import untie_weights
-from bone_fx.sites import LinearSite, Refusal, check_fit, is_saved_module, select_sites
+from bone_fx.sites import LinearSite, Refusal, check_fit, is_trained_whole, select_sites
 
 BLOCK = "bone_block"
 """Name under which a site owns its blocks: `<site>.bone_block.<adapter>`."""
@@ -162,7 +162,7 @@ def _freeze(gm: fx.GraphModule, config: BoneConfig) -> list[Refusal]:
             names_of.setdefault(parameter, []).append(name)
     refused = []
     for parameter, names in names_of.items():
-        saved = [name for name in names if is_saved_module(config, name.rpartition(".")[0])]
+        saved = [name for name in names if is_trained_whole(config, name)]
         parameter.requires_grad_(saved == names)
         if not saved or saved == names:
             continue

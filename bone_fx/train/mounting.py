@@ -1,4 +1,4 @@
-"""What an adapted module keeps: where it comes from, and the parameters of each adapter."""
+"""What an adapted module keeps of each adapter: its parameters, and where they are mounted."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from torch import Tensor, fx, nn
 
 from bone_fx.adapter_folder import AdapterFolder
 from bone_fx.adapters import METHODS
-from bone_fx.capture.call.signature import CallSignature
-from bone_fx.capture.training.loss import ModelLoss
 from bone_fx.config import BoneConfig
 from bone_fx.dialects import find_sites
 from bone_fx.errors import AdapterError, UsageError
 from bone_fx.graphs import computed_tensors, container
 from bone_fx.passes.fold import fold_weight
 from bone_fx.passes.insert import BLOCK, insert_adapters
-from bone_fx.sites import LinearSite, Refusal, is_saved_module, output_layers
-
-_HEADS = ("classifier", "score")
-"""Heads that PEFT 0.18.1 trains whole for a classification task."""
+from bone_fx.sites import LinearSite, Refusal, is_trained_whole, modules_above
+from bone_fx.train.origin import Origin
+from bone_fx.train.targets import (
+    not_adapted,
+    refusals_of,
+    refuse_lists,
+    warn_if_nothing_is_excluded,
+    warn_of,
+    with_default_targets,
+    with_heads,
+)
 
 
 @dataclass
@@ -34,50 +39,31 @@ class MountedAdapter:
     Attributes:
         config: Its configuration.
         blocks: Its blocks by site.
-        saved: Its own copies of parameters in `modules_to_save`, by name.
+        saved: Its own copies of parameters that it brings whole, by name.
         refused: Targets that could not be adapted.
+        frozen: Names in `saved` of what PEFT writes into the base itself: it never trains.
     """
 
     config: BoneConfig
     blocks: dict[str, nn.Parameter]
     saved: dict[str, nn.Parameter]
     refused: tuple[Refusal, ...] = ()
+    frozen: frozenset[str] = frozenset()
 
     def parameters(self) -> list[nn.Parameter]:
-        """Its blocks, and its copies of parameters in `modules_to_save`."""
+        """Its blocks, and its copies of parameters that it brings whole."""
         return [*self.blocks.values(), *self.saved.values()]
+
+    def trained_names(self) -> set[str]:
+        """Names of the parameters in `modules_to_save`."""
+        return set(self.saved) - self.frozen
 
     def train(self, trains: bool) -> None:
         """Choose whether its parameters require gradients."""
-        for parameter in self.parameters():
-            parameter.requires_grad_(trains)
-
-
-@dataclass
-class Origin:
-    """Where an adapted module comes from.
-
-    Attributes:
-        graph_module: The pristine captured graph, in train mode.
-        signature: How it is called.
-        model: The model it was captured from, untouched; `merge_and_unload` copies it.
-        loss: The model's own loss of an output and labels, or None.
-        untie: Whether tied weights may be targets.
-        freeze_base: Whether every parameter but blocks and `modules_to_save` is frozen.
-        recompute: Whether backward folds BAT's weights again instead of keeping them.
-    """
-
-    graph_module: fx.GraphModule
-    signature: CallSignature
-    model: nn.Module | None = None
-    loss: ModelLoss | None = None
-    untie: bool = False
-    freeze_base: bool = True
-    recompute: bool = True
-
-    def output_layers(self, config: BoneConfig) -> frozenset[str]:
-        """Sites that `"all-linear"` leaves out for an adapter: its task has a part in it."""
-        return frozenset() if self.model is None else output_layers(self.model, config.task_type)
+        for block in self.blocks.values():
+            block.requires_grad_(trains)
+        for name, parameter in self.saved.items():
+            parameter.requires_grad_(trains and name not in self.frozen)
 
 
 def adapter_named(adapters: Mapping[str, MountedAdapter], name: str) -> MountedAdapter:
@@ -123,9 +109,7 @@ def saved_parameters(
         AdapterError: A trained value belongs to no parameter, or has another shape; a module has
             statistics, which an adapter folder does not hold.
     """
-    statistics = [
-        n for n, _ in base.named_buffers() if is_saved_module(config, n.rpartition(".")[0])
-    ]
+    statistics = [name for name, _ in base.named_buffers() if is_trained_whole(config, name)]
     if any(name.endswith("running_mean") for name in statistics):
         raise AdapterError(
             f"{where}: modules_to_save would lose the statistics {', '.join(statistics[:3])}",
@@ -135,7 +119,7 @@ def saved_parameters(
     trained = {
         name: nn.Parameter(parameter.detach().clone())
         for name, parameter in base.named_parameters(remove_duplicate=False)
-        if is_saved_module(config, name.rpartition(".")[0])
+        if is_trained_whole(config, name)
     }
     by_name = dict(base.named_parameters(remove_duplicate=False))
     for name, tensor in trained_values.items():
@@ -156,7 +140,7 @@ def saved_parameters(
     absent = [
         Refusal(module, reason)
         for module in config.modules_to_save or ()
-        if not any(f".{module}." in f".{name}" for name in trained)
+        if not any(path.endswith(module) for name in trained for path in modules_above(name))
     ]
     return trained, absent
 
@@ -296,20 +280,23 @@ def new_adapter(
 ) -> MountedAdapter:
     """An adapter for a base: fresh blocks, or those of a folder.
 
-    A classification task trains the model's head too, as in PEFT.
+    A classification task trains the model's head too, and a configuration without targets takes
+    those of the model's type, as in PEFT. What was asked for and cannot be done is a warning.
 
     Raises:
         SiteError: Nothing matched, or a block cannot fit its layer.
         AdapterError: The folder, or a trained module of it, does not fit.
     """
+    model = origin.model
+    config = with_default_targets(config, model)
+    refuse_lists(config, model)
     if folder is not None:
         search = find_sites(base)
+        folder = replace(folder, config=config)
         folder.match(search.sites, search.others, origin.output_layers(config))
-    if folder is None and config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+    else:
         names = [name for name, _ in base.named_parameters(remove_duplicate=False)]
-        heads = [h for h in _HEADS if any(f".{h}." in f".{n}" for n in names)]
-        listed = dict.fromkeys([*(config.modules_to_save or ()), *heads])
-        config = replace(config, modules_to_save=list(listed))
+        config = with_heads(config, names)
     result = insert_adapters(
         base,
         config,
@@ -323,10 +310,15 @@ def new_adapter(
         for site in result.applied
     }
     trained_values = folder.modules_to_save if folder else {}
-    saved, absent = saved_parameters(
-        base, config, trained_values, str(folder.path) if folder else name
-    )
-    adapter = MountedAdapter(config, blocks, saved, (*result.refused, *absent))
+    where = str(folder.path) if folder else name
+    saved, absent = saved_parameters(base, config, trained_values, where)
+    missed = not_adapted(config, model, result.applied, origin.output_layers(config))
+    refused = refusals_of(config, model, [*result.refused, *absent], missed)
+    warn_of(refused)
+    modules = (base if model is None else model).named_modules()
+    warn_if_nothing_is_excluded(config, (module for module, _ in modules))
+    frozen = folder.in_base if folder else frozenset()
+    adapter = MountedAdapter(config, blocks, saved, tuple(refused), frozen)
     adapter.train(False)  # until it is active
     return adapter
 
@@ -346,11 +338,17 @@ def delta_weight(
 
 
 def with_parameters(model: nn.Module, source: nn.Module, names: Collection[str]) -> nn.Module:
-    """A copy of a model with some parameters taken from another; the rest is shared with it.
+    """A copy of a model with some parameters taken from another; the rest shares its memory.
 
-    What the other has elsewhere is taken from it too: it was moved, cast, or is of a copy.
+    What the other has elsewhere is taken from it too: it was moved, cast, or is of a copy. What
+    trains is what trains in the other: the parameters of the model itself keep their flags.
     """
-    shared: dict[int, Any] = computed_tensors(model) | {id(p): p for p in model.parameters()}
+    shared: dict[int, Any] = computed_tensors(model)
+    here = dict(source.named_parameters(remove_duplicate=False))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        trains = here[name].requires_grad if name in here else parameter.requires_grad
+        twin = nn.Parameter(parameter.detach(), requires_grad=trains)
+        shared.setdefault(id(parameter), twin)
     copied = copy.deepcopy(model, shared)
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     config: Any = getattr(copied, "config", None)
@@ -365,7 +363,6 @@ def with_parameters(model: nn.Module, source: nn.Module, names: Collection[str])
         there.copy_(statistics[name])
         owner, leaf = container(copied, name)
         owner._buffers[leaf] = there
-    here = dict(source.named_parameters(remove_duplicate=False))
     for name, parameter in copied.named_parameters(remove_duplicate=False):
         if name not in names and name in here and not _is_same_memory(parameter, here[name]):
             twin = nn.Parameter(here[name].detach(), requires_grad=parameter.requires_grad)
@@ -373,7 +370,8 @@ def with_parameters(model: nn.Module, source: nn.Module, names: Collection[str])
             owner.register_parameter(leaf, moved.setdefault(id(parameter), twin))
     for name in sorted(names):
         owner, leaf = container(copied, name)
-        owner.register_parameter(leaf, nn.Parameter(here[name].detach(), requires_grad=True))
+        trains = here[name].requires_grad
+        owner.register_parameter(leaf, nn.Parameter(here[name].detach(), requires_grad=trains))
     return copied
 
 

@@ -15,7 +15,8 @@ from bone_fx.lean.form import MODEL, running_form
 from bone_fx.operators import forget_masks, head_inputs
 from bone_fx.train.called_graph import LayerGraph, LeanLayerGraph
 from bone_fx.train.model_graph import Form, ModelGraph
-from bone_fx.train.mounting import Origin, carry_buffers, has_processes, named_buffers
+from bone_fx.train.mounting import carry_buffers, has_processes, named_buffers
+from bone_fx.train.origin import Origin
 from bone_fx.train.split_layers import layers_of, split_in_place
 
 

@@ -19,11 +19,12 @@ MAY_KNOW: dict[str, set[str]] = {
     "files": {"errors"},
     "progress": set(),
     "collector": set(),
-    "graphs": set(),
+    "graphs": {"errors"},
     "adapters": {"errors"},
     "operators": {"adapters", "errors"},
     "config": {"errors", "files"},
     "runtime": {"errors", "files"},
+    "default_targets": set(),
     "sites": {"adapters", "config", "errors"},
     "adapter_folder": {"adapters", "config", "errors", "files", "sites"},
     "dialects": {"errors", "graphs", "operators", "sites"},
@@ -38,9 +39,10 @@ MAY_KNOW: dict[str, set[str]] = {
         *("adapter_folder", "errors", "onnx", "operators", "passes", "runtime", "sites", "weights"),
     },
     "capture": {"collector", "errors", "graphs", "lower", "operators", "passes"},
+    # Of base it is the hub: adapters are fetched and uploaded.
     "train": {
-        *("adapter_folder", "adapters", "capture", "config", "dialects", "errors", "lean"),
-        *("graphs", "operators", "passes", "sites"),
+        *("adapter_folder", "adapters", "base", "capture", "config", "default_targets", "dialects"),
+        *("errors", "lean", "graphs", "operators", "passes", "sites"),
     },
     "deploy": {
         *("adapter_folder", "base", "capture", "config", "dialects", "errors", "files", "onnx"),
@@ -55,7 +57,7 @@ MAY_KNOW: dict[str, set[str]] = {
 # Third-party packages and the only rooms that may import them; what is free stands below.
 HOMES: dict[str, set[str]] = {
     "transformers": {"base", "capture", "train", "verify"},
-    "huggingface_hub": {"base"},
+    "huggingface_hub": {"base", "train"},  # train: the format of model cards
     "jinja2": {"deploy"},
     "markupsafe": {"deploy"},
     "packaging": {"deploy"},

@@ -154,7 +154,10 @@ def test_merge_and_unload_gives_the_class_back() -> None:
     assert type(merged) is LlamaForCausalLM
     torch.testing.assert_close(logits(merged), logits(adapted), rtol=0, atol=1e-5)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
-    assert merged.model.embed_tokens.weight is model.model.embed_tokens.weight
+    shared = merged.model.embed_tokens.weight
+    assert shared.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert not any(parameter.requires_grad for parameter in merged.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert merged.generate(**inputs(), max_new_tokens=3).shape == (2, 10)
 
@@ -221,7 +224,8 @@ def test_labels_give_the_models_own_loss() -> None:
 
 def test_what_is_no_site_is_refused_by_name() -> None:
     config = bone_fx.BoneConfig(r=16, target_modules=["q_proj", "embed_tokens", "nothing"])
-    adapted = bone_fx.adapt(llama(tie_word_embeddings=False), config, inputs())
+    with pytest.warns(UserWarning, match=r"embed_tokens.*nothing"):
+        adapted = bone_fx.adapt(llama(tie_word_embeddings=False), config, inputs())
     reasons = {refusal.name: refusal.reason for refusal in adapted.refused}
     assert "not a linear layer" in reasons["model.embed_tokens.weight"]
     assert "matched no linear layer" in reasons["nothing"]

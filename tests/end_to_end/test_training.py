@@ -158,7 +158,7 @@ def test_adapters_differ_in_method_and_size_and_one_trains_under_another() -> No
 
 
 def test_groups_decay_matrices_only() -> None:
-    config = bone_fx.BoneConfig(r=16, target_modules=["q_proj"], modules_to_save=["norm"])
+    config = bone_fx.BoneConfig(r=16, target_modules=["q_proj"], modules_to_save=["model.norm"])
     adapted = bone_fx.adapt(llama(), config, inputs())
     decayed, free = adapted.parameter_groups(weight_decay=0.1, lr=1e-3)
     assert len(decayed["params"]) == 2

@@ -66,7 +66,7 @@ def test_an_adapted_module_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
     assert adapted.graph.find_nodes(op="call_function", target=ADAPTED_LINEAR)
     stages: list[str] = []
     monkeypatch.setattr(
-        "bone_fx.train.adapted_module.verify", lambda stage, graph: stages.append(stage.name)
+        "bone_fx.train.adapter_set.verify", lambda stage, graph: stages.append(stage.name)
     )
     with adapted.disable_adapter():
         pass

@@ -9,43 +9,14 @@ Shape letters: B batch, K key/value heads, S new tokens, P past tokens, D head s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor
 
 from bone_fx.capture.decoder.pasts import Pasts
+from bone_fx.capture.stamping.layer_number import LayerNumber
 from bone_fx.errors import CaptureError
-
-
-def _reading(name: str) -> Callable[..., Any]:
-    """An operator of int that notes that the number was read."""
-    function = getattr(int, name)
-
-    def read(self: LayerNumber, *others: Any) -> Any:
-        self.read = True
-        plain = [o.value if isinstance(o, LayerNumber) else o for o in others]
-        return function(self.value, *plain)
-
-    return read
-
-
-class LayerNumber:
-    """The number of a layer in the place of the integer, which notes whether anybody reads it."""
-
-    def __init__(self, value: int) -> None:
-        self.value = value
-        self.read = False
-
-
-_OPERATORS = (
-    "index int float bool hash eq ne lt le gt ge add radd sub rsub mul rmul mod rmod "
-    "floordiv rfloordiv truediv rtruediv pow rpow neg abs and rand or ror xor lshift "
-    "rshift str repr format divmod"
-)
-for _operator in _OPERATORS.split():
-    setattr(LayerNumber, f"__{_operator}__", _reading(f"__{_operator}__"))
 
 
 class PassThroughCache:

@@ -16,8 +16,9 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from bone_fx.capture.decoder.attention_emitter import AttentionLayer
-from bone_fx.capture.decoder.kv_cache import LayerNumber, PassThroughCache, concatenated
+from bone_fx.capture.decoder.kv_cache import PassThroughCache, concatenated
 from bone_fx.capture.decoder.pasts import Pasts
+from bone_fx.capture.stamping.layer_number import LayerNumber
 
 OWN_ATTENTION = "the model computes its attention by itself: it is written out"
 

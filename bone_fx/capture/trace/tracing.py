@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.export import Dim, ExportedProgram
 
+from bone_fx.capture.stamping.plain_layers import equal_layers_once, write_layers_out
 from bone_fx.capture.trace.default_inputs import missing_inputs
 from bone_fx.capture.trace.dynamic_axes import fixed_dims, reason_line, user_inputs
 from bone_fx.capture.trace.examples import Examples
@@ -38,7 +40,11 @@ class Trace:
 
 
 def trace(
-    model: torch.nn.Module, examples: Examples, dynamic_shapes: DynamicShapes | None = None
+    model: torch.nn.Module,
+    examples: Examples,
+    dynamic_shapes: DynamicShapes | None = None,
+    *,
+    stamp: bool = False,
 ) -> Trace:
     """Traces `model` with the most dynamic sizes that it allows.
 
@@ -46,6 +52,7 @@ def trace(
         model: The model, in the mode to trace.
         examples: Its example inputs.
         dynamic_shapes: `torch.export`'s own, instead of what the examples say varies.
+        stamp: Trace equal layers once.
 
     Raises:
         CaptureError: It cannot be traced.
@@ -53,7 +60,7 @@ def trace(
     first: Exception | None = None
     for choice, shapes in choices_of_sizes(model, examples, dynamic_shapes):
         try:
-            program = _export(model, choice, shapes)
+            program = _export(model, choice, shapes, stamp=stamp)
         except Exception as error:  # noqa: BLE001 -- whatever the model or the tracer raises is a refusal
             first = first or error
             continue
@@ -101,13 +108,18 @@ def choices_of_sizes(
     return choices
 
 
-def _export(model: torch.nn.Module, examples: Examples, shapes: dict[str, Any]) -> ExportedProgram:
+def _export(
+    model: torch.nn.Module, examples: Examples, shapes: dict[str, Any], *, stamp: bool
+) -> ExportedProgram:
     inputs = {name: copy.copy(value) for name, value in examples.inputs.items()}
-    with traceable(model), flat_forward(model, examples), torch.enable_grad():
+    once = equal_layers_once(model) if stamp else nullcontext()
+    with traceable(model), flat_forward(model, examples), once, torch.enable_grad():
         try:
-            return torch.export.export(model, (), inputs, strict=False, dynamic_shapes=shapes)
+            program = torch.export.export(model, (), inputs, strict=False, dynamic_shapes=shapes)
         finally:
             _let_go()
+    write_layers_out(program)
+    return program
 
 
 def _let_go() -> None:

@@ -39,6 +39,7 @@ from bone_fx.capture.trace.tracing import DynamicShapes, trace
 from bone_fx.capture.training.checked_loss import checked_loss
 from bone_fx.capture.training.loss import ModelLoss
 from bone_fx.capture.training.state import mount_state, name_as_used
+from bone_fx.errors import CaptureError
 from bone_fx.passes.dropout import remember_training
 from bone_fx.passes.follow_device import follow_device
 from bone_fx.passes.frame import Frame
@@ -95,6 +96,7 @@ def capture_training(
     example_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor,
     *,
     dynamic_shapes: DynamicShapes | None = None,
+    stamp: bool = True,
 ) -> TrainingCapture:
     """Captures `model` in training mode.
 
@@ -106,6 +108,7 @@ def capture_training(
             first one's does.
         dynamic_shapes: Instead of that choice, `torch.export`'s own `dynamic_shapes` for the
             example inputs.
+        stamp: Trace equal layers once. The graph is the same without, and takes longer.
 
     Returns:
         The capture.
@@ -115,11 +118,29 @@ def capture_training(
             mode by more than dropout; the setting that avoids it is named where it is known.
         UsageError: The example inputs do not fit the model.
     """
+    if stamp:
+        try:
+            return _capture(model, example_inputs, dynamic_shapes, stamp=True)
+        except CaptureError:
+            # Layers may leave something beside their output, or the model cannot be captured: then
+            # the trace of every layer says why.
+            pass
+    return _capture(model, example_inputs, dynamic_shapes, stamp=False)
+
+
+def _capture(
+    model: torch.nn.Module,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor,
+    dynamic_shapes: DynamicShapes | None,
+    *,
+    stamp: bool,
+) -> TrainingCapture:
     refuse_checkpointing(model)
     with unchanged(model):
         model.train()
         with refuse_draws(model), refuse_own_backward(model):
-            traced = trace(model, read_examples(model, example_inputs), dynamic_shapes)
+            examples = read_examples(model, example_inputs)
+            traced = trace(model, examples, dynamic_shapes, stamp=stamp)
         graph_module = _plain_graph(traced.program)
         name_as_used(graph_module, model)
         mount_state(graph_module, model)

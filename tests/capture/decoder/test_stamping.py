@@ -12,8 +12,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from bone_fx.capture.decoder.capture_decoder import DecoderCapture, capture_decoder
-from bone_fx.capture.decoder.kv_cache import LayerNumber
-from bone_fx.capture.decoder.stamping.keys import layer_key, numbers_of
+from bone_fx.capture.stamping.keys import layer_key, numbers_of
+from bone_fx.capture.stamping.layer_number import LayerNumber
 from tests.capture.architectures import BY_NAME
 from tests.capture.decoder.decoders import CORE, DECODERS, Decoder
 from tests.capture.decoder.decoding import captured, skeleton_of

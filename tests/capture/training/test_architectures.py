@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 from transformers.pytorch_utils import Conv1D
 
 import bone_fx
-import bone_fx.train.adapt as adapting
+import bone_fx.train.origin as capturing
 from tests.capture.architectures import ARCHITECTURES, CORE, UNLISTED, Architecture, text
 from tests.capture.training.captured import captured
 from tests.elsewhere import call_on_cuda
@@ -94,7 +94,7 @@ def test_every_architecture_takes_adapters(
     row: Architecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, capture = captured(row.name)
-    monkeypatch.setattr(adapting, "capture_training", lambda *_args, **_options: capture)
+    monkeypatch.setattr(capturing, "capture_training", lambda *_args, **_options: capture)
     check(model, bone_fx.adapt(model, CONFIG, row.inputs(3, 12)), row.inputs(2, 7))
 
 

@@ -13,13 +13,14 @@ import enum
 import operator
 from collections.abc import Collection, Hashable, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor, nn
 
-from bone_fx.capture.decoder.kv_cache import LayerNumber
+from bone_fx.capture.stamping.layer_number import LayerNumber
 
 Place = tuple[str, str]
 """Path of a module in its layer, and the name of one of its attributes."""
@@ -107,6 +108,8 @@ def value_key(value: object, inside: dict[int, str] | None = None) -> Hashable:
     if isinstance(value, FunctionType) and value.__closure__:
         cells = [cell.cell_contents for cell in value.__closure__]
         return value.__code__, value_key(value.__defaults__), value_key(cells, inside)
+    if type(value) is partial:
+        return partial, value_key([value.func, value.args, value.keywords], inside)
     if isinstance(value, MethodType):
         return "method", value_key(value.__func__), value_key(value.__self__, inside)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -1,35 +1,26 @@
-"""Layers that are equal are traced once; each later one is a single node until `stamp` expands it.
+"""Equal layers of a decoder are traced once; a later one is a single node until it is expanded.
 
-The first layer of a kind runs as it is between two marks, `LayerEntry(hidden, past key, past
-value)` and `LayerExit(hidden, present key, present value)`. A later layer with an equal key
-(`keys`) becomes `Layer(hidden)`, to which `spread_pasts` gives pasts and presents. A layer
-that does more than turn one tensor into another through one attention is always traced.
+The marks of `stamping.layers` have a layer's past and present: `LayerEntry(hidden, past key, past
+value)` and `LayerExit(hidden, present key, present value)`; to `Layer(hidden)` gives `spread_pasts`
+pasts and presents. A layer that does more than turn one tensor into another through one attention
+is always traced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bone_fx.capture.decoder.attention_emitter import AttentionEmitter
-from bone_fx.capture.decoder.kv_cache import LayerNumber
-from bone_fx.capture.decoder.stamping.keys import (
-    Place,
-    count_tensors,
-    is_alone,
-    layer_key,
-    numbers_of,
-    sizes,
-    value_key,
-    with_number,
-)
-from bone_fx.lower.stamp import DOMAIN, ENTRY, EXIT, LAYER
+from bone_fx.capture.stamping.keys import sizes, value_key, with_number
+from bone_fx.capture.stamping.layer_number import LayerNumber
+from bone_fx.capture.stamping.layers import LayerList, forwards_replaced, hidden_argument, mark
+from bone_fx.lower.stamp import ENTRY, EXIT, LAYER
 
 
 @dataclass
@@ -39,44 +30,6 @@ class _Traced:
     number: int
     output: Any
     kept: object
-
-
-@dataclass(frozen=True)
-class LayerList:
-    """The layers of a model, in their order.
-
-    Attributes:
-        paths: Their paths.
-        layers: The layers.
-        places: Where each has its number.
-        keys: What each is, apart from its number; without those that share tensors with others.
-    """
-
-    paths: list[str]
-    layers: list[nn.Module]
-    places: list[Place]
-    keys: dict[int, Hashable]
-
-
-def layer_lists(model: nn.Module, count: int) -> list[LayerList]:
-    """The lists of so many layers in a model of which nothing is replaced yet."""
-    uses: dict[int, int] = {}
-    count_tensors(model, uses)
-    lists = []
-    for path, modules in model.named_modules():
-        if not isinstance(modules, nn.ModuleList) or len(modules) != count:
-            continue
-        layers = list(modules)
-        if len({id(layer) for layer in layers}) != count:
-            continue
-        places = numbers_of(layers)
-        keys = {
-            index: layer_key(layer, places)
-            for index, layer in enumerate(layers)
-            if "forward" not in vars(layer) and is_alone(layer, uses)
-        }
-        lists.append(LayerList([f"{path}.{i}" for i in range(count)], layers, places, keys))
-    return lists
 
 
 class _Stamper:
@@ -94,7 +47,7 @@ class _Stamper:
         self.paths, self.layers = of.paths, of.layers
         self.places, self.keys = of.places, of.keys
         self.emitter = emitter
-        self._mark = _mark if traced else _no_mark
+        self._mark = mark if traced else _no_mark
         self._traced: dict[Hashable, _Traced] = {}
         self._last_emitter: AttentionEmitter | None = None
 
@@ -105,7 +58,7 @@ class _Stamper:
         if emitter is not self._last_emitter:  # another forward of the same model
             self._last_emitter = emitter
             self._traced.clear()
-        hidden = _hidden(args, kwargs)
+        hidden = hidden_argument(args, kwargs)
         if hidden is None:
             return run(layer, *args, **kwargs)
         alike = emitter.cache.pasts.like(index)
@@ -155,42 +108,15 @@ class _Stamper:
         return pytree.tree_map(lambda x: output if x is former else x, traced.output)
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The first argument, if it is a tensor that is given once."""
-    first = next(iter((*args, *kwargs.values())), None)
-    if not isinstance(first, Tensor) or not first.is_floating_point():
-        return None
-    return first if sum(x is first for x in pytree.tree_leaves((args, kwargs))) == 1 else None
-
-
 def _no_mark(
     _kind: str, tensors: tuple[Tensor, ...], _path: str, like: Tensor | None = None, **_: int | str
 ) -> Tensor:
     return tensors[0] if like is None else like
 
 
-def _mark(
-    kind: str,
-    tensors: tuple[Tensor, ...],
-    path: str,
-    like: Tensor | None = None,
-    **more: int | str,
-) -> Tensor:
-    like = tensors[0] if like is None else like
-    return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{kind}",
-        tensors,
-        {"path": path, **more},
-        dtype=like.dtype,
-        shape=like.shape,
-        version=1,
-    )
-
-
-@contextmanager
 def equal_layers_once(
     lists: Sequence[LayerList], emitter: Callable[[], AttentionEmitter], *, traced: bool
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """While open, equal layers run once.
 
     Args:
@@ -198,21 +124,6 @@ def equal_layers_once(
         emitter: Gives the emitter of the current forward when a layer is called.
         traced: Whether the model is traced, so that each layer leaves marks.
     """
-    wrapped: list[nn.Module] = []
-    try:
-        for layers in lists:
-            stamper = _Stamper(layers, emitter, traced=traced)
-            for index in layers.keys:
-                vars(layers.layers[index])["forward"] = _forward(stamper, index)
-                wrapped.append(layers.layers[index])
-        yield
-    finally:
-        for layer in wrapped:
-            vars(layer).pop("forward", None)
-
-
-def _forward(stamper: _Stamper, index: int) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return stamper.call(index, args, kwargs)
-
-    return forward
+    return forwards_replaced(
+        [(layers, _Stamper(layers, emitter, traced=traced).call) for layers in lists]
+    )

@@ -1,0 +1,1 @@
+"""PEFT's verbs of an adapted module, by subject."""
