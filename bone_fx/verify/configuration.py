@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,7 @@ def verify_configuration(
     if not (folder / FILE).is_file():
         parity.skip(FILE, "the folder has none: an earlier version wrote it")
         return
-    content = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    if content.get("model_type") not in CONFIG_MAPPING:
+    if config.model_type not in CONFIG_MAPPING:
         parity.skip(FILE, "its class is code of the base, which transformers has not")
         return
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from bone_fx.verify.parity import Parity
 from bone_fx.weights.storage.safetensors_file import file_sha256
 from tests.deploy.test_companions import tokenizer
 from tests.end_to_end.test_heads import SIZES, train, trained
-from tests.end_to_end.tiny import tiny_adapter, tiny_base
+from tests.end_to_end.tiny import tiny_base
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # PEFT 0.18 warns of its own end
@@ -55,29 +57,61 @@ def test_a_decoder_says_what_the_adapter_made_of_it(tmp_path: Path) -> None:
     assert "config.json" in result.manifest["verification"]["ran"]
 
 
-def test_generation_settings_are_made_where_nobody_brings_any(tmp_path: Path) -> None:
-    tiny_base(tmp_path / "base", eos_token_id=[2, 5], bos_token_id=1)
-    (tmp_path / "base" / "generation_config.json").unlink()
-    bone_fx.export(tmp_path / "base", output=tmp_path / "out", verify="fast")
-    settings = GenerationConfig.from_pretrained(tmp_path / "out")
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that brings no generation settings, with sentence-transformers' list; its export."""
+    folder = tmp_path_factory.mktemp("plain")
+    tiny_base(folder / "base", eos_token_id=[2, 5], bos_token_id=1)
+    (folder / "base" / "generation_config.json").unlink()
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
+    (folder / "base" / "modules.json").write_text(json.dumps(modules))
+    bone_fx.export(folder / "base", output=folder / "out", verify="off")
+    return folder
+
+
+def test_generation_settings_are_made_where_nobody_brings_any(plain: Path) -> None:
+    settings = GenerationConfig.from_pretrained(plain / "out")
     assert (settings.eos_token_id, settings.bos_token_id) == ([2, 5], 1)
 
 
+def test_a_decoder_has_no_states_to_pool(plain: Path) -> None:
+    assert not (plain / "out" / "modules.json").exists()
+
+
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("eos_token_id", 9), ("vocab_size", 64), ("dtype", "float16"), ("architectures", ["Other"])],
+    ("field", "value", "message"),
+    [
+        ("vocab_size", 64, "vocab_size"),
+        ("dtype", "float16", "dtype"),
+        ("architectures", ["Other"], "architectures"),
+        ("model_type", "lama", "transformers does not open it"),
+    ],
 )
-def test_another_configuration_is_found(field: str, value: object, tmp_path: Path) -> None:
-    tiny_base(tmp_path / "base", eos_token_id=2)
-    result = bone_fx.export(tmp_path / "base", output=tmp_path / "out", verify="off")
-    name = "generation_config.json" if field == "eos_token_id" else "config.json"
-    path, manifest = tmp_path / "out" / name, tmp_path / "out" / "bone_export.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
-    entry = {**result.manifest["files"][name], "sha256": file_sha256(path)}
-    files = {**result.manifest["files"], name: entry}
-    manifest.write_text(json.dumps({**result.manifest, "files": files}))
-    with pytest.raises(VerificationError, match=f"failed: {name}: {field}"):
-        bone_fx.verify_export(tmp_path / "out", base=tmp_path / "base", verify="fast")
+def test_another_configuration_is_found(
+    field: str, value: object, message: str, plain: Path, tmp_path: Path
+) -> None:
+    content = json.loads((plain / "out" / "config.json").read_text())
+    expected = AutoConfig.from_pretrained(plain / "base")
+    for changed in (False, True):
+        content = {**content, **({field: value} if changed else {})}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        parity = Parity(1e-4)
+        failure = pytest.raises(VerificationError, match=f"failed: config.json: {message}")
+        with failure if changed else nullcontext():
+            verify_configuration(parity, tmp_path, expected, "LlamaForCausalLM", "float32")
+        assert bool(parity.cases) != changed
+
+
+def test_another_end_of_texts_is_found(plain: Path, tmp_path: Path) -> None:
+    """A folder whose files agree with its manifest, but not with its base."""
+    out = shutil.copytree(plain / "out", tmp_path / "out")
+    path, manifest = out / "generation_config.json", out / "bone_export.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 9}))
+    content = json.loads(manifest.read_text())
+    content["files"][path.name]["sha256"] = file_sha256(path)
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(VerificationError, match=r"generation_config.json: eos_token_id"):
+        bone_fx.verify_export(out, base=plain / "base", verify="fast")
 
 
 def test_a_folder_of_an_earlier_version_has_none(tmp_path: Path) -> None:
@@ -99,7 +133,7 @@ def test_a_classifier_has_its_trained_labels(named: bool, tmp_path: Path) -> Non
     if not named:
         path = adapter / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": {"0": "a"}}))
-    result = bone_fx.export(base, adapters=[adapter], output=out, verify="fast")
+    result = bone_fx.export(base, adapters=[adapter], output=out, verify="fast" if named else "off")
     found = AutoConfig.from_pretrained(out)
     assert found.architectures == ["RobertaForSequenceClassification"]
     assert found.num_labels == 3
@@ -126,14 +160,3 @@ def test_sentence_files_stand_where_the_graph_gives_states(tmp_path: Path) -> No
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
         assert name in result.manifest["files"]
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 7
-
-
-def test_a_decoder_has_no_sentence_files(tmp_path: Path) -> None:
-    tiny_base(tmp_path / "base")
-    tiny_adapter(tmp_path / "tuned")
-    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
-    (tmp_path / "base" / "modules.json").write_text(json.dumps(modules))
-    bone_fx.export(
-        tmp_path / "base", adapters=[tmp_path / "tuned"], output=tmp_path / "out", verify="off"
-    )
-    assert not (tmp_path / "out" / "modules.json").exists()
