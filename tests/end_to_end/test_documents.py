@@ -42,7 +42,7 @@ def run(code: str, language: str, folder: Path, hub: Path) -> str:
         "HF_HUB_OFFLINE": "1",
         "MPLBACKEND": "agg",
         "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]),
     }
     done = subprocess.run(
         [*commands[language], code],
