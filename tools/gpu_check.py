@@ -5,11 +5,12 @@
     python tools/gpu_check.py OUT --random --prompts 128,4096   # only the graphs had to travel
     python tools/gpu_check.py OUT --provider cpu                # the same where there is no GPU
 
-Needs onnxruntime, onnx and numpy alone. Decoders run as onnxruntime-genai runs them: inputs and
-outputs bound on the device, one buffer for past and present, greedily, without an end. Each folder
-and setting gives one JSON line and a row of the table. Settings are the session entries of the
-folder's own genai_config.json without a CUDA graph, the same with a mask as wide as the cache and a
-CUDA graph, and the other choice for products of 4 and 8 bits (fpA_intB) where there are any.
+A folder of variants has rows for each of its graphs. Needs onnxruntime, onnx and numpy alone.
+Decoders run as onnxruntime-genai runs them: inputs and outputs bound on the device, one buffer for
+past and present, greedily, without an end. Each graph and setting gives one JSON line and a row of
+the table. Settings are the session entries of the folder's own genai_config.json without a CUDA
+graph, the same with a mask as wide as the cache and a CUDA graph, and the other choice for products
+of 4 and 8 bits (fpA_intB) where there are any.
 
 Exits with 1 if a folder does not run, gives something that is not finite or not what the CPU
 provider gives, if nodes do not run where its bone_export.json says, or a graph is not captured
@@ -34,12 +35,13 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from gpu_decoder import CUDA, Decoder, device_memory, fill_at_random
+from gpu_decoder import CUDA, Decoder, device_memory, fill_at_random, models_of
 
 TOLERANCE = {"tensor(float)": 1e-4, "tensor(float16)": 2e-2, "tensor(bfloat16)": 0.1}
 """Of the largest logit, by their dtype: what CUDA's other order of sums may cost."""
 INT8_CACHE = 0.2
-"""The same with a cache in int8: CUDA reads a prompt's keys before they are rounded."""
+"""The same with a cache in int8: CUDA reads a prompt's keys before they are rounded. One in fp8 has
+no CPU kernel to compare with."""
 INT8_ACTIVATIONS = 0.1
 """The same where the CPU's product rounds its activations to 8 bits and CUDA's does not."""
 PARITY_BYTES = 4 << 30
@@ -48,16 +50,16 @@ FPA = "ep.cuda.fpa_intb_gemm"
 COLUMNS = ("folder", "setting", "placement", "attention", "parity", "tokens_equal", "memory_gb")
 
 
-def settings_of(folder: Path, provider: str) -> dict[str, dict[str, Any]]:
-    """Name of a setting -> `graph` and session `entries`, for one folder."""
-    model = _json(folder / "genai_config.json").get("model", {})
-    options = model.get("decoder", {}).get("session_options", {})
+def settings_of(model: Path, provider: str) -> dict[str, dict[str, Any]]:
+    """Name of a setting -> `graph` and session `entries`, for one graph."""
+    written = _json(model.with_name("genai_config.json")).get("model", {})
+    options = written.get("decoder", {}).get("session_options", {})
     entries = {k: v for k, v in options.items() if "." in k and isinstance(v, str)}
     settings = {"as written": {"graph": False, "entries": entries}}
-    if captured(folder):
+    if captured(model):
         name = "CUDA graph" if provider == "cuda" else "static mask"
         settings[name] = {"graph": True, "entries": entries}
-    nodes = onnx.load(folder / "model.onnx", load_external_data=False).graph.node
+    nodes = onnx.load(model, load_external_data=False).graph.node
     if any(node.op_type == "MatMulNBits" for node in nodes):
         flipped = "0" if entries.get(FPA) == "1" else "1"
         name = "without fpA_intB" if flipped == "0" else "with fpA_intB"
@@ -66,27 +68,35 @@ def settings_of(folder: Path, provider: str) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def captured(folder: Path) -> bool:
-    """Whether a folder says that its graph can be captured; one of others, if its cache stands."""
-    placement = _json(folder / "bone_export.json").get("placement")
+def captured(model: Path) -> bool:
+    """Whether a folder says that a graph can be captured; one of others, if its cache stands."""
+    placement = placement_of(model)
     if placement:
         return bool(placement["cuda_graph"] == "yes")
-    search = _json(folder / "genai_config.json").get("search", {})
+    search = _json(model.with_name("genai_config.json")).get("search", {})
     return bool(search.get("past_present_share_buffer"))
+
+
+def placement_of(model: Path) -> dict[str, Any] | None:
+    """What the manifest beside a graph says of its placement."""
+    manifest = _json(model.with_name("bone_export.json"))
+    said = manifest.get("variants", {}).get(model.stem, manifest)
+    found: dict[str, Any] | None = said.get("placement")
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
-def placed(decoder: Decoder, folder: Path) -> str:
+def placed(decoder: Decoder, model: Path) -> str:
     """Where the session's nodes are, against what the manifest says of them."""
     actual: Counter[str] = Counter()
     for part in decoder.session.get_provider_graph_assignment_info():
         for node in part.get_nodes():
             actual[f"{part.ep_name.removesuffix('ExecutionProvider')}:{node.op_type}"] += 1
     on_cpu = {name[4:]: n for name, n in actual.items() if name.startswith("CPU:")}
-    placement = _json(folder / "bone_export.json").get("placement")
+    placement = placement_of(model)
     if not placement:
         return f"{sum(on_cpu.values())} on the CPU"
     said = Counter(name.rpartition("::")[2] for name in placement["on_cpu"].values())
@@ -133,24 +143,26 @@ def greedy(decoder: Decoder, ids: np.ndarray, tokens: int) -> tuple[list[np.ndar
     return logits, seconds
 
 
-def checked(folder: Path, name: str, setting: dict[str, Any], chosen: Any) -> dict[str, Any]:
-    """Everything but speed, for one folder and setting; what fails is said in the row."""
-    row: dict[str, Any] = {"folder": folder.name, "setting": name, "wrong": []}
+def checked(model: Path, name: str, setting: dict[str, Any], chosen: Any) -> dict[str, Any]:
+    """Everything but speed, for one graph and setting; what fails is said in the row."""
+    folder, variant = model.parent.name, model.name != "model.onnx"
+    row: dict[str, Any] = {"folder": f"{folder}/{model.stem}" if variant else folder}
+    row |= {"setting": name, "wrong": []}
     try:
-        _check(row, folder, setting, chosen)
+        _check(row, model, setting, chosen)
     except Exception as error:  # noqa: BLE001 - of ONNX Runtime; the other folders still run
         lines = str(error).splitlines() or [type(error).__name__]
         row["wrong"].append(lines[0][:300])
     return row
 
 
-def _check(row: dict[str, Any], folder: Path, setting: dict[str, Any], chosen: Any) -> None:
+def _check(row: dict[str, Any], model: Path, setting: dict[str, Any], chosen: Any) -> None:
     provider, before = chosen.provider, device_memory(chosen.provider)
     start = time.perf_counter()
     with attention_kernels() as kernels:
-        decoder = Decoder(folder, provider, setting["graph"], setting["entries"])
+        decoder = Decoder(model, provider, setting["graph"], setting["entries"])
         row["load_s"] = round(time.perf_counter() - start, 2)
-        row["placement"] = placed(decoder, folder) if provider == "cuda" else "all on the CPU"
+        row["placement"] = placed(decoder, model) if provider == "cuda" else "all on the CPU"
         ids = prompt_of(min(64, chosen.prompts[0]), chosen.batch, decoder.vocabulary)
         found, _ = greedy(decoder, ids, chosen.check)
     row["attention"] = ", ".join(kernels) or "-"
@@ -161,7 +173,7 @@ def _check(row: dict[str, Any], folder: Path, setting: dict[str, Any], chosen: A
         row["wrong"].append(row["placement"])
     if not decoder.runs_on_cpu or decoder.bytes > PARITY_BYTES:
         return
-    expected, _ = greedy(Decoder(folder, "cpu", graph=False, entries={}), ids, chosen.check)
+    expected, _ = greedy(Decoder(model, "cpu", graph=False, entries={}), ids, chosen.check)
     far, tokens = 0.0, []
     for ours, theirs in zip(found, expected, strict=True):
         tokens.append(bool((ours.argmax(-1) == theirs.argmax(-1)).all()))
@@ -177,30 +189,30 @@ def _check(row: dict[str, Any], folder: Path, setting: dict[str, Any], chosen: A
 
 
 def race(
-    folders: list[Path], setting: dict[str, Any], chosen: Any, rows: dict[Path, dict[str, Any]]
+    models: list[Path], setting: dict[str, Any], chosen: Any, rows: dict[Path, dict[str, Any]]
 ) -> None:
-    """Seconds of prefill and decode of folders in turn, added to their rows."""
+    """Seconds of prefill and decode of graphs in turn, added to their rows."""
     graph, entries = setting["graph"], setting["entries"]
-    decoders = {folder: Decoder(folder, chosen.provider, graph, entries) for folder in folders}
+    decoders = {model: Decoder(model, chosen.provider, graph, entries) for model in models}
     for prompt in chosen.prompts:
-        times: dict[Path, tuple[list[float], list[float]]] = {f: ([], []) for f in folders}
+        times: dict[Path, tuple[list[float], list[float]]] = {m: ([], []) for m in models}
         for turn in range(chosen.repeats + 1):
-            for folder in folders if turn % 2 else folders[::-1]:
-                decoder = decoders[folder]
+            for model in models if turn % 2 else models[::-1]:
+                decoder = decoders[model]
                 ids = prompt_of(prompt, chosen.batch, decoder.vocabulary)
                 _, seconds = greedy(decoder, ids, chosen.tokens)
                 if turn:  # the first warms up
-                    times[folder][0].append(seconds[0])
-                    times[folder][1].append(statistics.median(seconds[1:]))
-        first = folders[0]
-        for folder in folders:
+                    times[model][0].append(seconds[0])
+                    times[model][1].append(statistics.median(seconds[1:]))
+        first = models[0]
+        for model in models:
             for what, place in (("prefill", 0), ("decode", 1)):
-                values = times[folder][place]
-                rows[folder][f"{what}_{prompt}_ms"] = round(1e3 * statistics.median(values), 3)
-                if folder != first:
+                values = times[model][place]
+                rows[model][f"{what}_{prompt}_ms"] = round(1e3 * statistics.median(values), 3)
+                if model != first:
                     shares = [a / b for a, b in zip(times[first][place], values, strict=True)]
                     low, middle, high = min(shares), statistics.median(shares), max(shares)
-                    rows[folder][f"{what}_{prompt}_of_first"] = (
+                    rows[model][f"{what}_{prompt}_of_first"] = (
                         f"{middle:.3f} ({low:.3f} to {high:.3f})"
                     )
 
@@ -237,13 +249,14 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.provider == "cuda":
         CUDA.require()
     rows: list[dict[str, Any]] = []
-    for folder in chosen.folders:
-        others = [chosen.against] if chosen.against and folder == chosen.folders[0] else []
-        together = [folder, *others]
-        if chosen.random:
-            for each in together:
-                fill_at_random(each)
-        for name, setting in settings_of(folder, chosen.provider).items():
+    others = models_of(chosen.against) if chosen.against else []
+    if chosen.random:
+        for each in (*chosen.folders, *([chosen.against] if chosen.against else [])):
+            fill_at_random(each)
+    for model in (model for folder in chosen.folders for model in models_of(folder)):
+        same = [other for other in others if other.name == model.name] or others[:1]
+        together = [model, *(same if model.parent == chosen.folders[0] else [])]
+        for name, setting in settings_of(model, chosen.provider).items():
             found = {each: checked(each, name, setting, chosen) for each in together}
             if not chosen.no_speed and not any(row["wrong"] for row in found.values()):
                 race(together, setting, chosen, found)

@@ -20,10 +20,16 @@ NUMPY: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(bfloat16)": ml_dtypes.bfloat16,
+    "tensor(float8e4m3fn)": ml_dtypes.float8_e4m3fn,
     "tensor(int8)": np.int8,
     "tensor(uint8)": np.uint8,
     "tensor(int64)": np.int64,
 }
+_WITHOUT_NUMPY = {
+    ml_dtypes.bfloat16: (onnx.TensorProto.BFLOAT16, np.uint16),
+    ml_dtypes.float8_e4m3fn: (onnx.TensorProto.FLOAT8E4M3FN, np.uint8),
+}
+"""What ONNX Runtime takes as bits alone: its own name for it, and NumPy's integer of the size."""
 _BLOCK = 1 << 22
 RANDOM = "random-weights"
 """An empty file beside data that `fill_at_random` wrote."""
@@ -94,14 +100,14 @@ class Decoder:
     """A session with its inputs and outputs bound, and one buffer for past and present.
 
     Args:
-        folder: Where `model.onnx` is.
+        path: `model.onnx`, or the graph of a variant.
         provider: `cuda` or `cpu`.
         graph: Whether steps are fed as CUDA graphs need it, with a mask as wide as the cache; on
             CUDA they are captured and replayed.
         entries: Entries of the session's configuration.
     """
 
-    def __init__(self, folder: Path, provider: str, graph: bool, entries: dict[str, str]) -> None:
+    def __init__(self, path: Path, provider: str, graph: bool, entries: dict[str, str]) -> None:
         self.provider, self.graph = provider, graph
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -113,7 +119,6 @@ class Decoder:
         if provider == "cuda":
             captures = {"enable_cuda_graph": str(int(graph))}
             providers.insert(0, ("CUDAExecutionProvider", captures))
-        path = folder / "model.onnx"
         self.session = ort.InferenceSession(str(path), options, providers=providers)
         if self.session.get_providers()[0] != f"{provider.upper()}ExecutionProvider":
             raise OSError(f"the session fell back to {self.session.get_providers()[0]}")
@@ -121,18 +126,20 @@ class Decoder:
         self.rounds_activations = any(
             a.name == "accuracy_level" and a.i == 4 for node in nodes for a in node.attribute
         )
-        self.bytes = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
+        self.bytes = path.stat().st_size
+        self.bytes += sum(file.stat().st_size for file in path.parent.glob("*.data"))
         self._inputs = {value.name: value for value in self.session.get_inputs()}
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self.dtype, self.vocabulary = logits.type, int(logits.shape[2])
-        self.runs_on_cpu = self.dtype != "tensor(bfloat16)"
         self._only_last = logits.shape[1] == 1
         past = [name for name in self._inputs if name.startswith("past_key_values.")]
         fused = sum(node.op_type == "GroupQueryAttention" for node in nodes)
         self._shares = 2 * fused == len(past)
         if graph and not self._shares:
             raise OSError("the cache grows from step to step: no CUDA graph")
-        self.rounds_cache = any(self._inputs[name].type == "tensor(int8)" for name in past)
+        kept = {self._inputs[name].type for name in past}
+        self.rounds_cache = bool(kept & {"tensor(int8)", "tensor(float8e4m3fn)"})
+        self.runs_on_cpu = not {self.dtype, *kept} & {"tensor(bfloat16)", "tensor(float8e4m3fn)"}
         self._past = past
         self._cache: dict[str, ort.OrtValue] = {}
         self._bound: dict[int, tuple[Any, dict[str, ort.OrtValue]]] = {}
@@ -204,12 +211,12 @@ class Decoder:
         return binding, values
 
     def _value(self, content: np.ndarray) -> ort.OrtValue:
-        if content.dtype != ml_dtypes.bfloat16:
+        if content.dtype.type not in _WITHOUT_NUMPY:
             return ort.OrtValue.ortvalue_from_numpy(content, self.provider, 0)
-        kind = onnx.TensorProto.BFLOAT16
+        kind, bits = _WITHOUT_NUMPY[content.dtype.type]
         shape = list(content.shape)
         value = ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, self.provider, 0)
-        value.update_inplace(content.view(np.uint16))
+        value.update_inplace(content.view(bits))
         return value
 
     def _last(self, logits: ort.OrtValue) -> np.ndarray:
@@ -225,17 +232,23 @@ def _present(name: str) -> str:
     return name.replace("past_key_values", "present")
 
 
+def models_of(folder: Path) -> list[Path]:
+    """The graphs of a folder: `model.onnx`, or those of its variants."""
+    model = folder / "model.onnx"
+    return [model] if model.is_file() else sorted(folder.glob("*.onnx")) or [model]
+
+
 def fill_at_random(folder: Path) -> None:
-    """Write the data file of a graph: values of the right dtypes and sizes, none large.
+    """Write the data file of a folder's graphs: values of the right dtypes and sizes, none large.
 
     Raises:
         SystemExit: There are weights that this function did not write; they are left alone.
     """
     mark = folder / RANDOM
     if not mark.exists() and any(folder.glob("*.data")):
-        raise SystemExit(f"{folder} has weights: copy only its model.onnx for --random")
+        raise SystemExit(f"{folder} has weights: copy only its graphs for --random")
     mark.touch()
-    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    graphs = [onnx.load(path, load_external_data=False).graph for path in models_of(folder)]
     generator = np.random.default_rng(0)
     small = generator.standard_normal(_BLOCK) * 0.02
     blocks: dict[int, bytes] = {
@@ -245,7 +258,7 @@ def fill_at_random(folder: Path) -> None:
         onnx.TensorProto.UINT8: generator.integers(0, 256, _BLOCK, np.uint8).tobytes(),
     }
     places: dict[tuple[str, int], tuple[int, int]] = {}
-    for tensor in graph.initializer:
+    for tensor in (tensor for graph in graphs for tensor in graph.initializer):
         entries = {entry.key: entry.value for entry in tensor.external_data}
         if entries:
             offset, length = int(entries.get("offset", 0)), int(entries["length"])

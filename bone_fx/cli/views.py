@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bone_fx.cli.adapters import named_adapters
+from bone_fx.cli.adapters import named_adapters, named_variants
 from bone_fx.cli.settings import (
     ADAPTER,
     AllowUnused,
@@ -24,12 +24,19 @@ from bone_fx.cli.terminal import answer, answer_json, note
 from bone_fx.cli.watching import progress_of
 from bone_fx.deploy.options import Compared, Provider
 
+VARIANT = typer.Option(
+    "--variant",
+    metavar="NAME=DIR",
+    help="Of a folder of variants: the adapter that one was made from; repeat for each.",
+)
+
 
 def verify(
     context: typer.Context,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Output of an export or a fold.")],
     base: BaseOption = None,
     adapter: Annotated[list[str] | None, ADAPTER] = None,
+    variant: Annotated[list[str] | None, VARIANT] = None,
     provider: Annotated[Provider, typer.Option(help="Provider to run the graph on.")] = "cpu",
     verify: Annotated[Compared, typer.Option(help="How much is compared with torch.")] = "full",
     samples: Samples = None,
@@ -41,7 +48,7 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Verify an output again, from its files and its manifest."""
-    adapters = named_adapters(adapter or [])
+    adapters, variants = named_adapters(adapter or []), named_variants(variant or [])
     from bone_fx.deploy.verify_export import verify_export
 
     with progress_of(context, quiet=quiet) as progress:
@@ -49,6 +56,7 @@ def verify(
             output,
             base=base,
             adapters=adapters,
+            variants=variants,
             provider=provider,
             verify=verify,
             samples=samples,

@@ -140,17 +140,18 @@ def export(
             to a quantized head, which then serves both.
         kv_cache: `"int8"` keeps a decoder's keys and values in int8 between its steps, a quarter of
             fp32's bytes, by scales of each layer and channel that are measured on the calibration
-            text; `"float"` keeps them in the dtype of the activations. Only where every layer's
-            attention is GroupQueryAttention.
+            text; `"fp8"` the same in float8_e4m3fn, for provider `"cuda"` alone, verified through
+            a twin with a cache of rounded floats; `"float"` keeps them in the dtype of the
+            activations. Only where every layer's attention is GroupQueryAttention.
         last_token_logits: Give a decoder's logits of each text's last token only, as a generation
             loop reads them: prefill without a product over the vocabulary for every token.
         cuda_graph: Let onnxruntime-genai capture a decoder's step as a CUDA graph and replay it,
             which saves the launches of its kernels. Off by default; it takes one beam, and the
             cache has `max_length` positions from the start.
         calibration: A text file. int4 chooses a decoder's scales for the inputs that its products
-            see on its first thousand tokens, and a cache in int8 is measured there; None takes the
-            built-in text, `"none"` rounds weights to nearest, as ONNX Runtime's quantizer and the
-            builder do.
+            see on its first thousand tokens, and a cache in 8 bits is measured there; None takes
+            the built-in text, `"none"` rounds weights to nearest, as ONNX Runtime's quantizer and
+            the builder do.
         trust_remote_code: Run Python files that come with the base.
         revision: Branch, tag or commit of a hub id.
         allow_unused: Names, or patterns as for file names, of tensors in the base's or an adapter's

@@ -22,7 +22,7 @@ Compared = Literal["full", "fast"]
 """How much `verify_export` compares."""
 Part = Literal["keep", "int4", "int8"]
 """What the head or the embeddings of a quantized model become."""
-KvCache = Literal["float", "int8"]
+KvCache = Literal["float", "int8", "fp8"]
 """What a decoder keeps keys and values in between its steps."""
 
 BITS = {"int4": 4, "int8": 8}
@@ -31,7 +31,7 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 """Values of a quantized weight that may share a scale."""
 NO_CALIBRATION = "none"
 FLOAT_CACHE: KvCache = "float"
-INT8_CACHE: KvCache = "int8"
+FP8_CACHE: KvCache = "fp8"
 
 DTYPE: Dtype = "fp32"
 HEAD: Part = "int8"
@@ -136,7 +136,9 @@ class ExportOptions:
         Part | None, "int4, int8: the embeddings; kept unless tied to a quantized head."
     ] = None
     kv_cache: Annotated[
-        KvCache, "Keys and values between a decoder's steps; int8 takes a quarter of fp32's bytes."
+        KvCache,
+        "Keys and values between a decoder's steps; int8 takes a quarter of fp32's bytes, as does "
+        "fp8, for cuda.",
     ] = FLOAT_CACHE
     last_token_logits: Annotated[bool, "Logits of each text's last token only."] = False
     cuda_graph: Annotated[
@@ -144,7 +146,7 @@ class ExportOptions:
     ] = None
     calibration: Annotated[
         str | Path | None,
-        "int4, int8 cache: a text instead of the built-in one; none: weights to nearest.",
+        "int4, cache in 8 bits: a text instead of the built-in one; none: weights to nearest.",
     ] = None
     revision: Annotated[str | None, "Branch, tag or commit of a hub id."] = None
     allow_unused: Annotated[
@@ -169,9 +171,10 @@ class ExportOptions:
                 )
         self._check_quantization()
         self._check_calibration()
-        self._check_samples()
+        check_samples(self.samples, self.verify)
         self._check_provider()
         self._check_cuda_graph()
+        self._check_cache()
 
     @property
     def weight_dtype(self) -> Dtype:
@@ -201,7 +204,9 @@ class ExportOptions:
 
     @property
     def verification_provider(self) -> Provider:
-        """Where the written model runs to be compared with torch."""
+        """Where the written model, or its twin, runs to be compared with torch."""
+        if self.kv_cache == FP8_CACHE:
+            return "cpu"
         return self.verify_on or self.provider
 
     def _check_provider(self) -> None:
@@ -222,6 +227,24 @@ class ExportOptions:
                 next_step="leave it out, or export with --provider cuda",
             )
 
+    def _check_cache(self) -> None:
+        """Refuse a cache in fp8 where nothing can run it."""
+        if self.kv_cache != FP8_CACHE:
+            return
+        if self.provider != "cuda":
+            raise UsageError(
+                "ONNX Runtime keeps a cache in fp8 on CUDA only",
+                expected="kv_cache float or int8 with provider cpu",
+                found=f"kv_cache='fp8' with provider={self.provider!r}",
+                next_step="--kv-cache int8, or --provider cuda",
+            )
+        if self.verify_on == "cuda":
+            raise UsageError(
+                "a cache in fp8 is verified on the CPU, through a twin of the graph",
+                found="verify_on='cuda'",
+                next_step="leave out --verify-on, and run tools/gpu_check.py on the card",
+            )
+
     def _check_quantization(self) -> None:
         """Refuse choices that only a quantized export has."""
         chosen = [name for name in _QUANTIZED_ONLY if getattr(self, name) is not None]
@@ -236,9 +259,10 @@ class ExportOptions:
     def _check_calibration(self) -> None:
         if self.calibration is None or self.calibration == NO_CALIBRATION:
             return
-        if self.dtype != "int4" and self.kv_cache != INT8_CACHE:
+        if self.dtype != "int4" and self.kv_cache == FLOAT_CACHE:
             raise UsageError(
-                f"calibration is for int4 and a cache in int8, and dtype is {self.weight_dtype!r}",
+                "calibration is for int4 and a cache in 8 bits, "
+                f"and dtype is {self.weight_dtype!r}",
                 next_step="export without it",
             )
         if not Path(self.calibration).expanduser().is_file():
@@ -250,20 +274,30 @@ class ExportOptions:
                 ),
             )
 
-    def _check_samples(self) -> None:
-        if self.samples is None:
-            return
-        if self.verify != "full":
-            raise UsageError(
-                f"samples are read by a full verification, and verify is {self.verify!r}",
-                next_step="leave one of them out",
-            )
-        if not Path(self.samples).expanduser().is_file():
-            raise UsageError(
-                f"samples={str(self.samples)!r} is no file",
-                expected="a text file in UTF-8",
-                next_step=meant(self.samples, "name a file, or leave it out"),
-            )
+
+def check_samples(samples: str | Path | None, verify: str) -> None:
+    """Refuse samples that are no file, or that a verification does not read.
+
+    Args:
+        samples: The file; None for none.
+        verify: How much is compared.
+
+    Raises:
+        UsageError: They are.
+    """
+    if samples is None:
+        return
+    if verify != "full":
+        raise UsageError(
+            f"samples are read by a full verification, and verify is {verify!r}",
+            next_step="leave one of them out",
+        )
+    if not Path(samples).expanduser().is_file():
+        raise UsageError(
+            f"samples={str(samples)!r} is no file",
+            expected="a text file in UTF-8",
+            next_step=meant(samples, "name a file, or leave it out"),
+        )
 
 
 HELP: dict[str, str] = {

@@ -18,12 +18,13 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from bone_fx.deploy.earlier_output import files_of
 from bone_fx.deploy.genai_config import CONFIG_FILE
+from bone_fx.deploy.options import FP8_CACHE
 from bone_fx.deploy.report import CARD, PAGE
 from bone_fx.errors import LOOK, UsageError, VerificationError
 from bone_fx.onnx.data_layout import aligned
@@ -36,8 +37,10 @@ KIND = "variants"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", re.ASCII)
 _RESERVED = {"model", "report", "README"}
 _OF_A_VARIANT = (
-    *("adapters", "change", "rounding", "placement", "quantization", "kv_cache", "operators"),
+    *("kind", "adapters", "change", "rounding", "placement", "quantization", "kv_cache"),
+    *("graph", "operators", "verification"),
 )
+_OF_THE_FOLDER = ("kind", "adapters", "change", "rounding", "verification", "files", "notes")
 _BYTES = 1 << 20
 """Copied at a time."""
 _SMALLER_IS_WORSE = "_top1"
@@ -137,8 +140,13 @@ class Folder:
         every = list(self.manifests.values())
         pages = {f"{name}.html" for name in self.manifests}
         files = {name: f for name, f in files_of(self.path).items() if name not in pages}
+        differing = [
+            key
+            for key in dict.fromkeys(key for manifest in every for key in manifest)
+            if key not in _OF_THE_FOLDER and any(m.get(key) != every[0].get(key) for m in every)
+        ]
         return {
-            **every[0],
+            **{key: value for key, value in every[0].items() if key not in differing},
             "kind": KIND,
             "adapters": [
                 {**adapter, "name": name}
@@ -147,10 +155,10 @@ class Folder:
             ],
             "change": None,
             "rounding": None,
-            "verification": _together([manifest["verification"] for manifest in every]),
+            "verification": together([manifest["verification"] for manifest in every]),
             "variants": {
-                name: {"graph": f"{name}.onnx", **{key: manifest[key] for key in _OF_A_VARIANT}}
-                | {"verification": manifest["verification"]}
+                name: {"file": f"{name}.onnx"}
+                | {key: manifest[key] for key in (*_OF_A_VARIANT, *differing)}
                 for name, manifest in self.manifests.items()
             },
             "files": files,
@@ -210,8 +218,12 @@ class Folder:
         return self._placed[key], key[0]
 
 
-def run_variants(folder: Path, names: Iterable[str]) -> None:
-    """Let onnxruntime-genai generate with every variant, on the CPU.
+def run_variants(folder: Path, variants: Mapping[str, Mapping[str, Any]]) -> None:
+    """Let onnxruntime-genai generate on the CPU with every variant that has kernels there.
+
+    Args:
+        folder: Where they are.
+        variants: What a manifest says of each, by name.
 
     Raises:
         VerificationError: It does not run one, or makes other tokens than the graph itself.
@@ -220,9 +232,17 @@ def run_variants(folder: Path, names: Iterable[str]) -> None:
     from bone_fx.verify.graph import WrittenGraph
     from bone_fx.verify.parity import TOLERANCE, Parity
 
-    for name in names:
-        graph = WrittenGraph(folder / f"{name}.onnx", "cpu")
-        verify_generation(Parity(TOLERANCE["fp32"]), graph)
+    for name, said in variants.items():
+        if has_cpu_kernels(said):
+            graph = WrittenGraph(folder / f"{name}.onnx", "cpu")
+            verify_generation(Parity(TOLERANCE["fp32"]), graph)
+
+
+def has_cpu_kernels(manifest: Mapping[str, Any]) -> bool:
+    """Whether the CPU provider runs a graph: not one in bf16, nor one with a cache in fp8."""
+    cache = manifest["kv_cache"] or {}
+    logits = manifest["graph"]["outputs"].get("logits", "")
+    return not logits.startswith("bfloat16") and cache.get("dtype") != FP8_CACHE
 
 
 def _digest(source: BinaryIO, offset: int, length: int) -> bytes:
@@ -259,7 +279,7 @@ def _chunks(source: BinaryIO, offset: int, length: int) -> Iterator[bytes]:
         yield chunk
 
 
-def _together(entries: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+def together(entries: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
     """What was verified of all: of each figure the worst, likelihoods apart."""
     known = [entry for entry in entries if entry is not None]
     if len(known) < len(entries):

@@ -35,6 +35,7 @@ _LETTERS = 16
 """Letters of a text for each token that is wanted of it: more than a token has on average."""
 _SAMPLE, _SAMPLES = 256, 8
 """Tokens of a piece of the samples, and pieces that are run."""
+NOT_ON_THE_CPU = "no CPU kernel for a cache in fp8: a twin with a cache of rounded floats was run"
 _STREAMED = (
     "the reference had no room in memory: its weights were streamed through the exporter's own"
     " reader, which a comparison on a larger machine would leave out"
@@ -46,21 +47,23 @@ class Exported:
     """An export as verification meets it.
 
     Attributes:
-        folder: The folder with `model.onnx`.
+        path: The graph, in its folder.
         activations: Dtype of the activations.
         accuracy_level: What products with quantized weights say of their activations, as
             `MatMulNBits` takes it; None where no weight is quantized.
         examples: Inputs by name of a graph without a cache; None for a decoder.
         tokenizer: The folder that the tokenizer comes from.
         twin: The graph in fp32 with weights rounded to bf16, where bf16 has no kernels.
+        opened: Name of the graph that `genai_config.json` opens; None for this one.
     """
 
-    folder: Path
+    path: Path
     activations: str
     accuracy_level: int | None
     examples: Mapping[str, Tensor] | None
     tokenizer: Path
     twin: ir.Model | None = None
+    opened: str | None = None
 
 
 def verify_checkpoint(
@@ -98,32 +101,31 @@ def verify_checkpoint(
         verify_genai_folder,
         verify_generation,
     )
-    from bone_fx.verify.decoder.int8_cache import Int8Cache
+    from bone_fx.verify.decoder.quantized_cache import QuantizedCache, runnable
     from bone_fx.verify.graph import WrittenGraph
     from bone_fx.verify.peft_layout import PeftAdapter
     from bone_fx.verify.rotary_tables import verify_rotary_tables
 
-    folder, short, tokenizer_of = exported.folder, level == "fast", cache(load_tokenizer)
+    short, tokenizer_of = level == "fast", cache(load_tokenizer)
     texts = () if samples is None else _sample_texts(exported, inputs, Path(samples))
     room = room_for(inputs.checkpoint, available_memory() if memory is None else memory)
     model: Any = load_model(
         inputs.checkpoint, inputs.architecture, inputs.overrides, inputs.heads, inputs.untied, room
     )
     adapters = [PeftAdapter.read(each.path, each.given_up) for _, each in inputs.adapters]
-    compared = verify_constants(folder, model, adapters, TORCH_DTYPES[exported.activations])
-    tables = verify_rotary_tables(folder, model, compared.others)
+    compared = verify_constants(exported.path, model, adapters, TORCH_DTYPES[exported.activations])
+    tables = verify_rotary_tables(exported.path, model, compared.others)
     config = inputs.config.get_text_config()
     written: Written | None = None
     dtype = exported.activations
     if exported.twin is not None:
-        written, dtype = RoundedWeights(folder), "fp32"
+        written, dtype = RoundedWeights(exported.path), "fp32"
     elif exported.accuracy_level is not None:
-        written = Written(folder, exported.accuracy_level)
+        written = Written(exported.path, exported.accuracy_level)
     with _runnable(exported) as path:
-        graph = WrittenGraph(path, provider)
         if exported.examples is not None:
             parity = verify_model(
-                graph,
+                WrittenGraph(path, provider),
                 model,
                 adapters,
                 dict(exported.examples),
@@ -140,8 +142,8 @@ def verify_checkpoint(
                 text=() if short else _real_text(config, exported.tokenizer, tokenizer_of),
                 samples=texts,
             )
-            parity = verify_decoder(graph, model, adapters, checks, written)
-    kept = None if exported.examples is not None else Int8Cache.of(folder / MODEL_FILE)
+            parity = verify_decoder(runnable(path, provider), model, adapters, checks, written)
+    kept = None if exported.examples is not None else QuantizedCache.of(exported.path)
     named = {*tables, *(() if kept is None else kept.constants)}
     unnamed = [name for name in compared.others if name not in named]
     if room is not None:
@@ -150,14 +152,22 @@ def verify_checkpoint(
     parity.add_constants(len(compared.parameters) + len(tables), unnamed)
     activations = str(TORCH_DTYPES[exported.activations]).removeprefix("torch.")
     name = inputs.architecture.__name__
-    verify_configuration(parity, folder, inputs.config, name, activations)
+    verify_configuration(parity, exported.path.parent, inputs.config, name, activations)
     if exported.examples is None:
-        graph = WrittenGraph(folder / MODEL_FILE, provider)
+        graph = runnable(exported.path, provider)
         folders = [adapter.folder for adapter in adapters]
         verify_genai_folder(
-            parity, graph, inputs.config, inputs.checkpoint.folder, folders, tokenizer_of
+            parity,
+            graph,
+            inputs.config,
+            inputs.checkpoint.folder,
+            folders,
+            tokenizer_of,
+            opened=exported.opened,
         )
-        if not short and provider == "cpu" and exported.twin is None:
+        if graph.edits:
+            parity.skip(exported.path.name, NOT_ON_THE_CPU)
+        elif not short and provider == "cpu" and exported.twin is None:
             verify_generation(parity, graph)
     return parity
 
@@ -166,9 +176,9 @@ def verify_checkpoint(
 def _runnable(exported: Exported) -> Iterator[Path]:
     """The model file to run: the export's, or its twin's for as long as the context is open."""
     if exported.twin is None:
-        yield exported.folder / MODEL_FILE
+        yield exported.path
         return
-    with TemporaryDirectory(dir=exported.folder.parent) as beside:
+    with TemporaryDirectory(dir=exported.path.parent.parent) as beside:
         write_model(exported.twin, Path(beside))
         yield Path(beside) / MODEL_FILE
 

@@ -21,6 +21,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+from torch import SymInt
 from torch.fx import Graph, Node
 
 from bone_fx.errors import PassError
@@ -91,11 +92,12 @@ def _region(graph: Graph, entry: Node, leaving: Node, own: set[Node] | None) -> 
     """The nodes of a layer, in order: behind its entry, needed by its exit, and its own.
 
     These depend on the entry or on constants of its own; None for all that stands between the two.
+    Sizes are the same in every layer.
     """
     nodes = list(graph.nodes)
     behind = nodes[nodes.index(entry) + 1 : nodes.index(leaving)]
     if own is None:
-        return behind
+        return [node for node in behind if not isinstance(node.meta.get("val"), SymInt)]
     depends = {entry, *own, *(n for n in operands(entry)[1:] if n is not None)}
     for node in behind:
         if any(n in depends for n in node.all_input_nodes):
@@ -145,6 +147,7 @@ def _stack_of(node: Node, of: str, path: str) -> dict[str, Any]:
         return {}
     copied = {}
     for key, (owner, *kind) in stack.items():
-        there = path + owner.removeprefix(of) if f"{owner}.".startswith(f"{of}.") else owner
-        copied[key.removesuffix(owner) + there if owner else key] = (there, *kind)
+        if f"{owner}.".startswith(f"{of}."):
+            key, owner = key.replace(of, path, 1), path + owner.removeprefix(of)
+        copied[key] = (owner, *kind)
     return {"nn_module_stack": copied}

@@ -1,4 +1,4 @@
-"""A decoder's keys and values in int8 between its steps.
+"""A decoder's keys and values in 8 bits between its steps.
 
 Shape letters: B batch, K key/value heads, D head size, P past tokens, T past and new tokens.
 """
@@ -17,6 +17,8 @@ from bone_fx.onnx.recipe_tensor import set_recipe
 from bone_fx.weights.recipes.recipe import Value
 
 ATTENTION = "GroupQueryAttention"
+DTYPES = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
+"""What a cache is kept in, by the names of the choice."""
 PASTS, COS, BIAS, SCALES, NORMS = (3, 4), 7, 10, (12, 13), (14, 15)
 """Places of inputs: the cache, a rotary table, a bias, the cache's scales, weights of norms."""
 _BITS = 8
@@ -43,7 +45,7 @@ class CacheScales:
 
 
 class QuantizeCache(ir.passes.InPlacePass):
-    """Lets every GroupQueryAttention keep its cache in int8, by a scale for each channel.
+    """Lets every GroupQueryAttention keep its cache in 8 bits, by a scale for each channel.
 
     Before: `GroupQueryAttention(q, k, v, past_key: float [B, K, P, D], past_value, …)`
     After:  `GroupQueryAttention(q, k, v, past_key: int8 [B, K, P, D], past_value, …, k_scale,
@@ -51,11 +53,15 @@ class QuantizeCache(ir.passes.InPlacePass):
 
     Args:
         scales: Of each layer, by the name of its past keys.
+        dtype: What the cache is kept in: INT8, or FLOAT8E4M3FN, which CUDA alone has kernels for.
     """
 
-    def __init__(self, scales: Mapping[str, CacheScales]) -> None:
+    def __init__(
+        self, scales: Mapping[str, CacheScales], dtype: ir.DataType = ir.DataType.INT8
+    ) -> None:
         super().__init__()
         self.scales = scales
+        self.dtype = dtype
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Visits the nodes whose cache is still in floats."""
@@ -76,7 +82,7 @@ class QuantizeCache(ir.passes.InPlacePass):
                 graph.register_initializer(constant)
                 node.replace_input_with(place, constant)
             for cache in (key, value, *node.outputs[1:3]):
-                cache.dtype = ir.DataType.INT8
+                cache.dtype = self.dtype
             for name in ("k_quant_type", "v_quant_type"):
                 node.attributes[name] = ir.AttrString(name, "PER_CHANNEL")
             node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", _BITS)
@@ -93,8 +99,8 @@ def cached_attention(model: ir.Model) -> dict[str, ir.Node]:
     }
 
 
-def why_not_int8(model: ir.Model, provider: str) -> str | None:
-    """Why a decoder's cache cannot be kept in int8; None if it can.
+def why_not_quantized(model: ir.Model, provider: str) -> str | None:
+    """Why a decoder's cache cannot be kept in 8 bits; None if it can.
 
     Args:
         model: The graph.

@@ -19,7 +19,7 @@ from bone_fx.sites import Refusal
 from bone_fx.train.mounting import refuse_taken_name
 from bone_fx.train.options import hub_options
 from bone_fx.train.origin import capture_origin
-from bone_fx.train.verbs.merging import Merging
+from bone_fx.train.verbs.generating import Generating
 from bone_fx.train.verbs.passing import Passing
 from bone_fx.train.verbs.peft_verbs import PeftVerbs
 from bone_fx.train.verbs.saving import Saving
@@ -33,7 +33,7 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
-class AdaptedModule(Merging, Saving, Status, PeftVerbs, Passing):
+class AdaptedModule(Generating, Saving, Status, PeftVerbs, Passing):
     """A GraphModule with one block-adaptation node a site, called like its model.
 
     Attributes:

@@ -25,6 +25,7 @@ class TrainingGraph(ModelGraph):
 
     _origin: Origin
     _rebuild: Callable[[], None]
+    _call_with_fused_head: Callable[..., Any]
     _other_form: Form | None = None  # with adapters while they are disabled, else without
     _split = False
     _checkpointing: dict[str, Any] | None = None
@@ -180,6 +181,8 @@ class TrainingGraph(ModelGraph):
         )
 
     def _call_model(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("fused_lm_head"):
+            return self._call_with_fused_head(*args, **kwargs)
         forget_masks()
         origin = self._origin
         inputs = origin.signature.bind(*args, **kwargs)

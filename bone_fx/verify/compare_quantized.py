@@ -37,12 +37,12 @@ class Written:
     """A written graph with quantized weights.
 
     Attributes:
-        folder: The folder with `model.onnx`.
+        path: The model's file.
         accuracy_level: What its products say of their activations, as `MatMulNBits` takes it: 4
             rounds them to int8, 0 keeps them.
     """
 
-    folder: Path
+    path: Path
     accuracy_level: int = 0
 
     def load_into(self, model: nn.Module) -> int:
@@ -51,8 +51,8 @@ class Written:
         Raises:
             VerificationError: A written weight is not the model's, rounded to nearest.
         """
-        loaded = load_experts(self.folder / "model.onnx", model, self.accuracy_level)
-        for written in _weights(self.folder / "model.onnx", model, self.accuracy_level):
+        loaded = load_experts(self.path, model, self.accuracy_level)
+        for written in _weights(self.path, model, self.accuracy_level):
             name, bits = written.name, written.bits
             owner, attribute, weight = parameter_of(model, name, gathered=written.gathered)
             stored = weight.detach().float()

@@ -41,12 +41,12 @@ class Compared:
 
 
 def verify_constants(
-    folder: Path, model: nn.Module, adapters: Adapters, dtype: torch.dtype = torch.float32
+    path: Path, model: nn.Module, adapters: Adapters, dtype: torch.dtype = torch.float32
 ) -> Compared:
     """Compare the constants of a written model with the reference model's parameters.
 
     Args:
-        folder: The folder with `model.onnx`.
+        path: The model's file.
         model: The base in float32 with the adapters' own parameters; its weights are not folded.
         adapters: The adapters as verification read them, in the order in which they apply.
         dtype: Of the exported model's parameters; some are read in another (a router's in float32).
@@ -55,7 +55,7 @@ def verify_constants(
         VerificationError: A constant differs, or an adapted weight has none; the message names it.
     """
     sources = _Sources(model, adapters, dtype)
-    constants = ir.load(folder / "model.onnx").graph.initializers
+    constants = ir.load(path).graph.initializers
     right: set[str] = set()
     others = []
     for name, value in constants.items():

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 Edit = Callable[[onnx.ModelProto], None]
-_VARIANT = "verified.onnx"
+_EDITED = ".edited.onnx"
+"""Behind the name of a graph, where no other file of an export is: it has two dots."""
 _LEVEL = "accuracy_level"
 _FLOAT32_LEVEL = 1
 _QMOE_SCALES = (3, 6)
@@ -29,12 +30,14 @@ class WrittenGraph:
     """A model file with its data beside it.
 
     Attributes:
-        path: `model.onnx`.
+        path: The file, `model.onnx` or that of a variant.
         provider: ONNX Runtime's provider to run it on, `"cpu"` or `"cuda"`.
+        edits: What is changed of it before anything else; it is a twin that runs.
     """
 
     path: Path
     provider: str
+    edits: tuple[Edit, ...] = ()
 
     def read(self) -> onnx.ModelProto:
         """The model without the bytes of its constants."""
@@ -58,17 +61,18 @@ class WrittenGraph:
 
         The copy's file lies beside the data, and is gone when this returns.
         """
+        edits = (*self.edits, *edits)
         if not edits:
             return open_session(self.path, self.provider)
         model = self.read()
         for edit in edits:
             edit(model)
-        variant = self.path.with_name(_VARIANT)
+        edited = self.path.with_name(self.path.stem + _EDITED)
         try:
-            variant.write_bytes(model.SerializeToString())
-            return open_session(variant, self.provider, quiet=True)
+            edited.write_bytes(model.SerializeToString())
+            return open_session(edited, self.provider, quiet=True)
         finally:
-            variant.unlink(missing_ok=True)
+            edited.unlink(missing_ok=True)
 
 
 def keep_activations(model: onnx.ModelProto) -> None:

@@ -33,6 +33,25 @@ add. 0.2 is a margin of two. Beside this, the graph is held to the tolerance of 
 reference whose keys and values are rounded to the graph's own codes.
 """
 
+FP8_CACHE = 0.5
+"""The same for a cache in fp8, whose steps grow with what is kept.
+
+A number of three bits behind the point is rounded by 2.7 % of itself in the root mean square, where
+int8 is off by 1 % of a channel's: 2.7 times as much, 0.3 after 30 layers. 0.5 is a margin of one
+and two thirds; beyond that there would be nothing left to tell from another text.
+"""
+
+FP8_CACHE_IN_FP16 = 0.1
+"""Largest difference allowed between a graph in fp16 with a cache in fp8 and a reference that
+rounds to fp8 too.
+
+What fp16 leaves open moves a key or value over the middle between two codes, a step of 9 % of it in
+the mean, once in as many times as it goes into the step. In the root mean square that is the square
+root of its product with the step: 4 % where activations are massive and fp16 is off by the 2e-2
+above (for all other tokens the reference takes the graph's codes). 0.1 is a margin of two. The keys
+and values themselves are held to 2e-2 and half a step.
+"""
+
 SMALLEST = {"fp64": 1e-30, "fp32": 1e-30, "fp16": 2.0**-14, "bf16": 1e-30}
 """What a difference is relative to where the reference is smaller: zero, or fp16's subnormals."""
 
@@ -65,10 +84,9 @@ class Parity:
         figures: Largest relative difference by pair: `onnx_vs_unmerged`, `onnx_vs_folded`,
             `unmerged_vs_folded`, `adapter_effect`; where weights were quantized or rounded also
             `onnx_vs_written`, and where the graph rounds activations too `rounded_activations`; of
-            a cache in int8 what it costs, `int8_cache`; for a user's own module `onnx_vs_torch`
-            alone. Of a decoder also `long_texts` and
-            `greedy_tokens`, a pair's `_top1` and `_kl`, and `nll_base`,
-            `nll_adapter` and `nll_export` of the user's samples.
+            a cache in 8 bits what it costs, `int8_cache` or `fp8_cache`; for a user's own module
+            `onnx_vs_torch` alone. Of a decoder also `long_texts` and `greedy_tokens`, a pair's
+            `_top1` and `_kl`, and `nll_base`, `nll_adapter` and `nll_export` of the user's samples.
         cases: Names of the comparisons that were made.
         skipped: Cases that could not be run, and why.
         warnings: What a person should know though it is no failure.

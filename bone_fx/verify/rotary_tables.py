@@ -27,11 +27,11 @@ _ROUNDING = 4
 """Units in the last place of the table's dtype, at 1, that a value may be off."""
 
 
-def verify_rotary_tables(folder: Path, model: nn.Module, names: Iterable[str]) -> list[str]:
+def verify_rotary_tables(path: Path, model: nn.Module, names: Iterable[str]) -> list[str]:
     """Compare the cosine and sine tables of a graph with the reference's rotary modules.
 
     Args:
-        folder: The folder with `model.onnx`.
+        path: The model's file.
         model: The reference.
         names: Constants that no parameter names.
 
@@ -45,8 +45,8 @@ def verify_rotary_tables(folder: Path, model: nn.Module, names: Iterable[str]) -
     modules = [module for module in model.modules() if _is_rotary(module)] if names else []
     if not modules:
         return []
-    constants = ir.load(folder / "model.onnx").graph.initializers
-    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    constants = ir.load(path).graph.initializers
+    graph = onnx.load(path, load_external_data=False).graph
     layers = LayerList.of(model)
     of_layers = {} if layers is None else _modules_by_layer(layers, modules)
     unowned = [m for m in modules if not any(m in own for own in of_layers.values())]

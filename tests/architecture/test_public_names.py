@@ -86,7 +86,7 @@ VERIFY_OPTIONS = {
     **{name: found for name, found in FOLD_OPTIONS.items() if name != "overwrite"},
     "output": [],
     "base": ["--base"],
-    **{name: OPTIONS[name] for name in ("provider", "verify", "samples")},
+    **{name: OPTIONS[name] for name in ("variant", "provider", "verify", "samples")},
 }
 INSPECT_OPTIONS = {
     "adapter": [],
@@ -127,7 +127,7 @@ CHOICES = {
     "provider": ("cpu", ["cpu", "cuda"]),
     "head": (None, ["keep", "int4", "int8"]),
     "embeddings": (None, ["keep", "int4", "int8"]),
-    "kv_cache": ("float", ["float", "int8"]),
+    "kv_cache": ("float", ["float", "int8", "fp8"]),
     "verify": ("full", ["full", "fast", "off"]),
     "verify_on": (None, ["cpu", "cuda"]),
 }

@@ -119,7 +119,7 @@ def test_a_calibration_is_for_int4(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is no file"):
         ExportOptions(dtype="int4", calibration=text)
     text.write_text("some words")
-    with pytest.raises(UsageError, match="calibration is for int4 and a cache in int8, and"):
+    with pytest.raises(UsageError, match="calibration is for int4 and a cache in 8 bits, and"):
         ExportOptions(calibration=text)
     ExportOptions(dtype="int4", calibration=text)
     ExportOptions(kv_cache="int8", calibration=text)

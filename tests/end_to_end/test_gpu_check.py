@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import bone_fx
 from tests.architecture.sources import ROOT
 from tests.capture.decoder.decoders import DECODERS
+from tests.end_to_end.tiny import tiny_adapter, tiny_base
 from tests.tiers import tiered
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -30,6 +32,8 @@ NAMES = (
 )
 DTYPES = ["fp16", "int4", "int8", *(["bf16"] if PROVIDER == "cuda" else [])]
 """ONNX Runtime does not run bf16 on the CPU."""
+CACHES = ["int8", *(["fp8"] if PROVIDER == "cuda" else [])]
+"""Its CPU provider has no kernel for a cache in fp8."""
 QUICK = ["--prompts", "4,12", "--tokens", "4", "--repeats", "1", "--provider", PROVIDER]
 
 
@@ -91,11 +95,28 @@ def test_a_graph_of_a_shape_without_weights(
     assert (folder / "model.onnx.data").stat().st_size == said["data_bytes"]
 
 
-def test_a_cache_in_int8(tmp_path: Path) -> None:
-    folder = exported("llama", tmp_path, "fp16", kv_cache="int8")
+@pytest.mark.parametrize("kv_cache", CACHES)
+def test_a_cache_in_8_bits(kv_cache: str, tmp_path: Path) -> None:
+    folder = exported("llama", tmp_path, "fp16", kv_cache=kv_cache, verify_on="cpu")
     rows = rows_of(folder, "--batch", "2")
     assert [row["setting"] for row in rows] == ["as written", GRAPH]
     assert all(row["tokens_equal"].startswith("1") for row in rows) or PROVIDER == "cuda"
+
+
+def test_each_variant_has_its_rows(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base")
+    variants = {name: tiny_adapter(tmp_path / name) for name in ("poet", "facts")}
+    choices: dict[str, Any] = {"dtype": "fp16", "provider": "cuda", "verify": "off"}
+    out = tmp_path / "both"
+    bone_fx.export(base, output=out, variants=variants, **choices)
+    shutil.copytree(out, tmp_path / "copy")
+    rows = rows_of(out, "--against", str(tmp_path / "copy"))
+    assert [(row["folder"], row["setting"]) for row in rows] == [
+        (f"{folder}/{name}", setting)
+        for name in ("facts", "poet")
+        for setting in ("as written", GRAPH)
+        for folder in ("both", "copy")
+    ]
 
 
 def test_a_cache_that_grows_has_no_graph(tmp_path: Path) -> None:

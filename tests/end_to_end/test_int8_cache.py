@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import bone_fx
 from bone_fx.errors import ExportError, UsageError, VerificationError
-from bone_fx.verify.decoder.int8_cache import Int8Cache
+from bone_fx.verify.decoder.quantized_cache import INT8, QuantizedCache
 from bone_fx.verify.decoder.running import empty_past, outputs_of, past_of
 from bone_fx.verify.parity import INT8_CACHE, TOLERANCE
 from tests.capture.decoder.decoders import DECODERS
@@ -61,7 +61,7 @@ def test_tiny_decoders(name: str, tmp_path: Path) -> None:
     assert np.abs(logits - others).max() <= INT8_CACHE * np.abs(others).max()
     sizes = [sum(value.nbytes for value in each.values()) for each in (cache, floats)]
     assert sizes[0] <= 0.27 * sizes[1]
-    kept = Int8Cache.of(tmp_path / "int8" / "model.onnx")
+    kept = QuantizedCache.of(tmp_path / "int8" / "model.onnx")
     assert kept is not None
     for past, codes in cache.items():
         _, layer, side = past.split(".")
@@ -121,7 +121,7 @@ def test_codes_that_are_not_the_references() -> None:
     generator = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(1, 3, 5, 16, generator=generator) for _ in range(2))
     scale = torch.rand(3, 1, 16, generator=generator) / 40 + 0.04
-    plain = Int8Cache({0: (scale, scale)}, frozenset(), 1e-4, {})
+    plain = QuantizedCache(INT8, {0: (scale, scale)}, frozenset(), 1e-4, {})
     codes = [(t[0] / scale).round().to(torch.int8) for t in (keys, values)]
     # A code on the other side of a tie is the graph's to choose; another is not.
     tie = keys.clone()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import bone_fx
 from bone_fx.deploy import variants
@@ -105,8 +108,74 @@ def test_the_manifest_has_each(folder: Path) -> None:
     assert {"poet.onnx", "facts.onnx", "model.onnx.data", "README.md"} <= set(manifest["files"])
     assert set(manifest["also_written"]) == {"poet.html", "facts.html", "report.html"}
     assert bone_fx.verify_export(folder / "both").files == len(manifest["files"])
-    with pytest.raises(UsageError, match="holds several variants"):
-        bone_fx.verify_export(folder / "both", base=folder / "base")
+    assert facts["file"] == "facts.onnx"
+    for field in ("kind", "graph", "operators", "quantization", "placement"):
+        assert facts[field] == alone[field]
+
+
+def test_what_differs_stands_under_each(folder: Path, tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", tie_word_embeddings=True)
+    own = tiny_adapter(tmp_path / "own", modules_to_save=["lm_head"])
+    file = own / "adapter_model.safetensors"
+    head = torch.randn(128, 48, generator=torch.manual_seed(0))
+    save_file({**load_file(file), "base_model.model.lm_head.weight": head}, file)
+    every, out = {"poet": folder / "poet", "own": own}, tmp_path / "out"
+    manifest = bone_fx.export(base, variants=every, output=out, dtype="int8", verify="off").manifest
+    tied, untied = (manifest["variants"][name] for name in every)
+    assert tied["operators"] != untied["operators"]
+    assert tied["quantization"]["products"] == untied["quantization"]["products"]
+    assert {"operators", "quantization"}.isdisjoint(manifest)
+    assert manifest["graph"] == tied["graph"] == untied["graph"]  # of all: it stands above too
+    assert bone_fx.verify_export(out).files == len(manifest["files"])
+
+
+def test_each_is_verified_with_its_own_adapter(folder: Path) -> None:
+    both, base, poet, facts = (folder / name for name in ("both", "base", "poet", "facts"))
+    alone = json.loads((folder / "facts alone/bone_export.json").read_text())["verification"]
+    for given in ({"variants": {"facts": facts, "poet": poet}}, {"adapters": [facts, poet]}):
+        found = bone_fx.verify_export(both, base=base, **given).verification
+        assert found is not None
+        assert list(found["variants"]) == ["poet", "facts"]
+        assert found["variants"]["facts"]["figures"] == alone["figures"]
+        worst = max(each["figures"]["onnx_vs_unmerged"] for each in found["variants"].values())
+        assert found["figures"]["onnx_vs_unmerged"] == worst
+    assert not list(both.glob("*.edited.onnx"))
+
+
+def test_a_variant_with_another_adapter(folder: Path, tmp_path: Path) -> None:
+    both, base, poet, facts = (folder / name for name in ("both", "base", "poet", "facts"))
+    wrong = {"poet": poet, "facts": poet}
+    with pytest.raises(VerificationError, match=r"variant facts: .* adapters are not those"):
+        bone_fx.verify_export(both, base=base, variants=wrong, verify="fast")
+    other = tiny_adapter(tmp_path / "other", std=0.3)
+    with pytest.raises(VerificationError, match="no variant was made from the adapter other"):
+        bone_fx.verify_export(both, base=base, adapters=[poet, other])
+    with pytest.raises(UsageError, match="the variant facts is compared with its own adapter"):
+        bone_fx.verify_export(both, base=base, variants={"poet": poet})
+    with pytest.raises(UsageError, match=r"there is no variant fact\b"):
+        bone_fx.verify_export(both, base=base, variants={"fact": facts})
+    with pytest.raises(UsageError, match="holds no variants"):
+        bone_fx.verify_export(folder / "poet alone", base=base, variants={"poet": poet})
+    with pytest.raises(UsageError, match="pass one or the other"):
+        bone_fx.verify_export(both, base=base, adapters=[facts], variants={"poet": poet})
+    with pytest.raises(UsageError, match="variants go with their base"):
+        bone_fx.verify_export(both, variants={"poet": poet})
+
+
+def test_a_graph_of_another_variant(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(folder / "both", out)
+    shutil.copy(out / "poet.onnx", out / "facts.onnx")
+    manifest = json.loads((out / "bone_export.json").read_text())
+    manifest["files"]["facts.onnx"] = manifest["files"]["poet.onnx"]
+    (out / "bone_export.json").write_text(json.dumps(manifest))
+    given = {name: folder / name for name in ("poet", "facts")}
+    with pytest.raises(VerificationError, match=r"variant facts: verification failed: model\."):
+        bone_fx.verify_export(out, base=folder / "base", variants=given, verify="fast")
+    arguments = [f"--variant={name}={folder / name}" for name in given]
+    done = run("verify", out, "--base", folder / "base", *arguments, "--verify", "fast")
+    assert done.returncode == 6
+    assert "variant facts" in done.stderr
 
 
 def test_two_runs_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:

@@ -56,6 +56,15 @@ def test_against_the_base(folder: Path) -> None:
     assert any("after a past of" in case for case in ran)
 
 
+def test_a_fast_verification_reads_no_samples(folder: Path, tmp_path: Path) -> None:
+    choices: dict[str, Any] = {"samples": folder / "text", "verify": "fast"}
+    with pytest.raises(UsageError, match="samples are read by a full verification"):
+        bone_fx.verify_export(folder / "out", base=folder / "base", **choices)
+    with pytest.raises(UsageError, match="samples are read by a full verification"):
+        bone_fx.export(folder / "base", output=tmp_path / "out", **choices)
+    assert not (tmp_path / "out").exists()
+
+
 def test_alone_on_the_command_line(folder: Path) -> None:
     done = run("verify", folder / "out", "--json")
     assert done.returncode == 0, done.stderr

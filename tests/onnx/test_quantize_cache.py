@@ -14,7 +14,7 @@ from bone_fx.deploy.builds.kv_cache import (
     HEADROOM,
     past_keys,
     quantize_cache,
-    require_int8_cache,
+    require_quantized_cache,
     scales_of,
 )
 from bone_fx.errors import ExportError
@@ -23,7 +23,7 @@ from bone_fx.onnx.quantize_cache import (
     QuantizeCache,
     cached_attention,
     rotated_partners,
-    why_not_int8,
+    why_not_quantized,
 )
 from bone_fx.onnx.recipe_tensor import recipe_of
 from tests.capture.decoder.decoders import DECODERS
@@ -105,27 +105,27 @@ def test_a_channel_without_use_has_a_scale() -> None:
 def test_written_out_attention_is_refused() -> None:
     model, capture = graph_of("bloom")
     with pytest.raises(ExportError, match="attention by itself: it is written out"):
-        require_int8_cache(model, capture.layers, "cpu", in_halves=False)
+        require_quantized_cache(model, capture.layers, "cpu", in_halves=False)
     model, capture = graph_of("llama", unfused="the provider has no kernel")
     with pytest.raises(ExportError, match="the provider has no kernel"):
-        require_int8_cache(model, capture.layers, "cuda", in_halves=True)
-    assert "past_key_values.0.key is no input" in str(why_not_int8(model, "cpu"))
+        require_quantized_cache(model, capture.layers, "cuda", in_halves=True)
+    assert "past_key_values.0.key is no input" in str(why_not_quantized(model, "cpu"))
 
 
 def test_what_a_kernel_does_not_take_is_refused() -> None:
     model, capture = graph_of("llama")
     node = cached_attention(model)[past_keys(1)]
-    require_int8_cache(model, capture.layers, "cuda", in_halves=True)
+    require_quantized_cache(model, capture.layers, "cuda", in_halves=True)
     node.resize_inputs(16)
     node.replace_input_with(10, node.inputs[3])
-    assert "attention_bias" in str(why_not_int8(model, "cuda"))
-    assert why_not_int8(model, "cpu") is None
+    assert "attention_bias" in str(why_not_quantized(model, "cuda"))
+    assert why_not_quantized(model, "cpu") is None
     node.replace_input_with(14, node.inputs[3])
-    assert "norms queries and keys" in str(why_not_int8(model, "cpu"))
+    assert "norms queries and keys" in str(why_not_quantized(model, "cpu"))
     node.replace_input_with(14, None)
     node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", 3)
     with pytest.raises(ExportError, match="num_heads"):  # of ONNX Runtime's own kernel
-        require_int8_cache(model, capture.layers, "cpu", in_halves=False)
+        require_quantized_cache(model, capture.layers, "cpu", in_halves=False)
 
 
 def test_wide_heads_have_no_kernel_on_cuda() -> None:
@@ -133,5 +133,5 @@ def test_wide_heads_have_no_kernel_on_cuda() -> None:
     past = cached_attention(model)[past_keys(0)].inputs[3]
     assert past is not None
     past.shape = ir.Shape([None, 2, None, 320])
-    assert "at most 256, not 320" in str(why_not_int8(model, "cuda"))
-    assert why_not_int8(model, "cpu") is None
+    assert "at most 256, not 320" in str(why_not_quantized(model, "cuda"))
+    assert why_not_quantized(model, "cpu") is None

@@ -131,13 +131,13 @@ for out in map(Path, sys.argv[1:]):
     base = open_base(out.parent / "base")
     model = load_model(base, base.architecture, {{}}, {{}}, room=2 << 20)
     adapters = [PeftAdapter.read(out.parent / "adapter")]
-    verify_constants(out, model, adapters)
+    verify_constants(out / "model.onnx", model, adapters)
     with unmerged(model, adapters):
         alone(model, [range(40)])
     fold_in_place(model, adapters)
     alone(model, [range(40)])
     if out.name == "int4":
-        assert Written(out, accuracy_level=4).load_into(model) > 7
+        assert Written(out / "model.onnx", accuracy_level=4).load_into(model) > 7
         alone(model, [range(40)])
     {PRINT_PEAK.strip().replace(chr(10), chr(10) + "    ")}
 """

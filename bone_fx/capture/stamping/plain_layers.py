@@ -10,10 +10,10 @@ from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
+from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from bone_fx.capture.stamping.keys import sizes, value_key, with_number
@@ -51,10 +51,18 @@ def write_layers_out(program: ExportedProgram) -> None:
         for argument in node.all_input_nodes
     }
     Frame(program.graph).run(stamp, names, whole=True)
-    for node in read:  # sizes that only the marks asked for
-        if node.target == torch.ops.aten.sym_size.int and not node.users:
-            program.graph.erase_node(node)
+    _erase_sizes(program.graph, read)
     program.graph_module.recompile()
+
+
+def _erase_sizes(graph: Graph, nodes: set[Node]) -> None:
+    """Erase sizes that only the marks asked for, and what these were computed from."""
+    while nodes:
+        node = nodes.pop()
+        is_size = node.op != "placeholder" and isinstance(node.meta.get("val"), SymInt)
+        if is_size and not node.users:
+            nodes.update(node.all_input_nodes)
+            graph.erase_node(node)
 
 
 class _Stamper:

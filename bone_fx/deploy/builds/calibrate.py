@@ -118,7 +118,7 @@ def calibrate_cache(
         raise ExportError(
             "the keys and values of the cache cannot be measured",
             found=str(error),
-            next_step="export without --kv-cache int8",
+            next_step="export without --kv-cache",
         ) from error
     return CacheCalibration(largest, {**entries, "tokens": tokens}, notes)
 

@@ -14,7 +14,7 @@ from bone_fx.adapter_folder import Adapters
 from bone_fx.deploy.builds.base import Build, Written, cuda_placement, write_graph
 from bone_fx.deploy.builds.calibrate import Calibration, calibrate, calibrate_cache
 from bone_fx.deploy.builds.checkpoint_graph import DecoderGraph, ForwardGraph, capture_graph
-from bone_fx.deploy.builds.kv_cache import quantize_cache, require_int8_cache
+from bone_fx.deploy.builds.kv_cache import NOT_RUN, quantize_cache, require_quantized_cache
 from bone_fx.deploy.builds.quantization import QuantizationReport, quantization_of, quantize
 from bone_fx.deploy.checkpoint_inputs import (
     TORCH_DTYPES,
@@ -27,8 +27,9 @@ from bone_fx.deploy.companions.configuration import write_configuration
 from bone_fx.deploy.companions.copying import copy_companions
 from bone_fx.deploy.companions.left_out import files_left_out, sentence_notes
 from bone_fx.deploy.companions.sentence_model import copy_sentence_files
-from bone_fx.deploy.options import INT8_CACHE, NO_CALIBRATION, ExportOptions
+from bone_fx.deploy.options import FLOAT_CACHE, FP8_CACHE, NO_CALIBRATION, ExportOptions
 from bone_fx.deploy.report.origin import read_origin
+from bone_fx.onnx.writer import MODEL_FILE
 from bone_fx.progress import Progress
 from bone_fx.sites import LinearSite
 from bone_fx.verify.parity import Parity
@@ -126,7 +127,7 @@ class CheckpointBuild(Build):
 
         graph, of_weights = self.graph, self.quantization
         exported = Exported(
-            folder=folder,
+            path=folder / MODEL_FILE,
             activations=self.activations,
             accuracy_level=None if of_weights is None else int(of_weights["accuracy_level"]),
             examples=None if isinstance(graph, DecoderGraph) else graph.examples,
@@ -166,13 +167,16 @@ def build_checkpoint(
         notes.append(_TWIN)
     quantized = kv_cache = None
     text = None if options.calibration == NO_CALIBRATION else options.calibration
-    if options.kv_cache == INT8_CACHE and isinstance(graph, DecoderGraph):
+    if options.kv_cache != FLOAT_CACHE and isinstance(graph, DecoderGraph):
         progress.stage("measure the cache")
-        layers, in_halves = graph.capture.layers, options.activation_dtype == "fp16"
-        partners = require_int8_cache(graph.model, layers, options.provider, in_halves=in_halves)
+        layers, kept = graph.capture.layers, options.kv_cache
+        in_halves = options.activation_dtype == "fp16"
+        partners = require_quantized_cache(
+            graph.model, layers, options.provider, in_halves=in_halves, dtype=kept
+        )
         measured = calibrate_cache(folded, text, companions.tokenizer_folder, partners)
-        kv_cache = quantize_cache([graph.model, *([] if twin is None else [twin])], measured)
-        notes += measured.notes
+        kv_cache = quantize_cache([graph.model, *([] if twin is None else [twin])], measured, kept)
+        notes += [*measured.notes, *([NOT_RUN] if kept == FP8_CACHE else [])]
     if options.quantizes:
         tokenizer = companions.tokenizer_folder
         quantized = _quantize(graph, folded, options, tokenizer, progress)

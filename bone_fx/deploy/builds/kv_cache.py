@@ -1,4 +1,4 @@
-"""A decoder's cache in int8: whether its operators take one, and by which scales.
+"""A decoder's cache in int8 or fp8: whether its operators take one, and by which scales.
 
 Shape letters: B batch, S new tokens, K key/value heads, D head size.
 """
@@ -22,25 +22,36 @@ from bone_fx.onnx.kernels import CONTRIB
 from bone_fx.onnx.quantize_cache import (
     ATTENTION,
     COS,
+    DTYPES,
     CacheScales,
     QuantizeCache,
     cached_attention,
     rotated_partners,
-    why_not_int8,
+    why_not_quantized,
 )
 from bone_fx.runtime.session import open_session
 
-LARGEST_CODE = 127
+LARGEST_CODES = {"int8": 127, "fp8": 448}
 HEADROOM = 1.25
 """Of the largest key or value that was measured: other texts hold larger ones, and what is cut off
 costs more than a coarser step."""
+NOT_RUN = (
+    "a cache in fp8 has no CPU kernel: verification runs a twin of the graph, with a cache of"
+    " floats whose keys and values are rounded to fp8; cards have kernels from compute capability"
+    " 8.9 on"
+)
 _LEAST = 1e-3
 """Of a layer's largest key or value: what a channel that was never used is taken to hold."""
 _SINKS = 11
 
 
-def require_int8_cache(
-    model: ir.Model, layers: Sequence[AttentionLayer], provider: str, *, in_halves: bool
+def require_quantized_cache(
+    model: ir.Model,
+    layers: Sequence[AttentionLayer],
+    provider: str,
+    *,
+    in_halves: bool,
+    dtype: str = "int8",
 ) -> list[Tensor | None]:
     """What to measure a cache by: for each layer the channel that each is turned with.
 
@@ -49,15 +60,17 @@ def require_int8_cache(
         layers: What the attention of each layer needs.
         provider: What the graph is written for.
         in_halves: Whether activations are in fp16.
+        dtype: What the cache is to be kept in, `"int8"` or `"fp8"`; of int8 the CPU's kernel is
+            asked too.
 
     Raises:
-        ExportError: The cache cannot be kept in int8; the message says why.
+        ExportError: The cache cannot be kept in it; the message says why.
     """
     written_out = next((layer.plain for layer in layers if layer.plain), None)
-    reason = written_out or why_not_int8(model, provider)
+    reason = written_out or why_not_quantized(model, provider)
     nodes = cached_attention(model)
     tried: set[str] = set()
-    for layer in layers if reason is None else ():
+    for layer in layers if reason is None and dtype == "int8" else ():
         node = nodes[past_keys(layer.layer)]
         kind = repr((layer.key_size, layer.heads, layer.kv_heads, sorted(_plain(node).items())))
         if kind not in tried:
@@ -65,20 +78,24 @@ def require_int8_cache(
             reason = reason or _refusal(node, layer, in_halves=in_halves)
     if reason is not None:
         raise ExportError(
-            "the cache of this model cannot be kept in int8",
+            f"the cache of this model cannot be kept in {dtype}",
             expected=f"{ATTENTION} with a quantized cache in every layer",
             found=reason,
-            next_step="export without --kv-cache int8",
+            next_step=f"export without --kv-cache {dtype}",
         )
     return [rotated_partners(nodes[past_keys(layer.layer)]) for layer in layers]
 
 
-def quantize_cache(models: Sequence[ir.Model], calibration: CacheCalibration) -> dict[str, Any]:
-    """Keep the cache of a model, and of its twin, in int8, in place; returns manifest entries."""
-    scales = {past_keys(layer): scales_of(*pair) for layer, pair in calibration.largest.items()}
+def quantize_cache(
+    models: Sequence[ir.Model], calibration: CacheCalibration, dtype: str = "int8"
+) -> dict[str, Any]:
+    """Keep the cache of a model, and of its twin, in 8 bits, in place; returns manifest entries."""
+    code = LARGEST_CODES[dtype]
+    largest = calibration.largest
+    scales = {past_keys(layer): scales_of(*pair, code) for layer, pair in largest.items()}
     for model in models:
-        QuantizeCache(scales)(model)
-    kept = {"dtype": "int8", "scales": "per channel", "layers": len(scales)}
+        QuantizeCache(scales, DTYPES[dtype])(model)
+    kept = {"dtype": dtype, "scales": "per channel", "layers": len(scales)}
     return {**kept, **calibration.entries}
 
 
@@ -87,18 +104,18 @@ def past_keys(layer: int) -> str:
     return f"past_key_values.{layer}.key"
 
 
-def scales_of(key_KD: Tensor, value_KD: Tensor) -> CacheScales:
-    """The scales by which the largest key and value of each channel are the largest codes."""
-    return CacheScales(*(_steps(largest) for largest in (key_KD, value_KD)))
+def scales_of(key_KD: Tensor, value_KD: Tensor, code: int = LARGEST_CODES["int8"]) -> CacheScales:
+    """The scales by which the largest key and value of each channel are the largest code."""
+    return CacheScales(*(_steps(largest, code) for largest in (key_KD, value_KD)))
 
 
-def _steps(largest_KD: Tensor) -> Tensor:
-    least = float(largest_KD.max()) * _LEAST or float(LARGEST_CODE)
-    return largest_KD.clamp_min(least) * HEADROOM / LARGEST_CODE
+def _steps(largest_KD: Tensor, code: int) -> Tensor:
+    least = float(largest_KD.max()) * _LEAST or float(code)
+    return largest_KD.clamp_min(least) * HEADROOM / code
 
 
 def _refusal(node: ir.Node, layer: AttentionLayer, *, in_halves: bool) -> str | None:
-    """What ONNX Runtime's CPU kernel says against a node of one layer with such a cache."""
+    """What ONNX Runtime's CPU kernel says against a node of one layer with a cache in int8."""
     kind = TensorProto.FLOAT16 if in_halves else TensorProto.FLOAT
     floats = np.float16 if in_halves else np.float32
     widths = {"query": layer.heads, "key": layer.kv_heads, "value": layer.kv_heads}

@@ -20,6 +20,7 @@ _MEANING = {
     "onnx_vs_torch": "the graph against the module",
     "unmerged_vs_folded": "torch beside the weights against torch folded",
     "int8_cache": "what keeping keys and values in int8 changes",
+    "fp8_cache": "what keeping keys and values in fp8 changes",
     "rounded_activations": "what rounding activations alone changes",
     "long_texts": "the graph against torch on texts beyond windows and tables of positions",
     "greedy_tokens": "tokens chosen greedily: how far torch's choices lie below its best",

@@ -54,8 +54,13 @@ class HeadInputs:
 
 @dataclass
 class _Request:
-    """A loss that would take the inputs of a head; `inputs` is set by the first that has many."""
+    """A loss that would take the inputs of a head; `inputs` is set by the first that has many.
 
+    Attributes:
+        always: Whether by any head, few logits or many, frozen or not.
+    """
+
+    always: bool = False
     inputs: HeadInputs | None = None
 
 
@@ -63,9 +68,9 @@ _REQUEST: ContextVar[_Request | None] = ContextVar("request", default=None)
 
 
 @contextmanager
-def head_inputs() -> Iterator[_Request]:
-    """While open, the first frozen head with many logits leaves its inputs here instead."""
-    request = _Request()
+def head_inputs(*, always: bool = False) -> Iterator[_Request]:
+    """While open, the first head that may leaves its inputs here instead."""
+    request = _Request(always)
     token = _REQUEST.set(request)
     try:
         yield request
@@ -76,7 +81,7 @@ def head_inputs() -> Iterator[_Request]:
 def head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer whose result, `[..., V]`, only the model's output has."""
     request = _REQUEST.get()
-    if request is None or request.inputs or not _can_wait(x, weight, bias):
+    if request is None or request.inputs or not (request.always or _can_wait(x, weight, bias)):
         return functional.linear(x, weight, bias)
     request.inputs = HeadInputs(x, weight, bias)
     return request.inputs.placeholder

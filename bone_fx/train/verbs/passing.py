@@ -37,7 +37,6 @@ _ON_PARAMETERS = frozenset(
 _PARTS = frozenset({"get_input_embeddings", "get_output_embeddings"})
 
 _INSTEAD = {
-    "generate": "merge_and_unload() gives a model to generate with",
     "resize_token_embeddings": "resize before adapt()",
     "tie_weights": "tie before adapt()",
     "set_input_embeddings": "set them before adapt()",
@@ -53,7 +52,7 @@ class Passing(AdapterSet):
     def __getattr__(self, name: str) -> Any:
         """What the model has and this module has not, where that means the same on both."""
         try:
-            return super().__getattr__(name)
+            return nn.Module.__getattr__(self, name)
         except AttributeError:
             origin = self.__dict__.get("_origin")
             model = None if origin is None else origin.model

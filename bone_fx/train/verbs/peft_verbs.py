@@ -12,8 +12,8 @@ from torch import nn
 from bone_fx.adapters import METHODS
 from bone_fx.config import BoneConfig
 from bone_fx.errors import UsageError
-from bone_fx.train.adapter_set import AdapterSet
 from bone_fx.train.mounting import MountedAdapter, refuse_taken_name
+from bone_fx.train.verbs.recognised import Recognised
 
 
 class TunerView:
@@ -34,11 +34,11 @@ class TunerView:
         return getattr(self._adapted, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The adapted module's call."""
-        return self._adapted(*args, **kwargs)
+        """The adapted module's call; the output has `last_hidden_state` too."""
+        return self._adapted._call_backbone(*args, **kwargs)
 
 
-class PeftVerbs(AdapterSet):
+class PeftVerbs(Recognised):
     """An adapter set with PEFT's names for what it has, and its small verbs."""
 
     @property

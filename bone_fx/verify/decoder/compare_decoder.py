@@ -17,14 +17,22 @@ from torch import nn
 
 from bone_fx.verify.cases import decoder_cases, rows_of
 from bone_fx.verify.compare_quantized import ROUNDED_ACTIVATIONS, Written
-from bone_fx.verify.decoder.int8_cache import Int8Cache
+from bone_fx.verify.decoder.cache_scales import check_scales
 from bone_fx.verify.decoder.long_texts import verify_long_texts
+from bone_fx.verify.decoder.quantized_cache import FP8, QuantizedCache
 from bone_fx.verify.decoder.routes import Routes
 from bone_fx.verify.decoder.running import Generation, routed
 from bone_fx.verify.decoder.runs import Run, Runs
 from bone_fx.verify.decoder.samples import graph_likelihood, torch_likelihood
 from bone_fx.verify.graph import Edit, WrittenGraph, keep_activations
-from bone_fx.verify.parity import INT8_CACHE, SMALLEST, TOLERANCE, Parity, check_effect
+from bone_fx.verify.parity import (
+    FP8_CACHE_IN_FP16,
+    INT8_CACHE,
+    SMALLEST,
+    TOLERANCE,
+    Parity,
+    check_effect,
+)
 from bone_fx.verify.ranges import LARGEST, within_range
 from bone_fx.verify.reference import Adapters, fold_in_place, load_parameters, unmerged
 
@@ -73,17 +81,19 @@ def verify_decoder(
         VerificationError: Two of the three disagree, or a value is not finite.
     """
     tolerance = TOLERANCE[checks.dtype]
-    cache = Int8Cache.of(graph.path, tolerance)
+    cache = QuantizedCache.of(graph.path, tolerance)
     if cache is not None and graph.provider != "cpu":
         # CUDA's kernels read the keys of a prompt before they are rounded, the CPU's after that.
         tolerance, cache = INT8_CACHE, replace(cache, tolerance=INT8_CACHE)
+    if cache is not None and cache.numbers is FP8 and checks.dtype == "fp16":
+        tolerance = FP8_CACHE_IN_FP16
     parity = Parity(tolerance, SMALLEST[checks.dtype])
     cases = decoder_cases(model.config, checks.context_length, short=checks.short)
     rows = [
         rows_of(case, checks.vocab_size, seed, checks.text if seed else ())
         for seed, case in enumerate(cases)
     ]
-    costs = tolerance if cache is None else INT8_CACHE
+    costs = tolerance if cache is None else cache.numbers.cost
     runs = Runs(parity, cases, rows, graph, model, cache, 0 if checks.short else _GREEDY_TOKENS)
     actual: list[Run] = []
     if written is None:
@@ -97,6 +107,8 @@ def verify_decoder(
         parity.figures["nll_base"] = torch_likelihood(model, checks.samples)
     load_parameters(model, adapters)
     with unmerged(model, adapters), within_range(model, checks.dtype):
+        if cache is not None:
+            check_scales(model, cache, checks.text or max((r for c in rows for r in c), key=len))
         reference, routes = runs.expect(routes, costs)
         rounded = runs.rounded(actual, routes, tolerance) if cache and actual else reference
         if checks.text and checks.dtype in LARGEST:
@@ -119,7 +131,7 @@ def verify_decoder(
             references["onnx_vs_folded"] = rounded
         runs.compare(actual, references, tolerance)
         if cache:
-            runs.compare(actual, {"int8_cache": folded}, INT8_CACHE)
+            runs.compare(actual, {cache.numbers.figure: folded}, cache.numbers.cost)
     else:
         written.load_into(model)
         rounds = graph.rounds_activations()
@@ -142,7 +154,7 @@ def verify_decoder(
             # Coarse weights leave random tokens near where activations become massive, or do not:
             # as with rounded activations, the comparison above is the one that binds.
             floats = runs.expect(chosen, math.inf, edits)[0]
-            runs.compare(actual, {"int8_cache": floats}, ROUNDED_ACTIVATIONS, edits)
+            runs.compare(actual, {cache.numbers.figure: floats}, ROUNDED_ACTIVATIONS, edits)
         runs.compare(published, references, math.inf)
     if not checks.short:
         verify_long_texts(parity, graph, edits, model, checks.context_length, cache)

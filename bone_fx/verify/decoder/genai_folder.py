@@ -41,6 +41,8 @@ def verify_genai_folder(
     base: Path,
     adapters: Sequence[Path],
     load: Callable[[Path], Any],
+    *,
+    opened: str | None = None,
 ) -> None:
     """Compare `genai_config.json` and the tokenizer with the graph and with their sources.
 
@@ -51,6 +53,7 @@ def verify_genai_folder(
         base: The base's folder.
         adapters: The adapters' folders, in the order in which they apply.
         load: Gives the tokenizer of a folder, as `load_tokenizer` does.
+        opened: Name of the graph that the file opens; None for this one.
 
     Raises:
         InputRefusedError: The tokenizer of an input cannot be loaded.
@@ -62,6 +65,7 @@ def verify_genai_folder(
     of_graph = _of_graph(graph)
     tokens = _special_tokens(config, base, adapters, of_graph["vocab_size"], load)
     expected = {**of_graph, **_of_config(config), **tokens}
+    expected["filename"] = opened or expected["filename"]
     for field, value in expected.items():
         _check(field, found.get(field), value)
     context = found["context_length"]

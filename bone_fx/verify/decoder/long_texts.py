@@ -4,7 +4,7 @@ What a window, a chunk or a table of positions does wrong shows beyond its lengt
 whole model would take minutes. Layers are alike: the first ones, one of every kind, meet the long
 text, and the torch model runs as many. A past that no token made stands for what would come before:
 some of its values are loud, at the ends of the windows, so that one position more or less is seen.
-A graph with a cache in int8 is given its codes, and the reference what they stand for.
+A graph with a cache in 8 bits is given its codes, and the reference what they stand for.
 
 Shape letters: B batch, S tokens, H hidden, N heads of the cache, P positions of the past, D head.
 """
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from bone_fx.errors import VerificationError, first_line
 from bone_fx.verify.cases import LONGEST, edges, vocabulary_of
-from bone_fx.verify.decoder.int8_cache import HIGHEST, Int8Cache, codes_of, rows_of_codes
 from bone_fx.verify.decoder.layers import LayerList, check_alike, layer_outputs
+from bone_fx.verify.decoder.quantized_cache import QuantizedCache, rows_of_codes
 from bone_fx.verify.decoder.routes import Choices, Routed, Routes
 from bone_fx.verify.decoder.running import NUMPY_DTYPES
 from bone_fx.verify.graph import Edit, WrittenGraph, cut_at
@@ -54,7 +54,7 @@ def verify_long_texts(
     edits: Sequence[Edit],
     model: nn.Module,
     context_length: int | None,
-    cache: Int8Cache | None = None,
+    cache: QuantizedCache | None = None,
 ) -> None:
     """Compare the first layers of a graph with torch's beyond every length the model names.
 
@@ -64,7 +64,7 @@ def verify_long_texts(
         edits: Edits that make it comparable.
         model: The reference, with the weights that the graph has.
         context_length: Positions that the graph holds for.
-        cache: How the graph keeps its cache in int8; None for floats.
+        cache: How the graph keeps its cache in 8 bits; None for floats.
 
     Raises:
         VerificationError: They differ.
@@ -113,7 +113,7 @@ class _FirstLayers:
         layers: The list of its layers.
         count: How many are run.
         hidden: H.
-        cache: How the graph keeps its cache in int8; None for floats.
+        cache: How the graph keeps its cache in 8 bits; None for floats.
     """
 
     graph: WrittenGraph
@@ -125,7 +125,7 @@ class _FirstLayers:
     layers: LayerList
     count: int
     hidden: int
-    cache: Int8Cache | None
+    cache: QuantizedCache | None
 
     @classmethod
     def of(
@@ -133,7 +133,7 @@ class _FirstLayers:
         graph: WrittenGraph,
         edits: Sequence[Edit],
         model: nn.Module,
-        cache: Int8Cache | None,
+        cache: QuantizedCache | None,
     ) -> _FirstLayers:
         """As many layers as hold one of every kind.
 
@@ -210,14 +210,14 @@ class _FirstLayers:
 
     def run(
         self, ids: Tensor, past: Past | None = None, padding: int = 0
-    ) -> tuple[Tensor, Routes, Int8Cache | None]:
+    ) -> tuple[Tensor, Routes, QuantizedCache | None]:
         """What leaves the last layer of the graph, `[B, S, H]`, its experts, and what it kept."""
         values, routes, kept = self.values(ids, past, padding)
         return torch.stack([values[name] for name in self.parts]).sum(0), routes, kept
 
     def values(
         self, ids: Tensor, past: Past | None = None, padding: int = 0
-    ) -> tuple[dict[str, Tensor], Routes, Int8Cache | None]:
+    ) -> tuple[dict[str, Tensor], Routes, QuantizedCache | None]:
         """The values `[B, S, H]` that later layers read, by name; experts chosen; what is kept."""
         names = [value.name for value in self.session.get_outputs()]
         arrays = self.session.run(names, self._feeds(self.session, ids, past, padding))
@@ -240,7 +240,7 @@ class _FirstLayers:
         ids: Tensor,
         past: Past | None = None,
         routes: Sequence[Tensor] = (),
-        kept: Int8Cache | None = None,
+        kept: QuantizedCache | None = None,
     ) -> Tensor:
         """What leaves the same layer of the reference, `[B, S, H]`, whose experts are given."""
         length = 0 if past is None else past[0][0].shape[2]
@@ -274,14 +274,14 @@ class _FirstLayers:
         return past
 
     def _as_kept(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[1, N, P, D]` that a cache in int8 can hold, the loudest of them too."""
+        """Keys and values `[1, N, P, D]` that a cache in 8 bits can hold, the loudest too."""
         if self.cache is None:
             return keys, values
-        of_keys, of_values = self.cache.scales[layer]
-        loudest = values.abs().max() / HIGHEST
+        loudest = values.abs().max() / self.cache.numbers.highest
+        as_codes = values / loudest * self.cache.scales[layer][1]
         return (
-            self.cache.floats(layer, "key", codes_of(keys, of_keys)),
-            self.cache.floats(layer, "value", codes_of(values / loudest * of_values, of_values)),
+            self.cache.floats(layer, "key", self.cache.codes_of(layer, "key", keys)),
+            self.cache.floats(layer, "value", self.cache.codes_of(layer, "value", as_codes)),
         )
 
     def _feeds(
@@ -298,8 +298,7 @@ class _FirstLayers:
                 cached = _cached(past, int(number), side, value.shape)
                 cached = nn.functional.pad(cached, (0, 0, 0, padding), value=1.0)
                 if self.cache is not None:
-                    scale = self.cache.scales[int(number)][side == "value"]
-                    cached = codes_of(cached, scale)
+                    cached = self.cache.codes_of(int(number), side, cached)
                 feeds[name] = cached.numpy().astype(NUMPY_DTYPES[value.type])
         return {name: array for name, array in feeds.items() if name in inputs}
 
@@ -309,7 +308,7 @@ class _FirstLayers:
         self._reference(_SHORT_IDS, torch.ones_like(_SHORT_IDS), cache)
         return [(layer.keys, layer.values) for layer in cache.layers[: self.count]]
 
-    def _cache(self, past: Past | None, kept: Int8Cache | None) -> Any:
+    def _cache(self, past: Past | None, kept: QuantizedCache | None) -> Any:
         from transformers import DynamicCache
 
         config: Any = self.model.config

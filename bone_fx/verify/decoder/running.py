@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bone_fx.verify.decoder.int8_cache import Int8Cache, rows_of_codes
+from bone_fx.verify.decoder.quantized_cache import QuantizedCache, rows_of_codes
 from bone_fx.verify.decoder.routes import Choices, Routed, Routes, joined
 from bone_fx.verify.parity import Generated
 
@@ -28,7 +28,7 @@ NUMPY_DTYPES = {
 
 
 def alone(
-    model: nn.Module, rows: Sequence[Sequence[int]], kept: Int8Cache | None = None
+    model: nn.Module, rows: Sequence[Sequence[int]], kept: QuantizedCache | None = None
 ) -> list[Tensor]:
     """Logits `[S, V]` of each row by itself; keys and values are rounded as a graph kept them."""
 
@@ -54,7 +54,7 @@ def routed(
     routes: Sequence[Tensor],
     tolerance: float,
     case: str = "",
-    kept: Int8Cache | None = None,
+    kept: QuantizedCache | None = None,
 ) -> tuple[Tensor, Routes]:
     """Logits `[S, V]` of a row whose tokens go to some experts, and all that were chosen.
 
@@ -91,7 +91,7 @@ class Generation(Generated):
     """
 
     routes: Routes
-    kept: Int8Cache | None
+    kept: QuantizedCache | None
 
 
 def generate(
@@ -99,7 +99,7 @@ def generate(
     choices: Choices,
     prompt: Sequence[int],
     count: int,
-    cache: Int8Cache | None = None,
+    cache: QuantizedCache | None = None,
 ) -> Generation:
     """Generate tokens greedily with a graph.
 
@@ -108,7 +108,7 @@ def generate(
         choices: The nodes whose choice of experts it shows.
         prompt: Tokens that it begins with.
         count: How many it generates.
-        cache: How the graph keeps its cache in int8; None for floats.
+        cache: How the graph keeps its cache in 8 bits; None for floats.
     """
     past, tokens, margins, chosen = empty_past(session, 1), list(prompt), [], []
     ids = np.array([prompt], dtype=np.int64)

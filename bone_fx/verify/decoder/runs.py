@@ -1,7 +1,7 @@
 """The cases of a decoder, run by a graph and by the reference.
 
-The reference takes the experts that the graph chose, and the cache that it kept in int8, of one row
-at a time; rows of about one length of other models in one batch.
+The reference takes the experts that the graph chose, and the cache that it kept in 8 bits, of one
+row at a time; rows of about one length of other models in one batch.
 
 Shape letters: B batch, S new tokens, V vocabulary.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bone_fx.errors import LOOK, VerificationError, first_line
 from bone_fx.verify.cases import Case, original_contexts
-from bone_fx.verify.decoder.int8_cache import Int8Cache, rows_of_codes
+from bone_fx.verify.decoder.quantized_cache import QuantizedCache, rows_of_codes
 from bone_fx.verify.decoder.routes import Choices, Routes, joined
 from bone_fx.verify.decoder.running import (
     Generation,
@@ -52,7 +52,7 @@ class Run:
 
     steps: list[tuple[str, int, int, Tensor]]
     routes: list[Routes]
-    kept: list[Int8Cache | None]
+    kept: list[QuantizedCache | None]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Runs:
     rows: Sequence[list[list[int]]]
     graph: WrittenGraph
     model: nn.Module
-    cache: Int8Cache | None
+    cache: QuantizedCache | None
     greedy: int
 
     def run(self, edits: Sequence[Edit]) -> tuple[list[Run], Generation | None]:
@@ -102,7 +102,7 @@ class Runs:
         routes: Sequence[list[Routes]],
         tolerance: float,
         edits: Sequence[Edit] = (),
-        kept: Sequence[list[Int8Cache | None]] = (),
+        kept: Sequence[list[QuantizedCache | None]] = (),
     ) -> tuple[list[list[Tensor]], list[list[Routes]]]:
         """The reference's logits `[S, V]` by case and row, and the experts that it took.
 
@@ -179,13 +179,13 @@ class Runs:
         choices = Choices.of(self.graph, edits)
         for cached in (0, len(ids) - 1):
             routes: Routes = []
-            kept: list[Int8Cache | None] = []
+            kept: list[QuantizedCache | None] = []
 
             def run(
                 session: onnxruntime.InferenceSession,
                 cached: int = cached,
                 to: Routes = routes,
-                into: list[Int8Cache | None] = kept,
+                into: list[QuantizedCache | None] = kept,
             ) -> Sequence[Any]:
                 past, outputs, pieces = empty_past(session, 1), {}, []
                 for start, end in ((0, cached), (cached, len(ids))):
@@ -199,7 +199,7 @@ class Runs:
                 into[:] = rows_of_codes(self.cache, past, [len(ids)])
                 return list(outputs.values())
 
-            def call(routes: Routes = routes, kept: list[Int8Cache | None] = kept) -> object:
+            def call(routes: Routes = routes, kept: list[QuantizedCache | None] = kept) -> object:
                 return routed(self.model, ids, routes, tolerance, kept=kept[0])
 
             where = first_difference(
@@ -224,7 +224,7 @@ def _run(
     choices: Choices,
     case: Case,
     rows: list[list[int]],
-    cache: Int8Cache | None,
+    cache: QuantizedCache | None,
 ) -> Run:
     """The prefill and each step of a case."""
     longest = max(case.lengths)

@@ -37,17 +37,25 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def content(capture: TrainingCapture) -> list[Any]:
-    """The graph: targets, arguments by position of the node, and the modules of each."""
-    graph = capture.graph_module.graph
-    place = {node: number for number, node in enumerate(graph.nodes)}
+    """The graph: targets, arguments by position of the node, and the modules of each.
+
+    Constants of the code and sizes have no position: equal layers share them.
+    """
+    nodes = [
+        node
+        for node in capture.graph_module.graph.nodes
+        if "lifted_tensor" not in str(node.target)
+        and not isinstance(node.meta.get("val"), torch.SymInt)
+    ]
+    place = {node: number for number, node in enumerate(nodes)}
     return [
         (
             node.op,
             str(node.target),
-            str(torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{place[n]}")),
+            str(torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{place.get(n)}")),
             list((node.meta.get("nn_module_stack") or {}).values()),
         )
-        for node in graph.nodes
+        for node in nodes
     ]
 
 

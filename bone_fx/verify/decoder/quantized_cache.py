@@ -1,4 +1,4 @@
-"""A graph's cache in int8, and a reference whose keys and values are rounded as the graph's.
+"""A graph's cache in 8 bits, and a reference whose keys and values are rounded as the graph's.
 
 Where a key lies between two codes, roundings in another order choose the one or the other, and the
 logits differ by a step: neither graph nor reference is wrong. So the reference takes the codes that
@@ -24,10 +24,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from bone_fx.errors import LOOK, VerificationError
-from bone_fx.verify.graph import tensor_of
+from bone_fx.verify.decoder.float_cache import float_cache
+from bone_fx.verify.graph import WrittenGraph, tensor_of
+from bone_fx.verify.parity import FP8_CACHE, INT8_CACHE
 
 SIDES = ("key", "value")
-LOWEST, HIGHEST = -128, 127
 _HALF = 0.501  # of a step, and what float32 leaves open
 _PAST = "past_key_values."
 _KEY, _FIRST_SCALE = 3, 12
@@ -38,10 +39,52 @@ Layers = Mapping[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Int8Cache:
+class Codes:
+    """The numbers that a cache may hold.
+
+    Attributes:
+        name: `"int8"` or `"fp8"`.
+        lowest: The smallest of them.
+        highest: The largest.
+        cost: How far they may take the logits from those of a cache in floats.
+    """
+
+    name: str
+    lowest: float
+    highest: float
+    cost: float
+
+    @property
+    def figure(self) -> str:
+        """Name of the figure that says what they cost."""
+        return f"{self.name}_cache"
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """The code that each value is rounded to, in float32; ties go to the even one."""
+        inside = values.float().clamp(self.lowest, self.highest)
+        return inside.round() if self.name == "int8" else inside.to(torch.float8_e4m3fn).float()
+
+    def step(self, values: Tensor) -> Tensor:
+        """How far the codes beside each value lie apart."""
+        if self.name == "int8":
+            return torch.ones_like(values)
+        exponents = torch.frexp(values.abs().clamp_max(self.highest)).exponent - 1
+        return torch.exp2(exponents.clamp_min(_LEAST_EXPONENT).float() - _BITS_BEHIND_THE_POINT)
+
+
+INT8 = Codes("int8", -128, 127, INT8_CACHE)
+FP8 = Codes("fp8", -448, 448, FP8_CACHE)
+_LEAST_EXPONENT, _BITS_BEHIND_THE_POINT = -6, 3
+"""Of float8_e4m3fn; below the exponent numbers are subnormal."""
+_CODES = {ir.DataType.INT8: INT8, ir.DataType.FLOAT8E4M3FN: FP8}
+
+
+@dataclass(frozen=True)
+class QuantizedCache:
     """How a graph keeps its cache, and what it kept of one text.
 
     Attributes:
+        numbers: The codes that a key or value may become.
         scales: What a step is worth, by layer, `[K, 1, D]`.
         constants: Names of the constants that say so.
         tolerance: How far a key or value may be from where it is rounded, relative to the largest
@@ -49,22 +92,24 @@ class Int8Cache:
         codes: What was kept of the text, `[K, T, D]`; nothing where the graph did not run it.
     """
 
+    numbers: Codes
     scales: Layers
     constants: frozenset[str]
     tolerance: float
     codes: Layers
 
     @classmethod
-    def of(cls, path: Path, tolerance: float = 0.0) -> Int8Cache | None:
+    def of(cls, path: Path, tolerance: float = 0.0) -> QuantizedCache | None:
         """That of a graph; None if its cache is in floats."""
         graph = ir.load(path).graph
-        scales, names = {}, set()
+        scales, names, numbers = {}, set(), INT8
         for node in graph:
             if node.op_type != "GroupQueryAttention" or len(node.inputs) <= _FIRST_SCALE:
                 continue
             past, pair = node.inputs[_KEY], node.inputs[_FIRST_SCALE : _FIRST_SCALE + 2]
-            if past is None or past.shape is None or past.dtype != ir.DataType.INT8:
+            if past is None or past.shape is None or past.dtype not in _CODES:
                 continue
+            numbers = _CODES[past.dtype]
             heads, size = (int(str(past.shape[axis])) for axis in (1, 3))
             key, value = (
                 tensor_of(scale.const_value).reshape(heads, 1, size)
@@ -73,9 +118,9 @@ class Int8Cache:
             )
             names |= {str(scale.name) for scale in pair if scale is not None}
             scales[int(str(past.name).split(".")[1])] = (key, value)
-        return cls(scales, frozenset(names), tolerance, {}) if scales else None
+        return cls(numbers, scales, frozenset(names), tolerance, {}) if scales else None
 
-    def with_codes(self, past: Mapping[str, Any], row: int, tokens: int) -> Int8Cache:
+    def with_codes(self, past: Mapping[str, Any], row: int, tokens: int) -> QuantizedCache:
         """The same with what was kept of a row of a batch, of its first tokens.
 
         Args:
@@ -97,6 +142,10 @@ class Int8Cache:
         """A cache for one run of the reference, in which one text is one row."""
         return RoundingCache(config, self)
 
+    def codes_of(self, layer: int, side: str, x: Tensor) -> Tensor:
+        """What keys or values `[…, K, T, D]` are kept as, in float32."""
+        return self.numbers.nearest(x / self.scales[layer][SIDES.index(side)])
+
     def floats(self, layer: int, side: str, codes: Tensor) -> Tensor:
         """What codes stand for."""
         return codes.float() * self.scales[layer][SIDES.index(side)]
@@ -111,16 +160,18 @@ class Int8Cache:
             return x_KSD
         place = SIDES.index(side)
         scale = self.scales[layer][place]
-        places = (x_KSD / scale).clamp(LOWEST, HIGHEST)
-        codes = places.round()
+        places = (x_KSD / scale).clamp(self.numbers.lowest, self.numbers.highest)
+        codes, steps = self.numbers.nearest(places), self.numbers.step(places)
         if layer in self.codes:
             kept = self.codes[layer][place][:, start : start + x_KSD.shape[1]].float()
             kept = torch.cat((kept, codes[:, kept.shape[1] :]), dim=1)
-            allowed = _HALF * scale + self.tolerance * x_KSD.abs().max()
+            allowed = _HALF * steps * scale + self.tolerance * x_KSD.abs().max()
             wrong = ((places - kept) * scale).abs() > allowed
             if bool(wrong.any()) or not bool(x_KSD.isfinite().all()):
                 raise self._error(layer, side, x_KSD, kept * scale, wrong, start)
-            alike = (places - kept).abs().amax((0, 2), keepdim=True) <= 1  # by token
+            # Of fp8 the steps around zero are finer than what 16 bits leave open.
+            coarse = steps.clamp_min(self.numbers.highest / INT8.highest)
+            alike = ((places - kept).abs() / coarse).amax((0, 2), keepdim=True) <= 1  # by token
             codes = torch.where(alike, kept, codes)
         return codes * scale
 
@@ -137,10 +188,17 @@ class Int8Cache:
         )
 
 
+def runnable(path: Path, provider: str) -> WrittenGraph:
+    """A decoder's graph, or the twin of one with a cache in fp8: the CPU provider runs no other."""
+    kept = QuantizedCache.of(path)
+    twin = kept is not None and kept.numbers is FP8
+    return WrittenGraph(path, provider, (float_cache,) if twin else ())
+
+
 class RoundingCache(DynamicCache):
     """Keeps keys and values as a graph does, of one row; what is given back is rounded too."""
 
-    def __init__(self, config: Any, kept: Int8Cache) -> None:
+    def __init__(self, config: Any, kept: QuantizedCache) -> None:
         super().__init__(config=config)
         self._kept = kept
         self._seen: dict[int, int] = {}
@@ -158,14 +216,9 @@ class RoundingCache(DynamicCache):
         return super().update(pair[0], pair[1], layer_idx, *args, **kwargs)
 
 
-def codes_of(tensor: Tensor, scale: Tensor) -> Tensor:
-    """What keys or values `[K, T, D]` are kept as."""
-    return (tensor / scale).round().clamp(LOWEST, HIGHEST).to(torch.int8)
-
-
 def rows_of_codes(
-    kept: Int8Cache | None, past: Mapping[str, Any], tokens: Sequence[int]
-) -> list[Int8Cache | None]:
+    kept: QuantizedCache | None, past: Mapping[str, Any], tokens: Sequence[int]
+) -> list[QuantizedCache | None]:
     """What a graph kept of each row of a batch; None for each of a cache in floats."""
     return [
         None if kept is None else kept.with_codes(past, row, count)

@@ -1,0 +1,1 @@
+"""A published folder, looked at again."""

@@ -1,0 +1,109 @@
+"""What trainers recognise a PEFT model by, and how they call one.
+
+`transformers.Trainer` and TRL ask `isinstance(model, peft.PeftModel)`: for one, they save adapters
+alone, load them again, and take the model without its adapters as the reference of a preference
+loss. An adapted module has the verbs that they call then, so it answers yes where PEFT is imported
+when it is made. No code of PEFT's class is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from bone_fx.errors import UsageError
+from bone_fx.operators import HeadInputs, head_inputs
+from bone_fx.train.adapter_set import AdapterSet
+
+
+class Recognised(AdapterSet):
+    """An adapter set that trainers take for a PEFT model."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """A module whose class is also `peft.PeftModel`, where PEFT is imported."""
+        module: Any = super().__new__(cls, *args, **kwargs)
+        peft = sys.modules.get("peft")
+        if peft is not None:
+            kind = type(module)  # fx gives every GraphModule a class of its own
+            cover = _cover(kind, peft.PeftModel)
+            members = {"__module__": kind.__module__}
+            module.__class__ = type(kind.__name__, (kind, cover, peft.PeftModel), members)
+        return module  # type: ignore[no-any-return]
+
+    def _call_with_fused_head(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's call with its own head and loss, over the adapted backbone.
+
+        TRL puts it on the model that it takes for the base of a PEFT model.
+        """
+        forward = vars(self._origin.model).get("forward")
+        if forward is None:
+            raise UsageError(
+                "fused_lm_head is TRL's, and the model has no such head",
+                next_step="leave it out, or let TRL's trainer add it",
+            )
+        return forward.__func__(self, *args, **kwargs)
+
+    def _call_backbone(self, *args: Any, **kwargs: Any) -> BackboneOutput:
+        """The model's output, with the hidden states that its head reads."""
+        inputs = self._origin.signature.bind(*args, **kwargs)
+        with head_inputs(always=True) as request:
+            packed = self._origin.signature.pack(self._run(*inputs))
+        return BackboneOutput(request.inputs, packed)
+
+
+class BackboneOutput:
+    """A model's output, with the hidden states before its head."""
+
+    def __init__(self, head: HeadInputs | None, packed: Any) -> None:
+        self._head, self._packed = head, packed
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        """What the head reads, `[B, S, H]`.
+
+        Raises:
+            UsageError: The graph has none.
+        """
+        if self._head is None:
+            raise UsageError(
+                "the hidden states before the head are no part of this graph: the head has an"
+                " adapter or trains, or its result is changed before it is the output",
+                next_step="leave the head out of the targets and modules_to_save",
+            )
+        return self._head.x
+
+    @functools.cached_property
+    def logits(self) -> Tensor:
+        """The logits `[B, S, V]`, formed when they are read."""
+        logits: Tensor = self._packed.logits if self._head is None else self._head.logits()
+        return logits
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._packed, name)
+
+
+def _cover(kind: type[nn.Module], peft_model: type[nn.Module]) -> type:
+    """A class that stands before PEFT's and has all its members, so that none of them is found.
+
+    An attribute of an instance is found behind a plain member, but not behind a property.
+    """
+    own = {name for base in kind.__mro__ for name in vars(base).get("__annotations__", ())}
+    names = {name for base in peft_model.__mro__ for name in vars(base)} - set(dir(kind))
+    members = {
+        name: None if name in own else _absent(name) for name in names if not name.startswith("__")
+    }
+
+    def start(self: nn.Module) -> None:
+        nn.Module.__init__(self)
+
+    return type("Cover", (), {"__init__": start, **members})
+
+
+def _absent(name: str) -> property:
+    def get(self: object) -> Any:
+        raise AttributeError(f"{name} of PEFT is not here; docs/peft.md says why")
+
+    return property(get)
