@@ -152,7 +152,9 @@ def verify_checkpoint(
     parity.add_constants(len(compared.parameters) + len(tables), unnamed)
     activations = str(TORCH_DTYPES[exported.activations]).removeprefix("torch.")
     name = inputs.architecture.__name__
-    verify_configuration(parity, exported.path.parent, inputs.config, name, activations)
+    common = exported.opened is not None
+    place = exported.path.parent
+    verify_configuration(parity, place, inputs.config, name, activations, common=common)
     if exported.examples is None:
         graph = runnable(exported.path, provider)
         folders = [adapter.folder for adapter in adapters]
