@@ -34,7 +34,7 @@ from bone_fx.capture.decoder.interface import (
 from bone_fx.capture.decoder.norms import recognise_norms
 from bone_fx.capture.decoder.own_attention import ConcatenatingCache
 from bone_fx.capture.decoder.pasts import Pasts
-from bone_fx.capture.decoder.stamped_layers import equal_layers_once
+from bone_fx.capture.decoder.stamping.layers import equal_layers_once
 from bone_fx.capture.stamping.layers import LayerList, layer_lists
 from bone_fx.capture.trace.replacements import evaluating, forward_replaced, without_remarks
 from bone_fx.errors import BoneFxError, CaptureError, first_line

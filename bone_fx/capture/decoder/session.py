@@ -43,7 +43,7 @@ from bone_fx.capture.decoder.own_attention import (
 )
 from bone_fx.capture.decoder.pasts import Pasts, SharedPasts
 from bone_fx.capture.decoder.rotary.watcher import RotaryWatcher
-from bone_fx.capture.decoder.stamped_layers import equal_layers_once
+from bone_fx.capture.decoder.stamping.layers import equal_layers_once
 from bone_fx.capture.trace.config_sizes import size_in
 from bone_fx.capture.trace.replacements import (
     evaluating,

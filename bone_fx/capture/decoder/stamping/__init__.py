@@ -1,0 +1,1 @@
+"""Equal layers of a decoder traced once."""
