@@ -65,7 +65,7 @@ class BoneConfig:
         ConfigError: A field has a value that is not allowed; the message names field, value and
             what is allowed.
 
-    Example:
+    Examples:
         >>> config = BoneConfig(r=16, target_modules=["q_proj", "v_proj"])
         >>> config.method, config.peft_type
         ('bone', 'BONE')
@@ -296,7 +296,7 @@ class BoneConfig:
 class MissConfig(BoneConfig):
     """`BoneConfig` with the defaults of PEFT's `MissConfig`: its type, and `mini_r=1`.
 
-    Example:
+    Examples:
         >>> MissConfig(r=16, target_modules="all-linear").peft_type
         'MISS'
     """

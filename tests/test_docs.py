@@ -1,4 +1,4 @@
-"""Examples in docstrings run, and README's Python is Python that names what there is."""
+"""Examples in docstrings run, and code in the documents names what there is."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import ast
 import doctest
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
 import bone_fx
+from bone_fx.cli.commands import program, split
+from tests.blocks import BLOCKS, ELSEWHERE, FRAGMENT, RUN, Block
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
-NAMES = ("README.md", "docs/training.md", "docs/peft.md")
-DOCUMENTS = [Path(__file__).parents[1] / name for name in NAMES]
 
 
 @pytest.mark.parametrize("name", sorted(set(bone_fx.__all__) - {"__version__"}))
@@ -30,21 +31,33 @@ def test_examples_of_a_public_name(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert not runner.failures, "".join(report)
 
 
-def blocks() -> list[tuple[str, str]]:
-    """The Python blocks of the documents by document and number."""
-    return [
-        (f"{document.name}-{number}", block)
-        for document in DOCUMENTS
-        if document.exists()
-        for number, block in enumerate(
-            re.findall(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
-        )
-    ]
+def of_language(language: str) -> list[Block]:
+    return [block for block in BLOCKS if block.language == language]
 
 
-@pytest.mark.parametrize("block", [pytest.param(code, id=name) for name, code in blocks()])
-def test_python_of_the_documents_names_what_there_is(block: str) -> None:
-    for node in ast.walk(ast.parse(block)):
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_a_block_runs_or_says_that_it_is_a_fragment(block: Block) -> None:
+    if block.language in ("", "text"):
+        return  # a drawing, or what a program prints
+    assert block.language in ("python", "bash")
+    known = block.document in RUN or block.document in ELSEWHERE or block.is_fragment
+    assert known, f"add the document to tests/blocks.py, or head the block with {FRAGMENT}"
+
+
+@pytest.mark.parametrize("block", of_language("bash"), ids=lambda block: block.name)
+def test_calls_in_the_documents_are_calls(block: Block) -> None:
+    for line in re.sub(r"\\\n", "", block.code).splitlines():
+        if line.startswith("bone-export "):
+            words = shlex.split(line, comments=True)[1:]
+            command, rest = split(words)
+            command = command or "export"
+            if rest != ["--help"]:
+                program().commands[command].make_context(command, rest)
+
+
+@pytest.mark.parametrize("block", of_language("python"), ids=lambda block: block.name)
+def test_python_of_the_documents_names_what_there_is(block: Block) -> None:
+    for node in ast.walk(ast.parse(block.code)):
         if (
             isinstance(node, ast.Attribute)
             and isinstance(node.value, ast.Name)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logging: Any = _logging  # without annotations in transformers
 
+_OF_A_MODEL = ("_from_model_config", "transformers_version")
+"""Fields that say where generation settings come from, and set nothing."""
 _SHARE = 0.5
 """Part of the available memory that the weights of a reference may take: ONNX Runtime holds the
 export's own beside them."""
@@ -131,3 +133,11 @@ def write_config(
     """Write config.json for a checkpoint that got another class or heads of its own."""
     config = with_overrides(config, {"architectures": [architecture.__name__]})
     config.to_json_file(folder / "config.json")
+
+
+def settings_of_generation(config: PreTrainedConfig) -> dict[str, Any]:
+    """What generation_config.json says of a model that came without one."""
+    from transformers import GenerationConfig
+
+    made: dict[str, Any] = GenerationConfig.from_model_config(config).to_diff_dict()
+    return {key: made[key] for key in made if key not in _OF_A_MODEL}

@@ -15,7 +15,9 @@ from bone_fx.errors import INTERNAL, BoneFxError, ExportError, first_line
 
 _OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory", "bad_alloc")
 _PACKAGE = Path(__file__).resolve().parent.parent
-_VERSIONS = ("bone_fx", "torch", "transformers", "onnx", "onnxruntime-gpu", "onnxscript")
+_VERSIONS = (
+    *("bone_fx", "torch", "transformers", "onnx", "onnxruntime-gpu", "onnxruntime", "onnxscript"),
+)
 
 
 @dataclass(frozen=True)

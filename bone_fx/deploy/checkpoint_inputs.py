@@ -21,6 +21,7 @@ from bone_fx.deploy.trained_heads import (
     brought_tensors,
     concern_heads,
     trained_heads,
+    trained_labels,
     without_unused,
 )
 from bone_fx.errors import AdapterError
@@ -157,15 +158,22 @@ def open_checkpoint(
     architecture = _architecture(checkpoint, adapters)
     folders = [*(adapter.path for _, adapter in adapters), checkpoint.folder]
     overrides: dict[str, Any] = missing_padding(checkpoint.config, architecture, folders)
-    model, heads = None, TrainedHeads()
+    model, heads, labels = None, TrainedHeads(), dict[str, Any]()
     if concern_heads(adapters):
         from bone_fx.base.architectures import with_overrides
         from bone_fx.base.skeleton import meta_model
 
-        overrides |= _head_size(checkpoint, architecture, brought_tensors(adapters))
+        classes = _classes(architecture, brought_tensors(adapters))
+        if classes is not None:
+            if classes != checkpoint.config.num_labels:
+                overrides["num_labels"] = classes
+            labels = trained_labels(adapters, classes)
+            overrides |= labels
         config = with_overrides(checkpoint.config, overrides)
         model = meta_model(config, torch.float32, architecture)
     adapters, notes = without_unused(adapters, allow_unused, model)
+    if labels:
+        notes.append("names of the classes: from config.json of an adapter")
     if model is not None:
         heads = trained_heads(model, adapters)
         overrides |= heads.overrides()
@@ -228,12 +236,7 @@ def _architecture(checkpoint: BaseCheckpoint, adapters: Adapters) -> type[PreTra
     return checkpoint.architecture if generates else architecture_for_task(checkpoint, task)
 
 
-def _head_size(
-    checkpoint: BaseCheckpoint, architecture: type[PreTrainedModel], heads: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """`num_labels`, if the adapters bring a head of another size than the base's."""
+def _classes(architecture: type[PreTrainedModel], heads: Mapping[str, Tensor]) -> int | None:
+    """Classes of a head that the adapters bring; None if they bring none that classifies."""
     labels = next((len(t) for name, t in heads.items() if name.endswith(_HEAD_WEIGHTS)), None)
-    classifies = architecture.__name__.endswith("Classification")
-    if not classifies or labels is None or labels == checkpoint.config.num_labels:
-        return {}
-    return {"num_labels": labels}
+    return labels if architecture.__name__.endswith("Classification") else None

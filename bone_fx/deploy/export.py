@@ -162,7 +162,7 @@ def export(
         BoneFxError: One of its kinds, each with its exit status; nothing is published, the inputs
             are as they were.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))

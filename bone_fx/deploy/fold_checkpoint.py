@@ -110,7 +110,7 @@ def fold_checkpoint(
     Raises:
         BoneFxError: One of its kinds; nothing is published, the inputs are as they were.
 
-    Example:
+    Examples:
         >>> import bone_fx, tempfile
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))

@@ -35,6 +35,7 @@ _PACKAGES = (
     "onnx_ir",
     "onnxscript",
     "onnxruntime-gpu",
+    "onnxruntime",
     "safetensors",
 )
 

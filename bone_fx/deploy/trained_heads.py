@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +19,13 @@ from torch import Tensor, nn
 from bone_fx.adapter_folder import WEIGHTS_NAME, AdapterFolder, Adapters
 from bone_fx.base.unused_tensors import matching
 from bone_fx.errors import AdapterError, some
+from bone_fx.files.json_file import NotJsonError, read_object
 from bone_fx.sites import is_saved_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @dataclass(frozen=True)
@@ -249,3 +253,50 @@ def _resized(
             "resized",
         )
     return next(iter(rows.values()))
+
+
+def trained_labels(adapters: Adapters, labels: int) -> dict[str, Any]:
+    """Labels and kind of problem of the last adapter that brings a `config.json` with them.
+
+    PEFT does not write that file; a training script that knows its labels does
+    (`model.config.save_pretrained(folder)`).
+
+    Args:
+        adapters: The adapters by name, in the order in which they apply.
+        labels: Classes of the head.
+
+    Returns:
+        `id2label`, `label2id` and `problem_type`, as far as there is a label to each class.
+
+    Raises:
+        AdapterError: A file cannot be read.
+    """
+    for _, adapter in reversed(list(adapters)):
+        content = _configuration(adapter.path / "config.json")
+        names = content.get("id2label")
+        if not isinstance(names, dict) or set(names) != {str(n) for n in range(labels)}:
+            continue
+        if not all(isinstance(name, str) for name in names.values()):
+            continue
+        problem = content.get("problem_type")
+        return {
+            "id2label": {n: names[str(n)] for n in range(labels)},
+            "label2id": {names[str(n)]: n for n in range(labels)},
+            **({"problem_type": problem} if problem in _PROBLEMS else {}),
+        }
+    return {}
+
+
+def _configuration(path: Path) -> dict[str, Any]:
+    """The content of a configuration; empty if there is none."""
+    try:
+        return read_object(path)
+    except FileNotFoundError:
+        return {}
+    except NotJsonError as error:
+        raise AdapterError(
+            f"{path} cannot be read",
+            expected="a JSON object",
+            found=str(error),
+            next_step="save it again with transformers, or take it away",
+        ) from error

@@ -6,8 +6,9 @@
    positions with its rotary modules (`verify.constants`, `verify.rotary_tables`).
 3. The graph is run beside the reference (`verify.decoder.compare_decoder`,
    `verify.compare_forward`).
-4. What stands beside a decoder's graph is compared with the base and the adapters, and
-   onnxruntime-genai generates with it (`verify.decoder.genai_folder`).
+4. `config.json` is compared with the reference's configuration (`verify.configuration`); what
+   else stands beside a decoder's graph with the base and the adapters, and onnxruntime-genai
+   generates with it (`verify.decoder.genai_folder`).
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def verify_checkpoint(
     from bone_fx.verify.cases import vocabulary_of
     from bone_fx.verify.compare_forward import verify_model
     from bone_fx.verify.compare_quantized import RoundedWeights, Written
+    from bone_fx.verify.configuration import verify_configuration
     from bone_fx.verify.constants import verify_constants
     from bone_fx.verify.decoder.compare_decoder import DecoderChecks, verify_decoder
     from bone_fx.verify.decoder.genai_folder import (
@@ -148,6 +150,11 @@ def verify_checkpoint(
         parity.reference = "streamed"
         parity.warnings.append(_STREAMED)
     parity.add_constants(len(compared.parameters) + len(tables), unnamed)
+    activations = str(TORCH_DTYPES[exported.activations]).removeprefix("torch.")
+    name = inputs.architecture.__name__
+    common = exported.opened is not None
+    place = exported.path.parent
+    verify_configuration(parity, place, inputs.config, name, activations, common=common)
     if exported.examples is None:
         graph = runnable(exported.path, provider)
         folders = [adapter.folder for adapter in adapters]

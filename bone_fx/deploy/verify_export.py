@@ -92,7 +92,7 @@ def verify_export(
         VerificationError: A file is another than the manifest says, or the graph and torch differ.
         BoneFxError: Another of its kinds.
 
-    Example:
+    Examples:
         >>> import bone_fx, tempfile
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1)

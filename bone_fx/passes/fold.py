@@ -75,7 +75,7 @@ def fold_adapters(gm: fx.GraphModule) -> Outcome:
     Raises:
         FoldError: A folded weight holds NaN or Inf; the message names the layer.
 
-    Example:
+    Examples:
         >>> import bone_fx
         >>> net = nn.Sequential(nn.Linear(48, 80), nn.ReLU(), nn.Linear(80, 7))
         >>> config = bone_fx.BoneConfig(r=16, target_modules=["0"], init_weights=False)

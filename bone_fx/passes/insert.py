@@ -69,7 +69,7 @@ def insert_adapters(
         SiteError: Nothing matched, a block does not fit its layer, a name is taken, or a target is
             tied.
 
-    Example:
+    Examples:
         >>> import bone_fx
         >>> net = nn.Sequential(nn.Linear(48, 80), nn.ReLU(), nn.Linear(80, 7))
         >>> config = bone_fx.BoneConfig(r=16, target_modules=["0"])

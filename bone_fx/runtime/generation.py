@@ -27,7 +27,7 @@ class Conversation:
         ProviderError: onnxruntime-genai, or the provider of the folder, is not here.
         ExportError: onnxruntime-genai does not open the folder.
 
-    Example:
+    Examples:
         ```python
         conversation = Conversation(Path("./out"))
         prompt = conversation.as_prompt("Who are you?")

@@ -63,7 +63,7 @@ def adapt(
         SiteError: The targets match nothing, a block cannot fit a layer, or a target is tied.
         AdapterError: The folder is broken or does not fit this model.
 
-    Example:
+    Examples:
         >>> import bone_fx, torch
         >>> net = nn.Sequential(nn.Linear(48, 80), nn.ReLU(), nn.Linear(80, 7))
         >>> config = bone_fx.BoneConfig(r=16, target_modules=["0"])
@@ -121,7 +121,7 @@ def get_peft_model(
     Raises:
         BoneFxError: As `adapt` raises it.
 
-    Example:
+    Examples:
         >>> import bone_fx, torch
         >>> net = nn.Sequential(nn.Linear(48, 80), nn.ReLU(), nn.Linear(80, 7))
         >>> config = bone_fx.BoneConfig(r=16, target_modules=["0"])

@@ -41,7 +41,7 @@ class AdaptedModule(Generating, Saving, Status, PeftVerbs, Passing):
         active_adapters: Names of the adapters in the graph, in the order in which they apply.
         refused: Targets of the adapters that could not be adapted.
 
-    Example:
+    Examples:
         >>> import bone_fx, torch
         >>> net = nn.Sequential(nn.Linear(48, 80), nn.ReLU(), nn.Linear(80, 7))
         >>> x = torch.randn(3, 48)

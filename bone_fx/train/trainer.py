@@ -23,7 +23,7 @@ class AdapterTrainer(Trainer):
     `save_steps` and `save_model` write what `AdaptedModule.save_pretrained` writes, and
     `resume_from_checkpoint` and `load_best_model_at_end` read it.
 
-    Example:
+    Examples:
         >>> from transformers import TrainingArguments
         >>> arguments = TrainingArguments("runs", max_steps=100)  # doctest: +SKIP
         >>> trainer = AdapterTrainer(adapted, arguments, train_dataset=rows)  # doctest: +SKIP

@@ -16,6 +16,7 @@ from bone_fx.deploy.report.card import card
 from bone_fx.deploy.report.heat_map import heat_map
 from bone_fx.deploy.report.origin import read_origin
 from bone_fx.deploy.report.page import page
+from bone_fx.deploy.report.signature import signature_rows
 from bone_fx.errors import VerificationError
 from bone_fx.verify import constants
 from tests.command import run
@@ -213,3 +214,16 @@ def test_both_are_made_of_a_manifest_alone(folded: bone_fx.FoldResult) -> None:
     files = {n: e for n, e in manifest["files"].items() if n != "README.md"}
     assert card({**manifest, "files": files}) == (folded.output / "README.md").read_text("utf-8")
     assert Page(page(manifest, [])).text
+
+
+def test_layers_of_one_kind_are_one_row_of_inputs() -> None:
+    caches = {f"past_key_values.{n}.key": f"float32[b, {2 if n < 9 else 1}, 8]" for n in range(12)}
+    rows = signature_rows({"input_ids": "int64[b, s]", **caches, "x.own": "bool[3]"})
+    assert [(row.name, row.kind) for row in rows] == [
+        ("input_ids", "int64[b, s]"),
+        ("past_key_values.N.key", "float32[b, 2, 8]"),
+        ("past_key_values.N.key", "float32[b, 1, 8]"),
+        ("x.own", "bool[3]"),
+    ]
+    assert [row.meaning.rpartition("N is ")[2] for row in rows[1:3]] == ["0 to 8", "9 to 11"]
+    assert rows[3].meaning == ""

@@ -47,7 +47,11 @@ def test_decoder(
     bone_fx.export(
         inputs / "base", adapters=[inputs / "adapter"], output=inputs / "out", verify="off"
     )
-    assert "Nothing: it was published with verification" in (inputs / "out/README.md").read_text()
+    card = (inputs / "out/README.md").read_text()
+    assert "Nothing: it was published with verification" in card
+    kind = "`float32[batch_size, 3, past_sequence_length, 16]`"
+    assert f"| `past_key_values.N.key` | {kind} | input: keys" in card
+    assert "N is 0, 1 |" in card
     assert run_card(inputs / "out", monkeypatch, capsys).strip()
 
 

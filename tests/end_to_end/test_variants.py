@@ -127,6 +127,7 @@ def test_what_differs_stands_under_each(folder: Path, tmp_path: Path) -> None:
     assert {"operators", "quantization"}.isdisjoint(manifest)
     assert manifest["graph"] == tied["graph"] == untied["graph"]  # of all: it stands above too
     assert bone_fx.verify_export(out).files == len(manifest["files"])
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_each_is_verified_with_its_own_adapter(folder: Path) -> None:

@@ -23,8 +23,10 @@ from bone_fx.deploy.checkpoint_inputs import (
     open_checkpoint,
 )
 from bone_fx.deploy.companions.choice import Companions, choose_companions, hashes_beside_weights
+from bone_fx.deploy.companions.configuration import write_configuration
 from bone_fx.deploy.companions.copying import copy_companions
 from bone_fx.deploy.companions.left_out import files_left_out, sentence_notes
+from bone_fx.deploy.companions.sentence_model import copy_sentence_files
 from bone_fx.deploy.options import FLOAT_CACHE, FP8_CACHE, NO_CALIBRATION, ExportOptions
 from bone_fx.deploy.report.origin import read_origin
 from bone_fx.onnx.writer import MODEL_FILE
@@ -38,6 +40,8 @@ ONE_BEAM = (
     "with CUDA graphs onnxruntime-genai takes num_beams 1, and the cache has max_length positions "
     "from the start"
 )
+_STATES = "last_hidden_state"
+"""The output that sentence-transformers pools."""
 _TWIN = "bf16 has no CPU kernels: verification runs an fp32 twin with the rounded weights"
 
 
@@ -83,7 +87,7 @@ class CheckpointBuild(Build):
         return read_origin(checkpoint.origin, checkpoint.folder)
 
     def write(self, folder: Path, progress: Progress) -> Written:
-        """Write the model; for a decoder also what onnxruntime-genai needs to run the folder."""
+        """Write the model, and what tools open a folder by: genai's files, or transformers'."""
         sha256 = write_graph(self.model, folder, progress)
         notes = self.rounding.warnings() if self.rounding is not None else []
         base = self.inputs.checkpoint
@@ -100,12 +104,18 @@ class CheckpointBuild(Build):
                 session_options=self.session_options,
             )
         else:
-            from bone_fx.base.real_model import write_config
-
-            write_config(self.inputs.config, self.inputs.architecture, folder)
             copy_companions(self.companions, folder)
+            if _STATES in {str(value.name) for value in self.model.graph.outputs}:
+                copy_sentence_files(base.folder, self.inputs.adapters, folder)
             if not self.companions.tokenizer and not self.companions.processors:
                 notes.append("the base folder has no tokenizer; the output has none either")
+        write_configuration(
+            self.inputs,
+            self.companions,
+            TORCH_DTYPES[self.activations],
+            folder,
+            generates=isinstance(self.graph, DecoderGraph),
+        )
         report = self.rounding.report() if self.rounding is not None else None
         return Written(sha256, report, self.change.report(), tuple(notes))
 

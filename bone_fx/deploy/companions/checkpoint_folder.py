@@ -9,7 +9,7 @@ from bone_fx.base.left_over import ADAPTER_CONFIG
 from bone_fx.deploy.companions.choice import choose_companions, companion_files
 from bone_fx.deploy.companions.copying import copy_companions, write_generation_settings
 from bone_fx.deploy.companions.left_out import files_left_out
-from bone_fx.deploy.companions.sentence_model import MODULES, sentence_files
+from bone_fx.deploy.companions.sentence_model import copy_sentence_files
 from bone_fx.deploy.earlier_output import MANIFEST
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def copy_the_rest(inputs: CheckpointInputs, model: Any, folder: Path) -> list[st
         travels = path.suffix in kinds and not is_index and path.name not in by_themselves
         if travels and path.is_file():
             shutil.copyfile(path, folder / path.name)
-    _copy_sentence_modules(inputs, folder)
+    copy_sentence_files(base, inputs.adapters, folder)
     is_another = inputs.architecture is not checkpoint.architecture
     if inputs.overrides or inputs.untied or is_another:
         write_config(inputs.config, inputs.architecture, folder)
@@ -62,15 +62,3 @@ def copy_the_rest(inputs: CheckpointInputs, model: Any, folder: Path) -> list[st
         *companions.token_notes(changed),
         *files_left_out(checkpoint, inputs.adapters),
     ]
-
-
-def _copy_sentence_modules(inputs: CheckpointInputs, folder: Path) -> None:
-    """Copy what sentence-transformers runs after the model, of the last folder that has it."""
-    folders = [inputs.checkpoint.folder, *(adapter.path for _, adapter in inputs.adapters)]
-    source = next((each for each in reversed(folders) if (each / MODULES).is_file()), None)
-    if source is None:
-        return
-    for path in sentence_files(source):
-        target = folder / path.relative_to(source)
-        target.parent.mkdir(exist_ok=True, parents=True)
-        shutil.copyfile(path, target)

@@ -19,6 +19,7 @@ _QUANTIZATION = ("quantize_config.json", "quant_config.json")
 _IGNORED_FIELDS = {
     *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"),
     *("use_cache", "eos_token_id", "bos_token_id", "pad_token_id", "vocab_size"),
+    *("num_labels", "id2label", "label2id", "problem_type"),
 }
 """Fields of a configuration that change nothing in a graph, or that other files decide."""
 

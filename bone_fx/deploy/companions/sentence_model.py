@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from bone_fx.deploy.companions.reading import read_object, read_value
 from bone_fx.errors import InputRefusedError, printable
+
+if TYPE_CHECKING:
+    from bone_fx.adapter_folder import Adapters
 
 MODULES = "modules.json"
 SETTINGS = ("sentence_bert_config.json", "config_sentence_transformers.json")
@@ -76,6 +80,27 @@ def sentence_files(folder: Path) -> list[Path]:
     beside = [folder / name for name in (MODULES, *SETTINGS)]
     inside = [path for each in folders for path in sorted(each.iterdir())]
     return [path for path in (*beside, *inside) if path.is_file()]
+
+
+def copy_sentence_files(base: Path, adapters: Adapters, target: Path) -> None:
+    """Copy what sentence-transformers runs after a model, of the last folder that has it.
+
+    Args:
+        base: The base's folder.
+        adapters: The adapters by name, in the order in which they apply.
+        target: The folder of the output.
+
+    Raises:
+        InputRefusedError: `modules.json` cannot be read.
+    """
+    folders = [base, *(adapter.path for _, adapter in adapters)]
+    source = next((each for each in reversed(folders) if (each / MODULES).is_file()), None)
+    if source is None:
+        return
+    for path in sentence_files(source):
+        copied = target / path.relative_to(source)
+        copied.parent.mkdir(exist_ok=True, parents=True)
+        shutil.copyfile(path, copied)
 
 
 def sentence_note(folder: Path, *, decodes: bool = False) -> str | None:

@@ -139,7 +139,7 @@ def _onnxruntime() -> Iterator[Finding]:
             "problem",
             "package",
             f"onnxruntime does not run a model on the CPU: {answer['error']}",
-            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu",
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install bone_fx",
         )
         return
     yield Finding("ok", "provider", f"onnxruntime {answer['version']} runs a model on the CPU")

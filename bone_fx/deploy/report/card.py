@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bone_fx.deploy.report.page import cases, meaning
+from bone_fx.deploy.report.signature import signature_rows
 from bone_fx.deploy.report.templating import markdown_templates
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -34,7 +35,8 @@ def card(manifest: Mapping[str, Any]) -> str:
         manifest: The content of `bone_export.json`.
     """
     base, adapters = manifest["base"], manifest["adapters"]
-    inputs = manifest.get("graph", {}).get("inputs", {})
+    graph = manifest.get("graph", {})
+    inputs = graph.get("inputs", {})
     architecture = manifest["architecture"]
     loader = next((a for end, a in _AUTO_CLASSES.items() if architecture.endswith(end)), None)
     reads_text = any(name in manifest["files"] for name in _TOKENIZERS)
@@ -56,6 +58,9 @@ def card(manifest: Mapping[str, Any]) -> str:
             genai_text="tokenizer.json" in manifest["files"],
             providers=repr(_PROVIDERS.get(manifest.get("provider", "cpu"), [])),
             arrays={name: _array(kind) for name, kind in inputs.items()},
+            signature={kind: signature_rows(graph[kind]) for kind in ("inputs", "outputs")}
+            if graph
+            else {},
             cases=cases(verification),
             figures=[(name, f"{v:.3g}", meaning(name)) for name, v in figures.items()],
         )

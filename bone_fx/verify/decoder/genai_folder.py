@@ -23,6 +23,7 @@ from bone_fx.verify.graph import WrittenGraph
 from bone_fx.verify.parity import Parity
 
 CONFIG = "genai_config.json"
+GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer.json"
 _DEFAULT_CONTEXT = 2048
 _TOKENS = 8
@@ -76,6 +77,7 @@ def verify_genai_folder(
         if options.get("cuda", {}).get("enable_cuda_graph") == "1" and not graph.shares_a_buffer():
             _check("enable_cuda_graph", "1", "0, as the cache grows from step to step")
     parity.cases.append(f"{CONFIG}: {len(expected) + 1} fields")
+    _verify_generation_settings(parity, folder, config, tokens)
     _verify_tokenizer(parity, folder, [*reversed(adapters), base], found["vocab_size"], load)
 
 
@@ -119,6 +121,27 @@ def verify_generation(parity: Parity, graph: WrittenGraph) -> None:
             next_step=f"{LOOK}; look at its {CONFIG}",
         )
     parity.cases.append(f"onnxruntime-genai: {len(tokens)} tokens")
+
+
+def _verify_generation_settings(
+    parity: Parity, folder: Path, config: Any, tokens: Mapping[str, Any]
+) -> None:
+    """`generation_config.json` opens in transformers and ends texts with the same tokens."""
+    if not (folder / GENERATION).is_file():
+        parity.skip(GENERATION, "the folder has none: an earlier version wrote it")
+        return
+    settings = _generation(folder)
+    ends = settings.get("eos_token_id")
+    ends = _as_list(config.get_text_config().eos_token_id if ends is None else ends)
+    expected = _as_list(tokens["eos_token_id"])
+    if not set(expected) <= set(ends):
+        raise VerificationError(
+            f"verification failed: {GENERATION}: eos_token_id",
+            expected=expected,
+            found=ends,
+            next_step=LOOK,
+        )
+    parity.cases.append(f"{GENERATION}: end tokens")
 
 
 def _first_difference(
@@ -206,7 +229,7 @@ def _special_tokens(
     if that ends or begins texts otherwise than the base's.
     """
     folders = [*reversed(adapters), base]
-    with_settings = next((f for f in folders if (f / "generation_config.json").is_file()), None)
+    with_settings = next((f for f in folders if (f / GENERATION).is_file()), None)
     settings = {} if with_settings is None else _generation(with_settings)
     trained_with = next((f for f in adapters[::-1] if (f / TOKENIZER).is_file()), None)
     own = None if trained_with is None else load(trained_with)
@@ -263,6 +286,7 @@ def _verify_tokenizer(
     if source is None or not (folder / TOKENIZER).is_file():
         parity.skip("tokenizer", "there is none in tokenizer.json")
         return
+    expected = load(source)
     try:
         actual = load(folder)
     except Exception as error:
@@ -271,7 +295,6 @@ def _verify_tokenizer(
             found=f"{type(error).__name__}: {error}",
             next_step=LOOK,
         ) from error
-    expected = load(source)
     ids, of_source = actual(_TEXT)["input_ids"], expected(_TEXT)["input_ids"]
     contents = [(f / TOKENIZER).read_bytes() for f in (folder, source)]
     if ids != of_source or (
