@@ -52,7 +52,7 @@ def test_no_case_crosses_an_original_context() -> None:
 
 def test_real_text_stands_in_rows_of_its_own() -> None:
     text = list(range(200))
-    assert rows_of(MORE[1], 99, 3, text) == [text[:66]]
+    assert rows_of(MORE[1], 99, 3, text) == [text[: MORE[1].tokens]]
     random = rows_of(SHORT[1], 99, 1, text)
     assert [len(row) for row in random] == [14, 7, 10]
     assert random[0][0] == 98

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -101,6 +102,9 @@ class QuantizedCache:
     @classmethod
     def of(cls, path: Path, tolerance: float = 0.0) -> QuantizedCache | None:
         """That of a graph; None if its cache is in floats."""
+        inputs = onnx.load(path, load_external_data=False).graph.input
+        if _CODES.keys().isdisjoint(v.type.tensor_type.elem_type for v in inputs):
+            return None
         graph = ir.load(path).graph
         scales, names, numbers = {}, set(), INT8
         for node in graph:
