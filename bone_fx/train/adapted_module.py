@@ -23,6 +23,7 @@ from bone_fx.train.verbs.generating import Generating
 from bone_fx.train.verbs.passing import Passing
 from bone_fx.train.verbs.peft_verbs import PeftVerbs
 from bone_fx.train.verbs.saving import Saving
+from bone_fx.train.verbs.shown import Shown
 from bone_fx.train.verbs.status import Status
 
 
@@ -33,7 +34,7 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
-class AdaptedModule(Generating, Saving, Status, PeftVerbs, Passing):
+class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
     """A GraphModule with one block-adaptation node a site, called like its model.
 
     Attributes:

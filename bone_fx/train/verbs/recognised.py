@@ -91,7 +91,7 @@ def _peft() -> Any:
     """PEFT's package; None where it is missing or does not fit what is installed."""
     try:
         return importlib.import_module("peft")
-    except ImportError:
+    except (ImportError, RuntimeError, AttributeError):  # it was built for other packages
         return None
 
 
