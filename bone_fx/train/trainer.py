@@ -39,6 +39,8 @@ class AdapterTrainer(Trainer):
                 "neftune_noise_alpha needs a model's embedding layer, and a graph has none",
                 next_step="leave it out",
             )
+        # Of a PEFT model, Trainer asks the base: a loss that counts no items is a mean of halves.
+        self.model_accepts_loss_kwargs = self._adapted().accepts_loss_kwargs
         if self.args.label_names is None:
             self.label_names = list(self._adapted().label_names)
 

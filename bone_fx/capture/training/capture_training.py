@@ -118,14 +118,18 @@ def capture_training(
             mode by more than dropout; the setting that avoids it is named where it is known.
         UsageError: The example inputs do not fit the model.
     """
-    if stamp:
-        try:
-            return _capture(model, example_inputs, dynamic_shapes, stamp=True)
-        except CaptureError:
-            # Layers may leave something beside their output, or the model cannot be captured: then
-            # the trace of every layer says why.
-            pass
-    return _capture(model, example_inputs, dynamic_shapes, stamp=False)
+    graphs: list[GraphModule] = []
+    if not stamp:
+        return _capture(model, example_inputs, dynamic_shapes, stamp=False, graphs=graphs)
+    try:
+        return _capture(model, example_inputs, dynamic_shapes, stamp=True, graphs=graphs)
+    except CaptureError as error:
+        # Layers may leave something beside their output, or the model cannot be captured: then the
+        # trace of every layer says why. If it gives the same graph, the model's results change.
+        capture = _capture(model, example_inputs, dynamic_shapes, stamp=False, graphs=graphs)
+        if len(graphs) > 1 and _operators(graphs[0]) == _operators(graphs[1]):
+            raise error from None
+        return capture
 
 
 def _capture(
@@ -134,7 +138,9 @@ def _capture(
     dynamic_shapes: DynamicShapes | None,
     *,
     stamp: bool,
+    graphs: list[GraphModule],
 ) -> TrainingCapture:
+    """The capture; its graph is among `graphs` before it is tried."""
     refuse_checkpointing(model)
     with unchanged(model):
         model.train()
@@ -149,9 +155,17 @@ def _capture(
         graph_module.graph.lint()
         graph_module.recompile()
         graph_module.train()
+        graphs.append(graph_module)
         output = require_same_evaluation(model, graph_module, traced.examples)
         loss, notes = checked_loss(model, traced.examples, output)
         return TrainingCapture(graph_module, signature, loss, (*traced.notes, *notes))
+
+
+def _operators(graph_module: GraphModule) -> list[str]:
+    """The operators of a graph in order, and how many tensors it gives."""
+    nodes = graph_module.graph.nodes
+    outputs = sum(len(node.all_input_nodes) for node in nodes if node.op == "output")
+    return [*(str(node.target) for node in nodes if node.op == "call_function"), str(outputs)]
 
 
 def _plain_graph(program: torch.export.ExportedProgram) -> GraphModule:
