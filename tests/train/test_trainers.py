@@ -54,7 +54,7 @@ def losses(trainer: Any) -> list[float]:
 @pytest.mark.filterwarnings(
     "ignore:Could not find a config file", "ignore:.is_gradient_checkpointing"
 )
-@pytest.mark.parametrize("seq2seq", [False, True])
+@pytest.mark.parametrize("seq2seq", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_losses_are_pefts_and_checkpoints_are_adapters(seq2seq: bool, tmp_path: Path) -> None:
     kind: Any = Seq2SeqTrainer if seq2seq else Trainer
     options: dict[str, Any] = {

@@ -59,7 +59,7 @@ def content(capture: TrainingCapture) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("row", tiered(ARCHITECTURES, {"gpt2", "bart", "mixtral"}))
+@pytest.mark.parametrize("row", tiered(ARCHITECTURES, {"gpt2"}))
 def test_the_graph_is_that_of_a_full_trace(row: Architecture, repeated: list[str]) -> None:
     model = row.build(**{field: 4 for field in LAYERS if field in row.config})
     inputs = row.inputs(3, 12)
