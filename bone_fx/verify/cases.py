@@ -50,9 +50,9 @@ SHORT = (
 )
 MORE = (
     Case("batch 5, ragged lengths 1 to 7 and a step with a past", (1, 7, 2, 5, 3), 1),
-    Case("batch 1, length 64 and a step with a past", (64,), 1),
-    Case("batch 1, 14 tokens in pieces of 5, then a step", (14,), 1, chunks=5),
-    Case("batch 1, length 6 and 2 steps in a cache of fixed size", (6,), 2, buffer=16),
+    Case("batch 1, length 64 and 2 steps with a past", (64,), 2),
+    Case("batch 1, 14 tokens in pieces of 5, then 2 steps", (14,), 2, chunks=5),
+    Case("batch 1, length 6 and 3 steps in a cache of fixed size", (6,), 3, buffer=16),
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, pipeline
+from transformers import pipeline
 
 import bone_fx
 from bone_fx.errors import UsageError
@@ -141,4 +141,3 @@ def test_a_model_that_does_not_generate() -> None:
     adapted = bone_fx.adapt(net(), config, {"x": x_of_net()})
     with pytest.raises(UsageError, match="Net has no generate"):
         adapted.generate(x_of_net())
-    assert not isinstance(adapted, LlamaForCausalLM)

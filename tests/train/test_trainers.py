@@ -19,7 +19,7 @@ from transformers import (
 
 import bone_fx
 from bone_fx.errors import UsageError
-from tests.train.peft_models import llama
+from tests.train.peft_models import llama, net, x_of_net
 
 STEPS = 6
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "training_args.bin"}
@@ -101,19 +101,28 @@ def test_hidden_states_before_the_head() -> None:
     x = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     config = bone_fx.BoneConfig(r=8, target_modules=["q_proj"], init_weights=False)
     adapted = bone_fx.get_peft_model(llama(), config).eval()
-    output = adapted.base_model(**x)
+    hidden = adapted._call_backbone(**x).last_hidden_state
     head = adapted.get_output_embeddings()
-    assert output.last_hidden_state.shape == (2, 6, 32)
-    torch.testing.assert_close(head(output.last_hidden_state), adapted(**x).logits)
-    torch.testing.assert_close(output.logits, adapted(**x).logits)
+    assert hidden.shape == (2, 6, 32)
+    torch.testing.assert_close(head(hidden), adapted(**x).logits)
     with pytest.raises(UsageError, match="no such head"):
         adapted(**x, labels=ids, fused_lm_head=True)
     both = bone_fx.BoneConfig(r=8, target_modules=["q_proj", "lm_head"], init_weights=False)
     adapted = bone_fx.get_peft_model(llama(), both).eval()
-    output = adapted.base_model(**x)
-    torch.testing.assert_close(output.logits, adapted(**x).logits)
     with pytest.raises(UsageError, match="the head has an adapter"):
-        _ = output.last_hidden_state
+        adapted._call_backbone(**x)
+
+
+def test_the_base_model_is_called_like_the_module() -> None:
+    ids = torch.arange(12).view(2, 6)
+    x = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    config = bone_fx.BoneConfig(r=8, target_modules=["q_proj"], init_weights=False)
+    adapted = bone_fx.get_peft_model(llama(), config).eval()
+    assert torch.equal(adapted.base_model(**x).loss, adapted(**x).loss)
+    plain = bone_fx.adapt(
+        net(), bone_fx.BoneConfig(r=2, target_modules=["lin0"]), {"x": x_of_net()}
+    ).eval()
+    assert torch.equal(plain.base_model(x_of_net()), plain(x_of_net()))
 
 
 def test_sets_of_adapters_that_come_again_write_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,8 @@ class TunerView:
         return getattr(self._adapted, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The adapted module's call; the output has `last_hidden_state` too."""
-        return self._adapted._call_backbone(*args, **kwargs)
+        """The adapted module's call."""
+        return self._adapted(*args, **kwargs)
 
 
 class PeftVerbs(Recognised):

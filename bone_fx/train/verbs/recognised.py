@@ -8,15 +8,15 @@ where PEFT is installed. No code of PEFT's class is used.
 
 from __future__ import annotations
 
-import functools
 import importlib
+from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
 
 from bone_fx.capture.trace.hf_model import is_transformers_model
 from bone_fx.errors import UsageError
-from bone_fx.operators import HeadInputs, head_inputs
+from bone_fx.operators import head_inputs
 from bone_fx.train.adapter_set import AdapterSet
 
 
@@ -46,45 +46,54 @@ class Recognised(AdapterSet):
                 "fused_lm_head is TRL's, and the model has no such head",
                 next_step="leave it out, or let TRL's trainer add it",
             )
-        return forward.__func__(self, *args, **kwargs)
+        return forward.__func__(_HeadlessView(self), *args, **kwargs)
 
     def _call_backbone(self, *args: Any, **kwargs: Any) -> BackboneOutput:
-        """The model's output, with the hidden states that its head reads."""
-        inputs = self._origin.signature.bind(*args, **kwargs)
-        with head_inputs(always=True) as request:
-            packed = self._origin.signature.pack(self._run(*inputs))
-        return BackboneOutput(request.inputs, packed)
-
-
-class BackboneOutput:
-    """A model's output, with the hidden states before its head."""
-
-    def __init__(self, head: HeadInputs | None, packed: Any) -> None:
-        self._head, self._packed = head, packed
-
-    @property
-    def last_hidden_state(self) -> Tensor:
-        """What the head reads, `[B, S, H]`.
+        """The model's output, with the hidden states that its head reads.
 
         Raises:
             UsageError: The graph has none.
         """
-        if self._head is None:
+        inputs = self._origin.signature.bind(*args, **kwargs)
+        with head_inputs(always=True) as request:
+            packed = self._origin.signature.pack(self._run(*inputs))
+        if request.inputs is None:
             raise UsageError(
                 "the hidden states before the head are no part of this graph: the head has an"
-                " adapter or trains, or its result is changed before it is the output",
-                next_step="leave the head out of the targets and modules_to_save",
+                " adapter, or its result is changed before it is the output",
+                next_step="leave the head out of the targets, or train without a fused head",
             )
-        return self._head.x
+        return BackboneOutput(request.inputs.x, packed)
 
-    @functools.cached_property
-    def logits(self) -> Tensor:
-        """The logits `[B, S, V]`, formed when they are read."""
-        logits: Tensor = self._packed.logits if self._head is None else self._head.logits()
-        return logits
+
+@dataclass(frozen=True)
+class _HeadlessView:
+    """What TRL's forward is given for a model: its backbone, and all else of the adapted module."""
+
+    adapted: Recognised
+
+    def base_model(self, *args: Any, **kwargs: Any) -> BackboneOutput:
+        """The backbone's call."""
+        return self.adapted._call_backbone(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._packed, name)
+        return getattr(self.adapted, name)
+
+
+@dataclass(frozen=True)
+class BackboneOutput:
+    """A model's output without its logits.
+
+    Attributes:
+        last_hidden_state: What the head reads, `[B, S, H]`.
+        output: The rest of the output, such as `router_logits`.
+    """
+
+    last_hidden_state: Tensor
+    output: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.output, name)
 
 
 def _peft() -> Any:

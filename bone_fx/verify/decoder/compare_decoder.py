@@ -36,7 +36,7 @@ from bone_fx.verify.parity import (
 from bone_fx.verify.ranges import LARGEST, within_range
 from bone_fx.verify.reference import Adapters, fold_in_place, load_parameters, unmerged
 
-_GREEDY_TOKENS = 6
+_GREEDY_TOKENS = 8
 
 
 @dataclass(frozen=True)
