@@ -13,9 +13,9 @@ import pytest
 import bone_fx
 from bone_fx.cli.adapters import named_adapters
 from bone_fx.errors import AdapterError, UsageError
-from tests.base.hub import cached, commit_of, served
 from tests.command import run
 from tests.end_to_end.tiny import tiny_adapter, tiny_base
+from tests.hub import REPOSITORY, cached, commit_of, local_hub
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +108,17 @@ def test_an_adapter_is_fetched_from_the_hub(folder: Path, tmp_path: Path) -> Non
     adapter = folder / "run1" / "checkpoint-500"
     (adapter / "optimizer.pt").write_bytes(b"not wanted")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    with served("owner/adapter", adapter) as (address, asked):
-        environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
-        command = [sys.executable, "-m", "bone_fx", "inspect", "owner/adapter", "--json"]
+    with local_hub(adapter) as served:
+        environment |= {
+            "HF_ENDPOINT": served.address,
+            "HF_HOME": str(tmp_path),
+            "NO_PROXY": "127.0.0.1",
+        }
+        command = [sys.executable, "-m", "bone_fx", "inspect", REPOSITORY, "--json"]
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=300
         )
     (adapter / "optimizer.pt").unlink()
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["blocks"]) == 6
-    assert not [path for path in asked if "optimizer" in path]
+    assert not [path for path in served.asked if "optimizer" in path]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.train.local_hub import REPOSITORY, local_hub
+from tests.hub import REPOSITORY, local_hub
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = f"""
@@ -39,10 +39,10 @@ else:
 
 
 def test_an_adapter_goes_to_the_hub_and_comes_back(tmp_path: Path) -> None:
-    with local_hub() as (address, files):
+    with local_hub() as hub:
         env = {
             **os.environ,
-            "HF_ENDPOINT": address,
+            "HF_ENDPOINT": hub.address,
             "HF_HOME": str(tmp_path),
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
@@ -54,4 +54,4 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"{REPOSITORY}/commit/" in done.stdout
     expected = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    assert set(files) == expected | {f"other/{name}" for name in expected - {"README.md"}}
+    assert set(hub.files) == expected | {f"other/{name}" for name in expected - {"README.md"}}

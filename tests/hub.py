@@ -1,22 +1,57 @@
-"""A hub on this machine: what `huggingface_hub` asks for to upload a folder and fetch it."""
+"""A hub of our own: a server that `huggingface_hub` uploads to and fetches from, and its cache."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 REPOSITORY = "me/adapter"
-_COMMIT = "0123456789" * 4
 
 
-class _Hub(BaseHTTPRequestHandler):
+def commit_of(revision: str) -> str:
+    return hashlib.sha1(revision.encode()).hexdigest()
+
+
+_COMMIT = commit_of("main")
+
+
+def cached(cache: Path, hub_id: str, revisions: dict[str, Path]) -> None:
+    """Lay out a cache with folders as the revisions of a repository."""
+    repository = cache / f"models--{hub_id.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    for revision, folder in revisions.items():
+        commit = commit_of(revision)
+        (repository / "refs" / revision).write_text(commit)
+        shutil.copytree(folder, repository / "snapshots" / commit)
+
+
+@dataclass
+class Hub:
+    """A hub with one repository.
+
+    Attributes:
+        files: Its files.
+        address: Where it is served.
+        asked: The paths that were asked for.
+    """
+
     files: dict[str, bytes]
+    address: str = ""
+    asked: list[str] = field(default_factory=list)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
@@ -38,24 +73,25 @@ class _Hub(BaseHTTPRequestHandler):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     content = base64.b64decode(entry["value"]["content"])
-                    self.files[entry["value"]["path"]] = content
+                    self.hub.files[entry["value"]["path"]] = content
             self._answer({"commitUrl": f"{address}/commit/{_COMMIT}", "commitOid": _COMMIT})
         else:
             self._answer({"errors": [], "warnings": []})  # of the card's head
 
     def do_GET(self) -> None:
         """List a repository, or give a file of it."""
+        self.hub.asked.append(self.path)
         resolved = re.fullmatch(rf"/{REPOSITORY}/resolve/\w+/(.+)", self.path)
-        if resolved and resolved[1] in self.files:
-            self._send(self.files[resolved[1]], "application/octet-stream")
+        if resolved and resolved[1] in self.hub.files:
+            self._send(self.hub.files[resolved[1]], "application/octet-stream")
         elif self.path.startswith(f"/api/models/{REPOSITORY}/tree"):
             tree = [
                 {"type": "file", "path": name, "size": len(content), "oid": _COMMIT}
-                for name, content in self.files.items()
+                for name, content in self.hub.files.items()
             ]
             self._answer(tree)
         elif self.path.startswith(f"/api/models/{REPOSITORY}"):
-            siblings = [{"rfilename": name} for name in self.files]
+            siblings = [{"rfilename": name} for name in self.hub.files]
             self._answer({"id": REPOSITORY, "sha": _COMMIT, "siblings": siblings})
         else:
             self.send_error(404)
@@ -80,14 +116,16 @@ class _Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def local_hub() -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The address of a hub with one repository, and its files."""
-    files: dict[str, bytes] = {}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (_Hub,), {"files": files}))
+def local_hub(folder: Path | None = None) -> Iterator[Hub]:
+    """A hub whose repository has the files of a folder, or none yet."""
+    files = [] if folder is None else sorted(folder.iterdir())
+    hub = Hub({path.name: path.read_bytes() for path in files})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    hub.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", files
+        yield hub
     finally:
         server.shutdown()
         thread.join()
