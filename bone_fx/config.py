@@ -130,7 +130,7 @@ class BoneConfig:
         return self.init_weights == "mini" or self.mini_r != 0 or self.miss_dropout != 0.0
 
     def _check_values(self) -> None:
-        r_ok = _is_int(self.r) and 1 <= self.r < _LARGEST
+        r_ok = is_int(self.r) and 1 <= self.r < _LARGEST
         _require("r", self.r, r_ok, "an integer of at least 1")
         allowed = any(
             self.init_weights is v if isinstance(v, bool) else self.init_weights == v
@@ -138,25 +138,25 @@ class BoneConfig:
         )
         _require("init_weights", self.init_weights, allowed, "True, False, 'bat' or 'mini'")
         names = "a list of names, a regular expression or 'all-linear'"
-        _require("target_modules", self.target_modules, _is_names(self.target_modules), names)
+        _require("target_modules", self.target_modules, is_names(self.target_modules), names)
         _require(
             "exclude_modules",
             self.exclude_modules,
-            _is_names(self.exclude_modules),
+            is_names(self.exclude_modules),
             "a list of names or a regular expression",
         )
-        saved_ok = self.modules_to_save is None or _is_str_list(self.modules_to_save)
+        saved_ok = self.modules_to_save is None or is_str_list(self.modules_to_save)
         _require("modules_to_save", self.modules_to_save, saved_ok, "a list of module names")
-        layers_ok = self.layers_to_transform is None or _is_int(self.layers_to_transform)
+        layers_ok = self.layers_to_transform is None or is_int(self.layers_to_transform)
         if isinstance(self.layers_to_transform, list):
-            layers_ok = all(_is_int(i) for i in self.layers_to_transform)
+            layers_ok = all(is_int(i) for i in self.layers_to_transform)
         _require(
             "layers_to_transform",
             self.layers_to_transform,
             layers_ok,
             "an integer or a list of integers",
         )
-        pattern_ok = self.layers_pattern is None or _is_names(self.layers_pattern)
+        pattern_ok = self.layers_pattern is None or is_names(self.layers_pattern)
         _require("layers_pattern", self.layers_pattern, pattern_ok, "a name or a list of names")
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
@@ -171,7 +171,7 @@ class BoneConfig:
         _require(
             "mini_r",
             self.mini_r,
-            _is_int(self.mini_r) and 0 <= self.mini_r < _LARGEST,
+            is_int(self.mini_r) and 0 <= self.mini_r < _LARGEST,
             "an integer of at least 0",
         )
         if self.init_weights == "mini":
@@ -275,20 +275,7 @@ class BoneConfig:
             ConfigError: A value in it is not allowed.
         """
         path = Path(directory, subfolder or "", CONFIG_NAME)
-        try:
-            content = read_object(path)
-        except FileNotFoundError:
-            raise AdapterError(
-                f"no {CONFIG_NAME} in {directory}",
-                expected="a folder as PEFT's save_pretrained writes it",
-                next_step="check the path of the adapter",
-            ) from None
-        except NotJsonError as error:
-            raise AdapterError(
-                f"{path} cannot be read as a JSON object",
-                found=str(error),
-                next_step="save or copy the adapter again",
-            ) from None
+        content = read_configuration(path)
         return cls.from_dict(content, where=str(path))
 
 
@@ -305,6 +292,28 @@ class MissConfig(BoneConfig):
     peft_type: str | None = "MISS"
 
 
+def read_configuration(path: Path) -> dict[str, Any]:
+    """The content of an `adapter_config.json`.
+
+    Raises:
+        AdapterError: The file is missing or not JSON.
+    """
+    try:
+        return read_object(path)
+    except FileNotFoundError:
+        raise AdapterError(
+            f"no {CONFIG_NAME} in {path.parent}",
+            expected="a folder as PEFT's save_pretrained writes it",
+            next_step="check the path of the adapter",
+        ) from None
+    except NotJsonError as error:
+        raise AdapterError(
+            f"{path} cannot be read as a JSON object",
+            found=str(error),
+            next_step="save or copy the adapter again",
+        ) from None
+
+
 def _require(name: str, value: object, ok: bool, allowed: str) -> None:
     if not ok:
         shown = reprlib.repr(value)
@@ -315,13 +324,16 @@ def _require(name: str, value: object, ok: bool, allowed: str) -> None:
         )
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
+    """Whether a value of a configuration is a whole number, and no flag."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_str_list(value: object) -> bool:
+def is_str_list(value: object) -> bool:
+    """Whether a value is a list of texts."""
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
-def _is_names(value: object) -> bool:
-    return value is None or isinstance(value, str) or _is_str_list(value)
+def is_names(value: object) -> bool:
+    """Whether a value chooses layers: nothing, a text or a list of texts."""
+    return value is None or isinstance(value, str) or is_str_list(value)

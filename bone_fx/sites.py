@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import regex
 from torch import nn
@@ -23,6 +24,16 @@ UNMATCHED = "this target matched no linear layer"
 _LINEAR_MODULES = ("Linear", "Conv1D")
 
 
+class Targets(Protocol):
+    """What a configuration says of the layers that it targets, whatever its method."""
+
+    target_modules: list[str] | str | None
+    exclude_modules: list[str] | str | None
+    layers_to_transform: list[int] | int | None
+    layers_pattern: list[str] | str | None
+    modules_to_save: list[str] | None
+
+
 @dataclass(frozen=True)
 class LinearSite:
     """A linear layer that an adapter can sit on.
@@ -35,6 +46,7 @@ class LinearSite:
         transposed: Whether the weight is stored `[I, O]` (HF `Conv1D`) rather than `[O, I]`.
         module_type: Class name of the module that owns the weight, or None if the graph does not
             say.
+        experts: Number of weights that are stacked in one parameter `[E, O, I]`; 0 for one alone.
     """
 
     name: str
@@ -43,6 +55,7 @@ class LinearSite:
     out_features: int
     transposed: bool = False
     module_type: str | None = None
+    experts: int = 0
 
     @property
     def is_layer(self) -> bool:
@@ -77,7 +90,7 @@ class Refusal:
         return f"{self.name}: {self.reason}"
 
 
-def is_target(config: BoneConfig, name: str) -> bool:
+def is_target(config: Targets, name: str) -> bool:
     """Whether PEFT's rules for names choose `name`.
 
     `"all-linear"` chooses every name that is not excluded.
@@ -93,12 +106,12 @@ def is_target(config: BoneConfig, name: str) -> bool:
     return _in_layers(config, name)
 
 
-def is_excluded(config: BoneConfig, name: str) -> bool:
+def is_excluded(config: Targets, name: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` keeps `name` from being a target."""
     return _listed(config.exclude_modules, name) or is_saved_module(config, name)
 
 
-def is_saved_module(config: BoneConfig, name: str) -> bool:
+def is_saved_module(config: Targets, name: str) -> bool:
     """Whether PEFT takes `name` for a part of `modules_to_save` when it chooses targets."""
     return any(
         _match(module, rf"(^|.*\.){module}($|\..*)", name)
@@ -106,7 +119,7 @@ def is_saved_module(config: BoneConfig, name: str) -> bool:
     )
 
 
-def is_trained_whole(config: BoneConfig, parameter: str) -> bool:
+def is_trained_whole(config: Targets, parameter: str) -> bool:
     """Whether PEFT trains a copy of a parameter: it lies in a module that an entry names.
 
     PEFT 0.18.1 compares ends of letters here, not names: `norm` is `input_layernorm` too.
@@ -114,7 +127,7 @@ def is_trained_whole(config: BoneConfig, parameter: str) -> bool:
     return any(trains_module(config, path) for path in modules_above(parameter))
 
 
-def trains_module(config: BoneConfig, module: str) -> bool:
+def trains_module(config: Targets, module: str) -> bool:
     """Whether an entry of `modules_to_save` is an end of a module's name."""
     return any(module.endswith(entry) for entry in config.modules_to_save or ())
 
@@ -126,7 +139,7 @@ def modules_above(parameter: str) -> list[str]:
 
 
 def select_sites(
-    config: BoneConfig,
+    config: Targets,
     sites: Iterable[LinearSite],
     others: Iterable[Refusal] = (),
     output_layers: Collection[str] = (),
@@ -203,7 +216,20 @@ def check_fit(config: BoneConfig, site: LinearSite) -> None:
         )
 
 
-def _unmatched(config: BoneConfig, names: list[str]) -> list[Refusal]:
+def matches_end(pattern: str, name: str) -> bool:
+    """Whether a pattern is a name or the end of one behind a dot, as PEFT reads rank patterns.
+
+    Raises:
+        SiteError: It is no regular expression, or takes too long.
+    """
+    if _PLAIN.fullmatch(pattern):  # most are names; in these a dot stands for any letter too
+        end, before = name[-len(pattern) :], name[: -len(pattern)]
+        fits = all(a in (".", b) for a, b in zip(pattern, end, strict=False))
+        return len(end) == len(pattern) and fits and (not before or before.endswith("."))
+    return _match(pattern, rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _unmatched(config: Targets, names: list[str]) -> list[Refusal]:
     """Entries of a target list that chose nothing."""
     if not isinstance(config.target_modules, list):
         return []
@@ -224,7 +250,7 @@ def _listed(entries: list[str] | str | None, name: str) -> bool:
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
-def _in_layers(config: BoneConfig, name: str) -> bool:
+def _in_layers(config: Targets, name: str) -> bool:
     layers = config.layers_to_transform
     if layers is None or layers == []:
         return True
@@ -254,6 +280,7 @@ _MOST_REPEATS = 100_000
 """A pattern that repeats a part so often at least is unfolded to as many when it is compiled."""
 _SECONDS = 0.05
 """Of processor time for one name; an ordinary pattern takes microseconds."""
+_PLAIN = re.compile(r"[\w.]+")
 _REPEAT = re.compile(r"\{(\d+)")
 
 

@@ -1,13 +1,14 @@
-"""The algebra of block adapters: tensors in, tensors out, one file a method.
+"""The algebra of adapters: tensors in, tensors out, one file a method.
 
-`METHODS` is the literal table of what this package can train and fold. Adding a method is one file
-and one row.
+`METHODS` is the literal table of what this package can fold, `TRAINED` names those that it trains.
+Adding a method is one file and one row.
 """
 
 from __future__ import annotations
 
-from bone_fx.adapters import bat, bone, mini
-from bone_fx.adapters.method import Method
+from bone_fx.adapters import bat, bone, dora, lora, mini
+from bone_fx.adapters.lora import LowRank
+from bone_fx.adapters.method import Block, Method
 
 METHODS: dict[str, Method] = {
     "bone": Method(
@@ -44,7 +45,28 @@ METHODS: dict[str, Method] = {
         term=None,
         delta=bat.delta,
         part=bat.part,
+        grain=bat.grain,
+    ),
+    "lora": Method(
+        "lora",
+        additive=True,
+        fold=lora.fold,
+        fold_=lora.fold_,
+        delta=lora.delta,
+        part=LowRank.part,
+        delta_squares=lora.delta_squares,
+    ),
+    "dora": Method(
+        "dora",
+        additive=False,
+        fold=dora.fold,
+        fold_=dora.fold_,
+        delta=dora.delta,
+        part=LowRank.part,
     ),
 }
 
-__all__ = ["METHODS", "Method"]
+TRAINED = ("bone", "mini", "bat")
+"""The methods that this package trains; the others come from PEFT."""
+
+__all__ = ["METHODS", "TRAINED", "Block", "LowRank", "Method"]

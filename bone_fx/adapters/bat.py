@@ -69,6 +69,11 @@ def part(b_ARR: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tens
     return b_ARR[rows[0] // r : rows[1] // r]
 
 
+def grain(b_ARR: Tensor) -> int:
+    """R: a row of weight blocks cannot be cut."""
+    return b_ARR.shape[-1]
+
+
 def gradient(w_OI: Tensor, dw_OI: Tensor, r: int, *, in_turn: bool = False) -> Tensor:
     """The block's gradient `[O/R, R, R]` from the folded weight's.
 

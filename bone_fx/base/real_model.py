@@ -20,6 +20,7 @@ from bone_fx.base.architectures import reference_attention, with_overrides
 from bone_fx.base.left_over import without_adapter
 from bone_fx.base.loading import BaseCheckpoint
 from bone_fx.errors import BaseModelError
+from bone_fx.lora.biases import add_biases
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -83,6 +84,7 @@ def load_model(
             output_loading_info=True,
         )
     _check_loaded(model, report, heads)
+    add_biases(model, heads)
     _take_heads(model, heads, untied)
     return cast("PreTrainedModel", model.eval())
 

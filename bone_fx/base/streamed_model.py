@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bone_fx.base.architectures import reference_attention, with_overrides
 from bone_fx.base.loading import BaseCheckpoint, skeleton
+from bone_fx.lora.biases import add_biases
 from bone_fx.weights.load_plan import recipes_for
 from bone_fx.weights.recipes.recipe import Recipe
 from bone_fx.weights.streamed import Room, StreamedWeight
@@ -46,6 +47,7 @@ def streamed_model(
         attn_implementation=reference_attention(config),
         untie=untied,
     )
+    add_biases(model, heads)
     shared = Room(room)
     by_recipe: dict[int, Tensor] = {}
     for name, recipe in recipes_for(model, plan, base.tensors, extra=heads).items():

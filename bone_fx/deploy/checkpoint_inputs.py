@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bone_fx.adapter_folder import Adapters
-from bone_fx.deploy.trained_heads import (
+from bone_fx.deploy.trained.heads import (
     TrainedHeads,
     brought_tensors,
     concern_heads,
+    replaced_rows,
     trained_heads,
     trained_labels,
     without_unused,
 )
+from bone_fx.deploy.trained.sites import adapted_sites, with_parameters
 from bone_fx.errors import AdapterError
 from bone_fx.sites import LinearSite
 from bone_fx.weights.recipes.change import Change
@@ -52,6 +54,7 @@ class CheckpointInputs:
         overrides: Fields of the configuration that the adapters' heads decide.
         heads: Parameters that come from the adapters.
         untied: Parameters that get a tensor of their own though the model ties them.
+        new_biases: Those of the heads that the base's layers lack.
         allow_unused: Patterns of tensors that the person gives up.
         notes: What a person should know about the adapters' files.
     """
@@ -62,6 +65,7 @@ class CheckpointInputs:
     overrides: Mapping[str, Any]
     heads: Mapping[str, Tensor]
     untied: frozenset[str] = frozenset()
+    new_biases: frozenset[str] = frozenset()
     allow_unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -86,7 +90,8 @@ class CheckpointInputs:
         """
         from bone_fx.base.loading import skeleton
         from bone_fx.base.unused_tensors import account_for_unused
-        from bone_fx.weights.apply_adapters import fold_recipes
+        from bone_fx.lora.biases import add_biases
+        from bone_fx.weights.apply_adapters import fold_recipes, replace_rows
         from bone_fx.weights.load_plan import recipes_for
 
         shell = skeleton(
@@ -96,6 +101,7 @@ class CheckpointInputs:
             config_overrides=self.overrides,
             untie=self.untied,
         )
+        add_biases(shell.model, self.heads)
         sites = adapted_sites(shell.model, self.adapters)
         recipes = recipes_for(*shell, self.checkpoint.tensors, extra=self.heads)
         left_out = account_for_unused(
@@ -103,6 +109,8 @@ class CheckpointInputs:
         )
         change = Change()
         recipes = fold_recipes(recipes, sites, self.adapters, rounding, change)
+        for name, rows in replaced_rows(self.adapters, recipes).items():
+            recipes = replace_rows(recipes, name, rows.tokens, rows.values)
         notes = (*self.notes, *left_out)
         return FoldedCheckpoint(self, shell, sites, recipes, rounding, change, notes)
 
@@ -171,6 +179,7 @@ def open_checkpoint(
             overrides |= labels
         config = with_overrides(checkpoint.config, overrides)
         model = meta_model(config, torch.float32, architecture)
+        adapters = [(label, with_parameters(adapter, model)) for label, adapter in adapters]
     adapters, notes = without_unused(adapters, allow_unused, model)
     if labels:
         notes.append("names of the classes: from config.json of an adapter")
@@ -184,22 +193,10 @@ def open_checkpoint(
         overrides,
         heads.tensors,
         heads.untied,
+        heads.new_biases,
         tuple(allow_unused),
         tuple(notes),
     )
-
-
-def adapted_sites(model: nn.Module, adapters: Adapters) -> dict[str, LinearSite]:
-    """The layers of a model that the adapters train, by name."""
-    from bone_fx.dialects import find_module_sites
-    from bone_fx.sites import output_layers
-
-    sites, others = find_module_sites(model)
-    chosen: dict[str, LinearSite] = {}
-    for _, adapter in adapters:
-        left_out = output_layers(model, adapter.config.task_type)
-        chosen |= {site.name: site for site in adapter.match(sites, others, left_out)}
-    return chosen
 
 
 def _task(adapters: Adapters) -> str | None:

@@ -1,7 +1,8 @@
 """The verification of an export of a checkpoint: right after it was written, or later.
 
-1. transformers loads the reference, and `verify.peft_layout` reads the adapters. A reference that
-   is large beside the available memory is streamed (`base.streamed_model`), and that is recorded.
+1. transformers loads the reference, and `verify.unmerged.peft_layout` reads the adapters. A
+   reference that is large beside the available memory is streamed (`base.streamed_model`), and that
+   is recorded.
 2. Every constant of the graph is compared with the reference's parameters, and the tables of
    positions with its rotary modules (`verify.constants`, `verify.rotary_tables`).
 3. The graph is run beside the reference (`verify.decoder.compare_decoder`,
@@ -103,8 +104,8 @@ def verify_checkpoint(
     )
     from bone_fx.verify.decoder.quantized_cache import QuantizedCache, runnable
     from bone_fx.verify.graph import WrittenGraph
-    from bone_fx.verify.peft_layout import PeftAdapter
     from bone_fx.verify.rotary_tables import verify_rotary_tables
+    from bone_fx.verify.unmerged.peft_layout import PeftAdapter
 
     short, tokenizer_of = level == "fast", cache(load_tokenizer)
     texts = () if samples is None else _sample_texts(exported, inputs, Path(samples))
@@ -112,7 +113,7 @@ def verify_checkpoint(
     model: Any = load_model(
         inputs.checkpoint, inputs.architecture, inputs.overrides, inputs.heads, inputs.untied, room
     )
-    adapters = [PeftAdapter.read(each.path, each.given_up) for _, each in inputs.adapters]
+    adapters = [PeftAdapter.read(each.path, each.given_up, model) for _, each in inputs.adapters]
     compared = verify_constants(exported.path, model, adapters, TORCH_DTYPES[exported.activations])
     tables = verify_rotary_tables(exported.path, model, compared.others)
     config = inputs.config.get_text_config()

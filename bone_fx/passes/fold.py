@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from bone_fx.adapters import METHODS
+from bone_fx.adapters import METHODS, Block
 from bone_fx.dialects import LinearUse, read_use
 from bone_fx.dialects.adapted_calls import AdaptedArguments
 from bone_fx.errors import FoldError
@@ -29,7 +29,7 @@ from bone_fx.sites import LinearSite
 
 def fold_weight(
     weight: Tensor,
-    steps: Sequence[tuple[str, Tensor]],
+    steps: Sequence[tuple[str, Block]],
     *,
     transposed: bool = False,
     layer: str = "weight",

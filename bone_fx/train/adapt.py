@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from bone_fx.adapter_folder import read_adapter
+from bone_fx.adapter_folder import read_trained
 from bone_fx.base.hub import adapter_folder
 from bone_fx.config import BoneConfig
 from bone_fx.errors import UsageError
@@ -75,7 +75,7 @@ def adapt(
     folder = None
     if isinstance(config, str | Path):
         # A broken folder is refused before the trace.
-        folder = read_adapter(adapter_folder(config), adapter_name)
+        folder = read_trained(adapter_folder(config), adapter_name)
         config = replace(folder.config, inference_mode=not is_trainable)
     config = BoneConfig.of(config)
     training = model.training and is_trainable

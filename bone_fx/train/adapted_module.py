@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 
 from torch import nn
 
-from bone_fx.adapter_folder import AdapterFolder, read_adapter
+from bone_fx.adapter_folder import TrainedFolder, read_trained
 from bone_fx.base.hub import adapter_folder
 from bone_fx.config import BoneConfig
 from bone_fx.errors import UsageError
@@ -100,7 +100,7 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
 
             Skipped as a doctest: it needs a folder; the tests load them.
         """
-        folder = read_adapter(adapter_folder(model_id, **hub_options(options)), adapter_name)
+        folder = read_trained(adapter_folder(model_id, **hub_options(options)), adapter_name)
         if config is not None:
             folder = replace(folder, config=BoneConfig.of(config))
         adapted = AdaptedModule(capture_origin(model, example_inputs))
@@ -157,13 +157,13 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
             SiteError: Its configuration matches nothing here.
             UsageError: An option that has no meaning here.
         """
-        folder = read_adapter(adapter_folder(model_id, **hub_options(options)), adapter_name)
+        folder = read_trained(adapter_folder(model_id, **hub_options(options)), adapter_name)
         self._load(adapter_name, folder, is_trainable=is_trainable)
         if not is_trainable:
             self.eval()
         return LoadResult([], list(folder.unused))
 
-    def _load(self, name: str, folder: AdapterFolder, *, is_trainable: bool) -> None:
+    def _load(self, name: str, folder: TrainedFolder, *, is_trainable: bool) -> None:
         if name in self._adapters:
             self._take_values(name, folder)
             return
@@ -234,7 +234,7 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
         finally:
             self._set_disabled(before)
 
-    def _start(self, name: str, config: BoneConfig, folder: AdapterFolder | None) -> Self:
+    def _start(self, name: str, config: BoneConfig, folder: TrainedFolder | None) -> Self:
         """Mount the first adapter and activate it; it trains unless its configuration says no."""
         self._mount(name, config, folder)
         self.set_adapter(name, inference_mode=config.inference_mode)

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
-from bone_fx.adapter_folder import AdapterFolder
+from bone_fx.adapter_folder import TrainedFolder
 from bone_fx.config import BoneConfig
 from bone_fx.dialects import find_sites
 from bone_fx.errors import UsageError
@@ -68,7 +68,7 @@ class AdapterSet(TrainingGraph):
         self._merged: list[str] = []
         self._rebuild()
 
-    def _mount(self, name: str, config: BoneConfig, folder: AdapterFolder | None = None) -> None:
+    def _mount(self, name: str, config: BoneConfig, folder: TrainedFolder | None = None) -> None:
         adapter = new_adapter(self._base, self._origin, name, config, folder)
         with self._change():
             self._adapters[name] = adapter

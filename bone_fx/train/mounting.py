@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bone_fx.adapter_folder import AdapterFolder
+from bone_fx.adapter_folder import TrainedFolder
 from bone_fx.adapters import METHODS
 from bone_fx.config import BoneConfig
 from bone_fx.dialects import find_sites
@@ -193,7 +193,7 @@ def copy_values(
     sites: Sequence[LinearSite],
     name: str,
     adapter: MountedAdapter,
-    folder: AdapterFolder,
+    folder: TrainedFolder,
 ) -> None:
     """Write a folder's values into an adapter's parameters.
 
@@ -276,7 +276,7 @@ def new_adapter(
     origin: Origin,
     name: str,
     config: BoneConfig,
-    folder: AdapterFolder | None = None,
+    folder: TrainedFolder | None = None,
 ) -> MountedAdapter:
     """An adapter for a base: fresh blocks, or those of a folder.
 

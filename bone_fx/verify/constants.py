@@ -9,7 +9,7 @@ compared bit for bit. Quantized weights are compared when they are loaded into t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,20 @@ from torch import Tensor, nn
 
 from bone_fx.errors import LOOK, VerificationError
 from bone_fx.onnx.packed_names import groups_of, parts_of
+from bone_fx.verify.fold_bounds import lies_within
 from bone_fx.verify.graph import tensor_of
-from bone_fx.verify.reference import Adapters, adapted_layers, folded_weight, steps_of, stored
+from bone_fx.verify.reference import (
+    Adapters,
+    adapted_layers,
+    folded_bounds,
+    steps_of,
+    stored,
+    weight_name,
+)
 from bone_fx.weights.recipes.reorder import row_order
 
+Bounds = Sequence[tuple[Tensor, Tensor]]
+"""The least and the largest values of parameters; one tensor twice where they are exact."""
 _ADD_ONE = "_plus_one"
 
 
@@ -75,9 +85,10 @@ def verify_constants(
     # Scales are compared with their codes.
     others = [n for n in others if f"{n.removesuffix('.scales')}.codes" not in constants]
     for layer in adapted_layers(adapters):
-        if not sources.aliases(f"{layer}.weight") & right:
+        weight = weight_name(model, layer)
+        if not sources.aliases(weight) & right:
             raise VerificationError(
-                f"verification failed: {layer}: the exported model has no constant {layer}.weight",
+                f"verification failed: {layer}: the exported model has no constant {weight}",
                 next_step=LOOK,
             )
     return Compared(frozenset(right), tuple(others))
@@ -127,16 +138,20 @@ class _Sources:
         self, constant: str, parts: list[str], actual: Tensor, layout: _Layout | None
     ) -> None:
         """Refuse a constant that is not made of its parameters."""
-        folded = [self._folded(name) for name in parts]
+        folded = [folded_bounds(self.model, name, self.adapters) for name in parts]
         if self._is_made_of(folded, constant, actual, layout):
             return
-        plain = [self._plain(name) for name in parts]
+        plain = [(self._plain(name), self._plain(name)) for name in parts]
         of_base = self._is_made_of(plain, constant, actual, layout)
         turned = layout is not None and self._is_made_of(folded, constant, actual, None)
         layer = self._first_difference(constant, folded, parts, actual, layout)
         raise VerificationError(
             f"verification failed: {layer}: the written weight is not the folded one"
-            if any(steps_of(name.removesuffix(".weight"), self.adapters) for name in parts)
+            if any(
+                steps_of(key, self.adapters)
+                for name in parts
+                for key in (name, name.removesuffix(".weight"))
+            )
             else f"verification failed: {layer}: the written constant is not the base's",
             expected="torch's own, bit for bit",
             found="the base weight, unfolded"
@@ -146,13 +161,20 @@ class _Sources:
         )
 
     def _is_made_of(
-        self, parts: list[Tensor], constant: str, actual: Tensor, layout: _Layout | None
+        self, parts: Bounds, constant: str, actual: Tensor, layout: _Layout | None
     ) -> bool:
         """Whether a constant holds parts as they are read, or rounded to what they are kept in."""
+        lows, highs = [low for low, _ in parts], [high for _, high in parts]
+        kept = dict.fromkeys((actual.dtype, self.dtype))
+        if all(low is high for low, high in parts):
+            layouts = _layouts(constant, lows, layout)
+            return any(_same(actual, each.to(k).to(actual.dtype)) for each in layouts for k in kept)
         return any(
-            _same(actual, expected.to(kept).to(actual.dtype))
-            for expected in _layouts(constant, parts, layout)
-            for kept in dict.fromkeys((actual.dtype, self.dtype))
+            _between(actual, low.to(k), high.to(k))
+            for low, high in zip(
+                _layouts(constant, lows, layout), _layouts(constant, highs, layout), strict=True
+            )
+            for k in kept
         )
 
     def _plain(self, name: str) -> Tensor:
@@ -160,16 +182,10 @@ class _Sources:
         assert parameter is not None
         return parameter.detach()
 
-    def _folded(self, name: str) -> Tensor:
-        layer, _, attribute = name.rpartition(".")
-        if attribute != "weight" or not steps_of(layer, self.adapters):
-            return self._plain(name)
-        return folded_weight(self.model, layer, self.adapters)
-
     def _first_difference(
         self,
         constant: str,
-        folded: list[Tensor],
+        folded: Bounds,
         parts: list[str],
         actual: Tensor,
         layout: _Layout | None,
@@ -179,7 +195,7 @@ class _Sources:
         if len(parts) == 1 or groups_of(_plain_name(constant)) is not None:
             return layers[0]
         for dim in range(actual.dim()):
-            lengths = [part.shape[0] for part in folded]
+            lengths = [low.shape[0] for low, _ in folded]
             if sum(lengths) != actual.shape[dim]:
                 continue
             pieces = torch.split(actual, lengths, dim)
@@ -243,11 +259,19 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor | None:
     return torch.cat(parts, dim) if len(others) == 1 else None
 
 
-def _same(actual: Tensor, expected: Tensor) -> bool:
-    if actual.numel() != expected.numel():
+def _between(actual: Tensor, low: Tensor, high: Tensor) -> bool:
+    if not _same_sizes(actual, low):
         return False
-    squeezed = [s for s in actual.shape if s != 1] == [s for s in expected.shape if s != 1]
-    if not squeezed:
+    return lies_within(actual, low.reshape(actual.shape), high.reshape(actual.shape))
+
+
+def _same_sizes(actual: Tensor, expected: Tensor) -> bool:
+    sizes, others = ([s for s in tensor.shape if s != 1] for tensor in (actual, expected))
+    return sizes == others
+
+
+def _same(actual: Tensor, expected: Tensor) -> bool:
+    if not _same_sizes(actual, expected):
         return False
     expected = expected.reshape(actual.shape)
     if torch.equal(actual, expected):

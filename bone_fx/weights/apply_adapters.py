@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from bone_fx.adapters import METHODS
-from bone_fx.config import BoneConfig
+from bone_fx.adapters import Block, LowRank
 from bone_fx.errors import AdapterError
 from bone_fx.sites import LinearSite
 from bone_fx.weights.recipes.change import Change
 from bone_fx.weights.recipes.fold_recipe import Fold, FoldStep
-from bone_fx.weights.recipes.recipe import Recipe, without_cast
+from bone_fx.weights.recipes.recipe import Converted, Recipe, cast, without_cast
 from bone_fx.weights.recipes.rounding import Rounding
+from bone_fx.weights.recipes.rows import ReplacedRows
+from bone_fx.weights.recipes.stack import Entry, Stack
+
+
+class Config(Protocol):
+    """What folding needs of a configuration."""
+
+    @property
+    def method(self) -> str:
+        """Row of `bone_fx.adapters.METHODS`."""
 
 
 class Adapter(Protocol):
     """What folding needs of a trained adapter (`bone_fx.adapter_folder.AdapterFolder`)."""
 
     @property
-    def config(self) -> BoneConfig:
-        """Its configuration: method and block size."""
+    def config(self) -> Config:
+        """Its configuration."""
 
     @property
-    def blocks(self) -> Mapping[str, Tensor]:
+    def blocks(self) -> Mapping[str, Block]:
         """Block by site name."""
+
+    @property
+    def biases(self) -> Mapping[str, Tensor]:
+        """What is added to a layer's bias, by site name."""
+
+    def misfit(self, site: LinearSite) -> str | None:
+        """Why the block of a site does not fit its layer; None if it does."""
 
 
 def fold_recipes(
@@ -45,8 +63,8 @@ def fold_recipes(
     Args:
         recipes: Recipe by parameter name.
         sites: The sites that the adapters target, by name.
-        adapters: Name and content of each adapter, in the order in which they act (bat depends on
-            it).
+        adapters: Name and content of each adapter, in the order in which they act (bat and DoRA
+            depend on it).
         rounding: Told what the cast of each folded weight costs.
         change: Told how far the adapters move each weight.
 
@@ -70,10 +88,82 @@ def fold_recipes(
             for label, adapter in adapters
             if name in adapter.blocks
         )
-        folded[site.weight_name] = Fold(
-            without_cast(base), steps, site.transposed, base.dtype, name, rounding, change
-        )
+        _check_lengths(site, steps)
+        fold = _Folded(site, steps, base.dtype, rounding, change)
+        folded[site.weight_name] = fold.of(without_cast(base))
+        added = [adapter.biases[name] for _, adapter in adapters if name in adapter.biases]
+        if added:
+            bias = f"{name}.bias"
+            folded[bias] = _biased(recipes[bias], added)
     return folded
+
+
+def replace_rows(
+    recipes: Mapping[str, Recipe], name: str, numbers: tuple[int, ...], rows: Tensor
+) -> dict[str, Recipe]:
+    """Recipes with rows in the place of some of a table's; a tied table follows.
+
+    Args:
+        recipes: Recipe by parameter name.
+        name: The table.
+        numbers: The rows that are replaced.
+        rows: What comes in their place.
+    """
+    base = recipes[name]
+    table = cast(without_cast(base), rows.dtype)
+    replaced = cast(ReplacedRows(table, numbers, rows), base.dtype)
+    return {key: replaced if recipe is base else recipe for key, recipe in recipes.items()}
+
+
+@dataclass(frozen=True)
+class _Folded:
+    """How the weight of a site is folded: its steps, and where its measurements go."""
+
+    site: LinearSite
+    steps: tuple[FoldStep, ...]
+    dtype: torch.dtype
+    rounding: Rounding | None
+    change: Change | None
+
+    def of(self, base: Recipe) -> Recipe:
+        """The folded weight; of stacked ones each by itself."""
+        if not self.site.experts:
+            return self._one(base, self.steps)
+        numbers = range(self.site.experts)
+        return Stack(tuple(self._one(Entry(base, n), self._steps_of(n), n) for n in numbers))
+
+    def _one(self, base: Recipe, steps: tuple[FoldStep, ...], number: int = 0) -> Fold:
+        site = self.site
+        return Fold(
+            base, steps, site.transposed, self.dtype, site.name, self.rounding, self.change, number
+        )
+
+    def _steps_of(self, number: int) -> tuple[FoldStep, ...]:
+        blocks = [(step, step.block) for step in self.steps]
+        return tuple(
+            FoldStep(step.method, block.expert(number), step.adapter)
+            for step, block in blocks
+            if isinstance(block, LowRank)
+        )
+
+
+def _biased(base: Recipe, added: Sequence[Tensor]) -> Recipe:
+    """A bias and what LoRAs add to it, in float32, rounded once."""
+    exact = cast(without_cast(base), torch.float32)
+    total = torch.stack(list(added)).sum(0)
+    biased = Converted((exact,), lambda tensors: tensors[0] + total, base.shape, "add lora_bias")
+    return cast(biased, base.dtype)
+
+
+def _check_lengths(site: LinearSite, steps: Sequence[FoldStep]) -> None:
+    """Refuse a second DoRA on a layer: in PEFT both measure the weight before either acts."""
+    doras = [step.adapter for step in steps if step.method == "dora"]
+    if len(doras) > 1:
+        raise AdapterError(
+            f"{site.name} has two DoRA adapters, {doras[0]!r} and {doras[1]!r}",
+            expected="one, which says how long the rows of the weight are",
+            next_step="fold one of them into the base first, and train the other on that",
+        )
 
 
 def _check_covered(
@@ -98,25 +188,16 @@ def _check_covered(
         )
 
 
-def _fitting(site: LinearSite, adapter: Adapter, label: str) -> Tensor:
-    config, block = adapter.config, adapter.blocks[site.name]
-    method = METHODS[config.method]
-    reason = method.refusal(site.in_features, site.out_features, config.r, config.mini_r)
+def _fitting(site: LinearSite, adapter: Adapter, label: str) -> Block:
+    reason = adapter.misfit(site)
     if reason is not None:
         raise AdapterError(
-            f"adapter {label!r} cannot fit {site.name}",
+            f"the block of adapter {label!r} for {site.name} has the wrong shape",
+            expected=f"one for a layer {site.in_features} -> {site.out_features}",
             found=reason,
             next_step="use the base model that the adapter was trained on",
         )
-    expected = method.block_shape(site.in_features, site.out_features, config.r, config.mini_r)
-    if tuple(block.shape) != tuple(expected):
-        raise AdapterError(
-            f"the block of adapter {label!r} for {site.name} has the wrong shape",
-            expected=f"{list(expected)} for {config.method} with r={config.r}",
-            found=list(block.shape),
-            next_step="use the base model that the adapter was trained on",
-        )
-    return block
+    return adapter.blocks[site.name]
 
 
 def _check_alone(site: LinearSite, recipes: Mapping[str, Recipe]) -> None:
@@ -130,11 +211,9 @@ def _check_alone(site: LinearSite, recipes: Mapping[str, Recipe]) -> None:
             expected="a weight of its own",
             next_step="untie the weight, or train without this target",
         )
-    stored = (
-        (site.in_features, site.out_features)
-        if site.transposed
-        else (site.out_features, site.in_features)
-    )
+    stack = (site.experts,) if site.experts else ()
+    matrix = (site.out_features, site.in_features)
+    stored = (*stack, *(matrix[::-1] if site.transposed else matrix))
     if base.shape != stored:
         raise AdapterError(
             f"the weight of {site.name} has another shape",

@@ -26,17 +26,19 @@ MAY_KNOW: dict[str, set[str]] = {
     "runtime": {"errors", "files"},
     "default_targets": set(),
     "sites": {"adapters", "config", "errors"},
-    "adapter_folder": {"adapters", "config", "errors", "files", "sites"},
+    "lora": {"adapters", "config", "errors", "sites"},
+    "adapter_folder": {"adapters", "config", "errors", "files", "lora", "sites"},
     "dialects": {"errors", "graphs", "operators", "sites"},
     "weights": {"adapters", "config", "errors", "sites"},
-    "base": {"errors", "files", "weights"},
+    "base": {"errors", "files", "lora", "weights"},
     "passes": {"adapters", "config", "dialects", "errors", "graphs", "operators", "sites"},
     "lean": {"dialects", "graphs", "operators", "passes"},
     "lower": {"errors", "passes"},
     "onnx": {"collector", "errors", "graphs", "weights"},
-    # The format of quantized weights stands in weights.
+    # The format of quantized weights stands in weights, the form of a block in adapters.
     "verify": {
-        *("adapter_folder", "errors", "onnx", "operators", "passes", "runtime", "sites", "weights"),
+        *("adapter_folder", "adapters", "errors", "onnx", "operators", "passes", "runtime"),
+        *("sites", "weights"),
     },
     "capture": {"collector", "errors", "graphs", "lower", "operators", "passes"},
     # Of base it is the hub: adapters are fetched and uploaded.
@@ -45,8 +47,8 @@ MAY_KNOW: dict[str, set[str]] = {
         *("errors", "lean", "graphs", "operators", "passes", "sites"),
     },
     "deploy": {
-        *("adapter_folder", "base", "capture", "config", "dialects", "errors", "files", "onnx"),
-        *("passes", "progress", "runtime", "sites", "train", "verify", "weights"),
+        *("adapter_folder", "adapters", "base", "capture", "config", "dialects", "errors", "files"),
+        *("lora", "onnx", "passes", "progress", "runtime", "sites", "train", "verify", "weights"),
     },
     # Of runtime the command line takes the generation, which reads a published folder alone.
     "cli": {"deploy", "errors", "progress", "runtime"},

@@ -124,7 +124,7 @@ from bone_fx.base.real_model import load_model
 from bone_fx.verify.compare_quantized import Written
 from bone_fx.verify.constants import verify_constants
 from bone_fx.verify.decoder.running import alone
-from bone_fx.verify.peft_layout import PeftAdapter
+from bone_fx.verify.unmerged.peft_layout import PeftAdapter
 from bone_fx.verify.reference import fold_in_place, unmerged
 
 for out in map(Path, sys.argv[1:]):

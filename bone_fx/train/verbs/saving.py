@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from bone_fx.adapter_folder import (
-    AdapterFolder,
+    TrainedFolder,
     adapter_of_tensors,
     adapter_tensors,
-    read_adapter,
+    read_trained,
     write_adapter,
 )
 from bone_fx.base.hub import adapter_folder, upload
@@ -144,7 +144,7 @@ class Saving(AdapterSet):
         """
         for name in self._adapters:
             place = Path(directory) if name == "default" else Path(directory) / name
-            self._take_values(name, read_adapter(place, name))
+            self._take_values(name, read_trained(place, name))
 
     def get_adapter_state(
         self, adapter_name: str = "default", state_dict: Mapping[str, Tensor] | None = None
@@ -189,7 +189,7 @@ class Saving(AdapterSet):
             AdapterError: The saved adapter is of another method, or has other layers or shapes.
         """
         now = self._adapter(adapter_name).config
-        folder = read_adapter(adapter_folder(model_id, **hub), adapter_name)
+        folder = read_trained(adapter_folder(model_id, **hub), adapter_name)
         if folder.config.method != now.method:
             raise AdapterError(
                 f"{folder.path} cannot take the place of adapter {adapter_name!r}",
@@ -199,7 +199,7 @@ class Saving(AdapterSet):
             )
         self._take_values(adapter_name, folder)
 
-    def _take_values(self, name: str, folder: AdapterFolder) -> None:
+    def _take_values(self, name: str, folder: TrainedFolder) -> None:
         adapter = self._adapter(name)
         search = find_sites(self._base)
         expected = replace(folder, config=adapter.config)

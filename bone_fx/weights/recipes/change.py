@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-Corner = tuple[int, int]
+Corner = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Change:
 
         Args:
             site: Name of the layer.
-            corner: The part's first output and input.
+            corner: What tells the part from the layer's others: its first output and input.
             delta_squares: Sum of the squares of what the fold adds.
             squares: Sum of the squares before the fold.
         """

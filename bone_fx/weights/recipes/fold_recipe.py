@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bone_fx.adapters import METHODS
+from bone_fx.adapters import METHODS, Block, LowRank
 from bone_fx.errors import FoldError
 from bone_fx.weights.recipes.change import Change, squares
 from bone_fx.weights.recipes.recipe import BAND_BYTES, Recipe, dtype_name, is_finite
@@ -32,8 +32,12 @@ class FoldStep:
     """
 
     method: str
-    block: Tensor
+    block: Block
     adapter: str
+
+    def part(self, outputs: tuple[int, int], inputs: tuple[int, int]) -> FoldStep:
+        """The step of some outputs and inputs of the weight."""
+        return replace(self, block=METHODS[self.method].part(self.block, outputs, inputs))
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,9 @@ class FoldPart:
         """Number of outputs and of inputs."""
         return self.outputs[1] - self.outputs[0], self.inputs[1] - self.inputs[0]
 
-    def of_block(self, method: str, block: Tensor) -> Tensor:
-        """The block that does to the part what `block` does to the whole weight."""
-        return METHODS[method].part(block, self.outputs, self.inputs)
+    def step(self, step: FoldStep) -> FoldStep:
+        """The step that does to the part what a step does to the whole weight."""
+        return step.part(self.outputs, self.inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +89,7 @@ class Fold(Recipe):
         site: Name of the layer, for errors.
         rounding: Told what the cast costs, if it is to the dtype that it is for.
         change: Told how far the blocks move the weight.
+        number: Of the weight among those that are stacked in a layer.
     """
 
     base: Recipe
@@ -94,6 +99,7 @@ class Fold(Recipe):
     site: str
     rounding: Rounding | None = None
     change: Change | None = None
+    number: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102 - documented on Recipe
@@ -132,7 +138,7 @@ class Fold(Recipe):
         features = self.shape[::-1] if self.transposed else self.shape
         outputs, inputs = outputs or (0, features[0]), inputs or (0, features[1])
         acting = [step for step in self.steps if not METHODS[step.method].additive]
-        grain = math.lcm(*(step.block.shape[-1] for step in acting))
+        grain = math.lcm(*(METHODS[step.method].grain(step.block) for step in acting))
         first, last = outputs[0] // grain * grain, -(-outputs[1] // grain) * grain
         wide = (0, features[1]) if acting else inputs
         for rows, columns in bands(((first, last), wide), nbytes, 4, grain=grain):
@@ -166,13 +172,13 @@ class Fold(Recipe):
                     next_step="check the adapter's training, or export in fp32",
                 )
             if before is not None and self.rounding is not None:
-                corner = part.corner
+                corner = (self.number, *part.corner)
                 self.rounding.measure(self.site, corner, before, w_OI[sample], result[sample])
 
     def _fold_blocks(self, part: FoldPart, w_OI: Tensor) -> None:
         """Fold the blocks into a part in place, and tell `change` how far they move it."""
         methods = [METHODS[step.method] for step in self.steps]
-        blocks = [part.of_block(step.method, step.block.detach()) for step in self.steps]
+        blocks = [part.step(step).block.detach() for step in self.steps]
         measures = self.change is not None
         delta_squares = methods[0].delta_squares if len(methods) == 1 else None
         before = squares(w_OI) if measures else 0.0
@@ -186,7 +192,7 @@ class Fold(Recipe):
         else:
             assert delta_squares is not None
             moved = delta_squares(blocks[0], part.shape[1])
-        self.change.measure(self.site, part.corner, moved, before)
+        self.change.measure(self.site, (self.number, *part.corner), moved, before)
 
     def _read(self, part: FoldPart, w_OI: Tensor) -> None:
         """Read a part `[outputs, inputs]` of the weight before the fold."""
@@ -215,7 +221,9 @@ class Fold(Recipe):
         if not torch.isfinite(self.base.part(part.stored)).all():
             return "NaN or Inf in the base weight"
         for step in self.steps:
-            if not torch.isfinite(step.block).all():
+            block = step.block
+            tensors = block.tensors() if isinstance(block, LowRank) else (block,)
+            if not all(torch.isfinite(tensor).all() for tensor in tensors):
                 return f"NaN or Inf in the block of adapter {step.adapter!r}"
         if not torch.isfinite(folded).all():
             return f"an overflow in {dtype_name(self._exact)}"

@@ -16,7 +16,7 @@ from torch import Tensor
 ENOUGH = 0.9
 """A layer that keeps less of the adapter's effect is worth a warning."""
 
-Corner = tuple[int, int]
+Corner = tuple[int, ...]
 _BETTER = {"bfloat16": "fp16", "float16": "fp32"}
 
 
@@ -29,7 +29,7 @@ class Rounding:
     """
 
     to: torch.dtype
-    _measured: dict[str, dict[tuple[int, int], tuple[float, float]]] = field(
+    _measured: dict[str, dict[Corner, tuple[float, float]]] = field(
         default_factory=dict, repr=False
     )
 
@@ -40,7 +40,7 @@ class Rounding:
 
         Args:
             site: Name of the layer.
-            corner: Its first output and input.
+            corner: What tells the part from the layer's others: its first output and input.
             weight: The part before the fold, float32.
             folded: After it, float32.
             result: After the cast.

@@ -20,6 +20,7 @@ from bone_fx.adapter_folder import WEIGHTS_NAME, AdapterFolder, Adapters
 from bone_fx.base.unused_tensors import matching
 from bone_fx.errors import AdapterError, some
 from bone_fx.files.json_file import NotJsonError, read_object
+from bone_fx.lora.contents import Rows
 from bone_fx.sites import is_saved_module
 
 if TYPE_CHECKING:
@@ -36,11 +37,13 @@ class TrainedHeads:
         tensors: Parameters of the model that come from the adapters, by name.
         vocab_size: Rows of the embeddings, if they are other than the base's.
         untied: Names that get a tensor of their own though the model ties them.
+        new_biases: Those of the parameters that the base's layers lack.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     vocab_size: int | None = None
     untied: frozenset[str] = frozenset()
+    new_biases: frozenset[str] = frozenset()
 
     def overrides(self) -> dict[str, Any]:
         """Fields of the configuration that the heads decide."""
@@ -131,6 +134,9 @@ def concern_heads(adapters: Adapters) -> bool:
     return any(
         adapter.modules_to_save
         or adapter.config.modules_to_save
+        or adapter.stacked
+        or adapter.biases
+        or adapter.rows
         or any(not _is_in_layer(site) for site in adapter.blocks)
         for _, adapter in adapters
     )
@@ -162,7 +168,54 @@ def trained_heads(model: PreTrainedModel, adapters: Adapters) -> TrainedHeads:
             continue
         untied.update(group)
         tensors |= {name: value for name, value in values.items() if value is not None}
-    return TrainedHeads(tensors, vocab_size, frozenset(untied))
+    biases = _new_biases(model, adapters)
+    return TrainedHeads({**tensors, **biases}, vocab_size, frozenset(untied), frozenset(biases))
+
+
+def replaced_rows(adapters: Adapters, parameters: Mapping[str, Any]) -> dict[str, Rows]:
+    """Rows that adapters replace, by name of the table.
+
+    Args:
+        adapters: The adapters by name.
+        parameters: Parameters of the model, or their recipes, by name.
+
+    Raises:
+        AdapterError: There is no such table, it has other rows, or two adapters replace some.
+    """
+    replaced: dict[str, Rows] = {}
+    for label, adapter in adapters:
+        for module, rows in adapter.rows.items():
+            name = f"{module}.weight"
+            table = tuple(parameters[name].shape) if name in parameters else ()
+            fits = len(table) == 2 and rows.values.shape[1:] == table[1:]
+            if not fits or max(rows.tokens, default=0) >= table[0]:
+                raise AdapterError(
+                    f"the tokens that adapter {label!r} trained are not the model's: {module}",
+                    expected=f"rows of a table {list(table)}" if table else "an embedding",
+                    found=f"{list(rows.values.shape)}, up to token {max(rows.tokens, default=0)}",
+                    next_step="use the base model that the adapter was trained on",
+                )
+            if name in replaced or module in adapter.blocks:
+                raise AdapterError(
+                    f"{module} is trained twice: rows of adapter {label!r}, and others",
+                    expected="one adapter that trains it",
+                    next_step="export them one by one",
+                )
+            replaced[name] = rows
+    return replaced
+
+
+def _new_biases(model: nn.Module, adapters: Adapters) -> dict[str, Tensor]:
+    """Biases of zeros for the layers that adapters give one, by name."""
+    from bone_fx.lora.biases import lacking_biases
+
+    widths = {
+        f"{site}.bias": len(added)
+        for _, adapter in adapters
+        for site, added in adapter.biases.items()
+        if site in adapter.blocks
+    }
+    return {name: torch.zeros(widths[name]) for name in lacking_biases(model, widths)}
 
 
 def _tied_groups(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> list[tuple[str, ...]]:

@@ -1,0 +1,1 @@
+"""Layers under adapters that are not folded, read and run without the exporter's code."""
