@@ -24,7 +24,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bone_fx.adapters import LowRank
-from bone_fx.errors import AdapterError
+from bone_fx.errors import AdapterError, some
 from bone_fx.lora.config import LoraConfig
 from bone_fx.lora.keys import Key, plain, read_key
 from bone_fx.sites import is_target, is_trained_whole
@@ -88,13 +88,12 @@ def sorted_contents(config: LoraConfig, tensors: Mapping[str, Tensor], path: Pat
     """
     contents = Contents()
     names: dict[str, str] = {}
-    for key in sorted(tensors):
+    for key in sorted(tensors, key=len):  # PEFT's own name of a tensor before another of it
         if names.setdefault(plain(key), key) != key:
             contents.unused.append(key)
     of_adapter = {name: part for name in names if (part := read_key(name)) is not None}
     for site, keys in _by_site(of_adapter).items():
-        parts, left = _one_adapter(keys)
-        contents.unused += [names[name] for name in left]
+        parts = _one_adapter(keys, path)
         values = {part: tensors[names[name]].float() for part, name in parts.items()}
         _take(contents, config, site, values, path)
         contents.unused += [names[name] for part, name in parts.items() if part in values]
@@ -121,14 +120,21 @@ def _by_site(keys: Mapping[str, Key]) -> dict[str, dict[str, Key]]:
     return by_site
 
 
-def _one_adapter(keys: Mapping[str, Key]) -> tuple[dict[tuple[str, str], str], list[str]]:
-    """The names of one adapter's parts in a layer; and those that no rule chooses."""
-    adapters = {key.adapter for key in keys.values()}
+def _one_adapter(keys: Mapping[str, Key], path: Path) -> dict[tuple[str, str], str]:
+    """The names of one adapter's parts in a layer: of the one without a name, or of the only one.
+
+    Raises:
+        AdapterError: There are several, and all have names.
+    """
+    adapters = sorted({key.adapter for key in keys.values()})
     if "" not in adapters and len(adapters) > 1:
-        return {}, list(keys)
-    chosen = "" if "" in adapters else next(iter(adapters))
-    parts = {(k.leaf, k.end): name for name, k in keys.items() if k.adapter == chosen}
-    return parts, []
+        raise AdapterError(
+            f"{path} holds several adapters",
+            expected="one",
+            found=some(adapters),
+            next_step="save each by itself, with PEFT's save_pretrained",
+        )
+    return {(key.leaf, key.end): n for n, key in keys.items() if key.adapter == adapters[0]}
 
 
 def _take(contents: Contents, config: LoraConfig, site: str, parts: Parts, path: Path) -> None:

@@ -108,7 +108,7 @@ def without_unused(
                 f"no part of a {adapter.config.peft_type} adapter",
                 expected="blocks of this kind, and modules that were trained whole",
                 found=some(left),
-                next_step="correct peft_type in its configuration, or "
+                next_step="correct its configuration (peft_type, use_dora, lora_bias), or "
                 f"--allow-unused '{left[0]}' if the adapter is right without it",
             )
         given_up = [*heads, *unused]
@@ -163,6 +163,8 @@ def trained_heads(model: PreTrainedModel, adapters: Adapters) -> TrainedHeads:
     for group in _tied_groups(model, parameters):
         values = _values(group, tensors, in_base)
         adapted = {name for name in group if _has_block(name, adapters)}
+        if adapted:
+            _check_apart(adapted, adapters)
         if not adapted and all(_equal(value, values[group[0]]) for value in values.values()):
             tensors |= {name: value for name, value in values.items() if value is not None}
             continue
@@ -170,6 +172,18 @@ def trained_heads(model: PreTrainedModel, adapters: Adapters) -> TrainedHeads:
         tensors |= {name: value for name, value in values.items() if value is not None}
     biases = _new_biases(model, adapters)
     return TrainedHeads({**tensors, **biases}, vocab_size, frozenset(untied), frozenset(biases))
+
+
+def _check_apart(names: Collection[str], adapters: Adapters) -> None:
+    """Refuse a block of a tied pair that was trained to act on both sides."""
+    for label, adapter in adapters:
+        together = getattr(adapter.config, "ensure_weight_tying", False)
+        if together and any(_has_block(name, [(label, adapter)]) for name in names):
+            raise AdapterError(
+                f"adapter {label!r} acts on {', '.join(sorted(names))} with ensure_weight_tying",
+                expected="blocks of a tied pair that act on one side of it",
+                next_step="merge it in PEFT (merge_and_unload), and give that model as the base",
+            )
 
 
 def replaced_rows(adapters: Adapters, parameters: Mapping[str, Any]) -> dict[str, Rows]:

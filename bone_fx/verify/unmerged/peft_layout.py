@@ -87,12 +87,11 @@ def _lora(
     given_up: Collection[str],
     model: nn.Module,
 ) -> PeftAdapter:
-    named = {plain_name(key): (key, tensor.float()) for key, tensor in tensors.items()}
-    kept = {
-        name: tensor
-        for name, (key, tensor) in named.items()
-        if not {key, name, whole_parameter(name)} & set(given_up)
-    }
+    kept: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = plain_name(key)
+        if not {key, name, whole_parameter(name)} & set(given_up):
+            kept[name] = tensor.float()
     blocks, biases, rows, left = lora_tensors(config, kept, model)
     parameters: dict[str, Tensor] = {}
     for name in left:

@@ -1,0 +1,1 @@
+"""LoRA-family adapters: read, folded, exported, refused."""
