@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bone_fx.config import BoneConfig, MissConfig
+    from bone_fx.deploy.convert_adapter import ConvertResult, convert_adapter
     from bone_fx.deploy.export import ExportResult, export
     from bone_fx.deploy.fold_checkpoint import FoldResult, fold_checkpoint
     from bone_fx.deploy.verify_export import VerifyResult, verify_export
@@ -33,6 +34,7 @@ _HOMES = {
     "AdapterTrainer": "bone_fx.train.trainer",
     "BoneConfig": "bone_fx.config",
     "BoneFxError": "bone_fx.errors",
+    "ConvertResult": "bone_fx.deploy.convert_adapter",
     "ExportResult": "bone_fx.deploy.export",
     "FoldResult": "bone_fx.deploy.fold_checkpoint",
     "MissConfig": "bone_fx.config",
@@ -40,6 +42,7 @@ _HOMES = {
     "PassResult": "bone_fx.passes",
     "VerifyResult": "bone_fx.deploy.verify_export",
     "adapt": "bone_fx.train.adapt",
+    "convert_adapter": "bone_fx.deploy.convert_adapter",
     "export": "bone_fx.deploy.export",
     "fold_adapters": "bone_fx.passes",
     "fold_checkpoint": "bone_fx.deploy.fold_checkpoint",
@@ -56,6 +59,7 @@ __all__ = [
     "AdapterTrainer",
     "BoneConfig",
     "BoneFxError",
+    "ConvertResult",
     "ExportResult",
     "FoldResult",
     "MissConfig",
@@ -63,6 +67,7 @@ __all__ = [
     "PeftModel",
     "VerifyResult",
     "adapt",
+    "convert_adapter",
     "export",
     "fold_adapters",
     "fold_checkpoint",

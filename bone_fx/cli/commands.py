@@ -10,6 +10,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from bone_fx import __version__
+from bone_fx.cli.converting import convert
 from bone_fx.cli.exporting import export, fold
 from bone_fx.cli.generation import generate
 from bone_fx.cli.layout import Command, Program, columns
@@ -84,6 +85,17 @@ Examples:
 Exit code 0 if nothing would be refused, else the refusal's.
 """
 
+CONVERT_EPILOG = """\b
+Examples:
+  bone-export convert ./my-adapter \\
+    --to lora --base ./base -o ./my-lora
+  bone-export convert ./my-adapter \\
+    --to miss -o ./my-miss
+
+A LoRA of a Bone or mini adapter is exact; BAT needs --approximate RANK. Exit codes: bone-export
+--help.
+"""
+
 DOCTOR_EPILOG = """\
 Exit code 0 if all is well, 7 if only the GPU's provider cannot be had, 5 for anything else.
 """
@@ -102,6 +114,7 @@ COMMANDS: tuple[tuple[Callable[..., Any], str], ...] = (
     (fold, FOLD_EPILOG),
     (verify, VERIFY_EPILOG),
     (inspect, INSPECT_EPILOG),
+    (convert, CONVERT_EPILOG),
     (generate, GENERATE_EPILOG),
     (doctor, DOCTOR_EPILOG),
 )

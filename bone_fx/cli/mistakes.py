@@ -15,6 +15,7 @@ _OTHER_COMMANDS = {
     "fold": ("merge", "merge_and_unload", "bake"),
     "verify": ("check", "test", "validate"),
     "inspect": ("show", "info", "describe"),
+    "convert": ("save_as_lora", "transform"),
     "generate": ("chat", "run", "infer", "complete"),
     "doctor": ("env", "diagnose", "status"),
 }

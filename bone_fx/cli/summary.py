@@ -49,6 +49,27 @@ def fold_lines(output: Path, manifest: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def convert_lines(output: Path, kind: str, errors: Mapping[str, float]) -> list[str]:
+    """What a conversion published, and how far each layer is off where it was rounded.
+
+    Args:
+        output: The folder.
+        kind: `peft_type`.
+        errors: Relative error by layer; empty where all are exact.
+    """
+    lines = [f"{output}: a {kind} adapter, published"]
+    if not errors:
+        return [*lines, "  exact: it changes every weight as the adapter did"]
+    lost = [f"  {error:.3f} of the change is lost: {name}" for name, error in errors.items()]
+    worst, middle = max(errors.values()), median(errors.values())
+    return [
+        *lines,
+        *lost,
+        f"  rounded: at most {worst:.3f} of a layer's change is lost, {middle:.3f} in the middle",
+        "  a higher --approximate keeps more, and bone-export fold everything",
+    ]
+
+
 def verify_lines(output: Path, files: int, verification: Mapping[str, Any] | None) -> list[str]:
     """What a verification found in an output.
 

@@ -19,6 +19,8 @@ Dtype = Literal["fp32", "fp16", "bf16", "int4", "int8"]
 Provider = Literal["cpu", "cuda"]
 Verify = Literal["full", "fast", "off"]
 Compared = Literal["full", "fast"]
+AdapterKind = Literal["lora", "bone", "miss"]
+"""What an adapter is converted to."""
 """How much `verify_export` compares."""
 Part = Literal["keep", "int4", "int8"]
 """What the head or the embeddings of a quantized model become."""

@@ -127,6 +127,11 @@ def verify_export(
             found=manifest.get("error"),
             next_step="export again",
         )
+    if manifest.get("kind") == "adapter":
+        raise UsageError(
+            f"{output} is an adapter that was converted, and no export",
+            next_step=f"bone-export BASE --adapter {output} -o OUT",
+        )
     if manifest.get("kind") == "module" and base is not None:
         raise UsageError(
             f"{output} is an export of a module, which has no base", next_step="leave out --base"

@@ -20,6 +20,7 @@ PUBLIC = {
     "AdapterTrainer",
     "BoneConfig",
     "BoneFxError",
+    "ConvertResult",
     "ExportResult",
     "FoldResult",
     "MissConfig",
@@ -27,6 +28,7 @@ PUBLIC = {
     "PeftModel",
     "VerifyResult",
     "adapt",
+    "convert_adapter",
     "export",
     "fold_adapters",
     "fold_checkpoint",
@@ -108,11 +110,20 @@ GENERATE_OPTIONS = {
     "plain": ["--plain"],
     **DOCTOR_OPTIONS,
 }
+CONVERT_OPTIONS = {
+    "adapter": [],
+    "to": ["--to"],
+    "approximate": ["--approximate"],
+    **{name: OPTIONS[name] for name in ("output", "overwrite", "revision", "trust_remote_code")},
+    "base": ["--base"],
+    **{name: OPTIONS[name] for name in ("as_json", "debug", "help")},
+}
 COMMANDS = {
     "export": OPTIONS,
     "fold": FOLD_OPTIONS,
     "verify": VERIFY_OPTIONS,
     "inspect": INSPECT_OPTIONS,
+    "convert": CONVERT_OPTIONS,
     "generate": GENERATE_OPTIONS,
     "doctor": DOCTOR_OPTIONS,
 }
