@@ -142,7 +142,7 @@ def get_peft_model(
         )
     config = BoneConfig.of(peft_config)
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    noted = config.base_model_name_or_path
+    noted = config.base_model_name_or_path or None
     if noted is not None and noted != name:
         warnings.warn(
             f"the configuration names the base {noted}, and the model comes from {name}: "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from bone_fx.capture.call.signature import CallSignature
 from bone_fx.capture.trace.default_inputs import default_inputs
@@ -30,6 +32,7 @@ class Origin:
         untie: Whether tied weights may be targets.
         freeze_base: Whether every parameter but blocks and `modules_to_save` is frozen.
         recompute: Whether backward folds BAT's weights again instead of keeping them.
+        made_up: Whether the example inputs were: then a call may bring others.
     """
 
     graph_module: fx.GraphModule
@@ -39,6 +42,50 @@ class Origin:
     untie: bool = False
     freeze_base: bool = True
     recompute: bool = True
+    made_up: bool = False
+
+    def packs(self, tensors: Mapping[str, Tensor], use_cache: bool | None) -> bool:
+        """Whether the model reads a call's rows as packed sequences: places, no mask, no cache.
+
+        Raises:
+            UsageError: They are, and the model keeps a state beside its attention.
+        """
+        config = getattr(self.model, "config", None)
+        if use_cache is None:
+            use_cache = getattr(config, "use_cache", True)
+        if use_cache or "position_ids" not in tensors or "attention_mask" in tensors:
+            return False
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if recurrent := {k for k in kinds if not k.endswith("attention") or k.startswith("linear")}:
+            raise UsageError(
+                "packed sequences would run into one another in a layer with a state",
+                expected="layers of attention alone",
+                found=sorted(recurrent),
+                next_step="train with packing=False",
+            )
+        return True
+
+    def for_call(self, tensors: Mapping[str, Tensor], *, is_packed: bool) -> Origin:
+        """The same model, captured for a call that brings other inputs.
+
+        Args:
+            tensors: What the call brings, by name.
+            is_packed: Whether its rows are packed sequences.
+
+        Raises:
+            CaptureError: The model cannot be captured with them.
+            UsageError: They do not fit the model.
+        """
+        assert self.model is not None
+        examples = {**({"attention_mask": None} if is_packed else {}), **tensors}
+        device = next((p.device for p in self.model.parameters()), None)
+        examples = {n: v if v is None else v.detach().to(device) for n, v in examples.items()}
+        kinds = {tensor.device.type for tensor in tensors.values()}
+        with ExitStack() as outside:  # a trainer calls under autocast
+            for kind in kinds:
+                outside.enter_context(torch.autocast(kind, enabled=False))
+            capture = capture_training(self.model, examples)
+        return replace(self, graph_module=capture.graph_module, signature=capture.signature)
 
     def output_layers(self, config: BoneConfig) -> frozenset[str]:
         """Sites that `"all-linear"` leaves out for an adapter: its task has a part in it."""
@@ -68,6 +115,7 @@ def capture_origin(
         CaptureError: The model cannot be captured, or its capture would not be the model.
         UsageError: The example inputs do not fit the model, or cannot be made up.
     """
+    made_up = example_inputs is None
     if example_inputs is None:
         if not is_transformers_model(model):
             raise UsageError(
@@ -85,4 +133,5 @@ def capture_origin(
         untie=untie,
         freeze_base=freeze_base,
         recompute=recompute,
+        made_up=made_up and dynamic_shapes is None,
     )
