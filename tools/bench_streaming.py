@@ -1,12 +1,13 @@
 """Export of a checkpoint that is larger than memory should be: peak memory, and time against `cp`.
 
 A synthetic checkpoint of Llama-3-8B's shape (bf16 shards, vocabulary 128256 x 4096, 16 GB) with a
-Bone block on every linear layer is exported to fp16 without verification. Beside it, `cp` of the
-same files followed by `sync`. Needs three times the size on disk; `--layers` makes it smaller and
-leaves the largest tensor as it is.
+Bone block, or a LoRA or DoRA of as many numbers, on every linear layer is exported to fp16 without
+verification. Beside it, `cp` of the same files followed by `sync`. Needs three times the size on
+disk; `--layers` makes it smaller and leaves the largest tensor as it is.
 
     python tools/bench_streaming.py                # 16 GB
     python tools/bench_streaming.py --layers 4     # 3.8 GB
+    python tools/bench_streaming.py --adapter lora
     python tools/bench_streaming.py --rounds 3 --json rows.jsonl
 """
 
@@ -27,10 +28,13 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
 HIDDEN, INNER, KV_HEADS, HEADS, VOCABULARY, R = 4096, 14336, 8, 32, 128256, 64
+LORA_R = R // 2
+"""With A and B, as many numbers as a Bone block of R has."""
 SHARD_BYTES = 4 << 30
 COLUMNS = {
     "what": "what",
     "layers": "layers",
+    "adapter": "adapter",
     "input_gb": "checkpoint, GB",
     "wall_s": "wall, s",
     "of_cp": "of cp + sync",
@@ -44,17 +48,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--adapter", choices=("bone", "lora", "dora"), default="bone")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path, help="append the rows to this file")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="folder to use")
     arguments = parser.parse_args()
     console = Console()
     work = arguments.work / f"llama-{arguments.layers}"
-    base, adapter = work / "base", work / "adapter"
-    if not (adapter / "adapter_config.json").exists():
+    base, adapter = work / "base", work / f"adapter-{arguments.adapter}"
+    if not (base / "model.safetensors.index.json").exists():
         console.print("writing the checkpoint", style="dim")
         write_base(base, arguments.layers)
-        write_adapter(adapter, arguments.layers)
+    if not (adapter / "adapter_config.json").exists():
+        write_adapter(adapter, arguments.layers, arguments.adapter)
     exported, copied = work / "export", work / "copy"
 
     def export() -> Measured:
@@ -71,7 +77,7 @@ def main() -> None:
     runs = interleave(legs, arguments.rounds, console)
     wall = {name: [run.wall for run in found] for name, found in runs.items()}
     size = sum(f.stat().st_size for f in base.iterdir()) / 1e9
-    common = {"layers": arguments.layers, "input_gb": size}
+    common = {"layers": arguments.layers, "adapter": arguments.adapter, "input_gb": size}
     rows = [
         {
             **common,
@@ -163,24 +169,35 @@ def _shard_name(number: int) -> str:
     return f"model-{number:05d}.safetensors"
 
 
-def write_adapter(folder: Path, layers: int) -> None:
-    """Write a PEFT folder with a Bone block on every projection."""
+def write_adapter(folder: Path, layers: int, kind: str) -> None:
+    """Write a PEFT folder with a block of a kind on every projection."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(1)
-    blocks: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
+
+    def put(key: str, *shape: int) -> None:
+        values = torch.randn(shape, generator=generator).mul_(1e-3).bfloat16()
+        tensors[f"base_model.model.model.layers.{key}"] = values
+
     for i in range(layers):
-        for name, outputs, _ in linears(HIDDEN // HEADS * KV_HEADS):
-            key = f"base_model.model.model.layers.{i}.{name}.bone_block"
-            blocks[key] = torch.randn(R, outputs, generator=generator).mul_(1e-3).bfloat16()
-    save_file(blocks, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config: dict[str, Any] = {
-        "peft_type": "BONE",
+        for name, outputs, inputs in linears(HIDDEN // HEADS * KV_HEADS):
+            if kind == "bone":
+                put(f"{i}.{name}.bone_block", R, outputs)
+                continue
+            put(f"{i}.{name}.lora_A.weight", LORA_R, inputs)
+            put(f"{i}.{name}.lora_B.weight", outputs, LORA_R)
+            if kind == "dora":
+                put(f"{i}.{name}.lora_magnitude_vector", outputs)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    of_kind: dict[str, Any] = {"peft_type": "BONE", "r": R, "init_weights": True}
+    if kind != "bone":
+        of_kind = {"peft_type": "LORA", "r": LORA_R, "lora_alpha": R, "use_dora": kind == "dora"}
+    config = {
         "task_type": "CAUSAL_LM",
-        "r": R,
-        "init_weights": True,
         "target_modules": sorted({name.split(".")[-1] for name, *_ in linears(0)}),
         "bias": "none",
         "base_model_name_or_path": "synthetic",
+        **of_kind,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 

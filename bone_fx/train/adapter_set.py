@@ -49,6 +49,7 @@ class AdapterSet(TrainingGraph):
 
     active_adapters: list[str]
     _base: fx.GraphModule
+    _captures: list[tuple[Origin, fx.GraphModule]]  # for calls with other inputs
     _adapters: dict[str, MountedAdapter]
     _trained_when_on: list[tuple[nn.Parameter, bool]]
 
@@ -61,12 +62,20 @@ class AdapterSet(TrainingGraph):
         sign_as(self, origin.model)
         super().__init__(copy_module(base), base.graph, "AdaptedModule")
         self.__dict__.update(
-            _origin=origin, _base=base, _adapters={}, _trained_when_on=[], _forms={}
+            _origin=origin, _base=base, _adapters={}, _trained_when_on=[], _forms={}, _captures=[]
         )
         self.active_adapters = []
         self._disabled = False
         self._merged: list[str] = []
-        self._rebuild()
+
+    def _start(self, name: str, config: BoneConfig, folder: TrainedFolder | None = None) -> Self:
+        """Be the graph under a first adapter, which trains unless its configuration says no."""
+        adapter = new_adapter(self._base, self._origin, name, config, folder)
+        adapter.train(not config.inference_mode)
+        with self._change():
+            self._adapters[name] = adapter
+            self.active_adapters = [name]
+        return self
 
     def _mount(self, name: str, config: BoneConfig, folder: TrainedFolder | None = None) -> None:
         adapter = new_adapter(self._base, self._origin, name, config, folder)
@@ -113,10 +122,63 @@ class AdapterSet(TrainingGraph):
         with self._change(take):
             yield
 
+    def _fit_call(self, *args: Any, **kwargs: Any) -> None:
+        """Be a graph that takes the inputs of a call, where nobody chose those of this one.
+
+        Trainers bring `token_type_ids`, or `position_ids` of packed sequences. The model is
+        captured once for each such set of inputs; parameters, adapters and modes stay.
+
+        Raises:
+            CaptureError: The model cannot be captured with these inputs.
+        """
+        origin = self._origin
+        if not origin.made_up or torch.compiler.is_compiling() or self.is_sharded:
+            return
+        tensors = origin.signature.tensors_of(*args, **kwargs)
+        is_packed = origin.packs(tensors, kwargs.get("use_cache"))
+        if origin.signature.takes(tensors, is_packed=is_packed):
+            return
+        entering = next(
+            (
+                pair
+                for pair in self._captures
+                if pair[0].signature.takes(tensors, is_packed=is_packed)
+            ),
+            None,
+        )
+        if entering is None:
+            if not set(tensors) <= set(origin.signature.positional):
+                return  # the model has no such argument
+            entering = self._captured(origin.for_call(tensors, is_packed=is_packed))
+        with self._other_form():
+            left = [pair for pair in self._captures if pair is not entering]
+            self._use_capture(entering, [*left, (self._origin, self._base)])
+
+    def _use_capture(
+        self, used: tuple[Origin, fx.GraphModule], others: list[tuple[Origin, fx.GraphModule]]
+    ) -> None:
+        # As an attribute the base would become a module of this one.
+        self.__dict__.update(_origin=used[0], _base=used[1], _captures=others)
+
+    def _captured(self, origin: Origin) -> tuple[Origin, fx.GraphModule]:
+        """A capture, and the base's graph of it over the parameters of this one."""
+        base = copy_module(origin.graph_module)
+        for name, parameter in self._base.named_parameters(remove_duplicate=False):
+            owner, leaf = container(base, name)
+            owner.register_parameter(leaf, parameter)
+        return origin, base
+
     def _what_is_on(self) -> Hashable:
-        """What a graph is written for: adapters, and the parameters that train."""
+        """What a graph is written for: inputs, adapters, and the parameters that train."""
         trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
-        return self._disabled, tuple(self.active_adapters), tuple(self._merged), tuple(trained)
+        inputs = self._origin.signature.input_names
+        return (
+            inputs,
+            self._disabled,
+            tuple(self.active_adapters),
+            tuple(self._merged),
+            tuple(trained),
+        )
 
     def _freeze_adapters(self) -> None:
         parameters = [p for adapter in self._adapters.values() for p in adapter.parameters()]
@@ -194,6 +256,7 @@ class AdapterSet(TrainingGraph):
         if self.is_sharded:
             raise UsageError("a sharded module keeps its adapters", next_step="shard it last")
         before = dict(self._adapters), self.active_adapters, self._merged, self._disabled
+        captures = (self._origin, self._base), self._captures
         asleep = self._trained_when_on
         trains = [(p, p.requires_grad) for a in self._adapters.values() for p in a.parameters()]
         try:
@@ -202,6 +265,7 @@ class AdapterSet(TrainingGraph):
         except BaseException:
             self.__dict__["_adapters"] = before[0]
             self.active_adapters, self._merged, self._disabled = before[1:]
+            self._use_capture(*captures)
             self._trained_when_on = asleep
             for parameter, trained in trains:
                 parameter.requires_grad_(trained)

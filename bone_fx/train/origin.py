@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from bone_fx.capture.call.signature import CallSignature
 from bone_fx.capture.trace.default_inputs import default_inputs
@@ -15,6 +17,7 @@ from bone_fx.capture.training.capture_training import capture_training
 from bone_fx.capture.training.loss import ModelLoss
 from bone_fx.config import BoneConfig
 from bone_fx.errors import UsageError
+from bone_fx.progress import WORTH_SHOWING, Progress, Silent, telling
 from bone_fx.sites import output_layers
 
 
@@ -30,6 +33,8 @@ class Origin:
         untie: Whether tied weights may be targets.
         freeze_base: Whether every parameter but blocks and `modules_to_save` is frozen.
         recompute: Whether backward folds BAT's weights again instead of keeping them.
+        made_up: Whether the example inputs were: then a call may bring others.
+        progress: Gets the stages of such a capture.
     """
 
     graph_module: fx.GraphModule
@@ -39,6 +44,51 @@ class Origin:
     untie: bool = False
     freeze_base: bool = True
     recompute: bool = True
+    made_up: bool = False
+    progress: Progress = field(default_factory=Silent, repr=False)
+
+    def packs(self, tensors: Mapping[str, Tensor], use_cache: bool | None) -> bool:
+        """Whether the model reads a call's rows as packed sequences: places, no mask, no cache.
+
+        Raises:
+            UsageError: They are, and the model keeps a state beside its attention.
+        """
+        config = getattr(self.model, "config", None)
+        if use_cache is None:
+            use_cache = getattr(config, "use_cache", True)
+        if use_cache or "position_ids" not in tensors or "attention_mask" in tensors:
+            return False
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if recurrent := {k for k in kinds if not k.endswith("attention") or k.startswith("linear")}:
+            raise UsageError(
+                "packed sequences would run into one another in a layer with a state",
+                expected="layers of attention alone",
+                found=sorted(recurrent),
+                next_step="train with packing=False",
+            )
+        return True
+
+    def for_call(self, tensors: Mapping[str, Tensor], *, is_packed: bool) -> Origin:
+        """The same model, captured for a call that brings other inputs.
+
+        Args:
+            tensors: What the call brings, by name.
+            is_packed: Whether its rows are packed sequences.
+
+        Raises:
+            CaptureError: The model cannot be captured with them.
+            UsageError: They do not fit the model.
+        """
+        assert self.model is not None
+        examples = {**({"attention_mask": None} if is_packed else {}), **tensors}
+        device = next((p.device for p in self.model.parameters()), None)
+        examples = {n: v if v is None else v.detach().to(device) for n, v in examples.items()}
+        kinds = {tensor.device.type for tensor in tensors.values()}
+        with ExitStack() as outside:  # a trainer calls under autocast
+            for kind in kinds:
+                outside.enter_context(torch.autocast(kind, enabled=False))
+            capture = capture_training(self.model, examples, progress=self.progress)
+        return replace(self, graph_module=capture.graph_module, signature=capture.signature)
 
     def output_layers(self, config: BoneConfig) -> frozenset[str]:
         """Sites that `"all-linear"` leaves out for an adapter: its task has a part in it."""
@@ -53,6 +103,7 @@ def capture_origin(
     untie: bool = False,
     freeze_base: bool = True,
     recompute: bool = True,
+    progress: Progress | bool = True,
 ) -> Origin:
     """Capture a model to put adapters on it.
 
@@ -63,11 +114,16 @@ def capture_origin(
         untie: As in `Origin`.
         freeze_base: As in `Origin`.
         recompute: As in `Origin`.
+        progress: True tells the stages on stderr, if the model is large enough to wait for.
 
     Raises:
         CaptureError: The model cannot be captured, or its capture would not be the model.
         UsageError: The example inputs do not fit the model, or cannot be made up.
     """
+    told = telling(progress)
+    if progress is True and sum(p.nbytes for p in model.parameters()) < WORTH_SHOWING:
+        told = Silent()
+    made_up = example_inputs is None
     if example_inputs is None:
         if not is_transformers_model(model):
             raise UsageError(
@@ -76,7 +132,7 @@ def capture_origin(
                 next_step="pass example_inputs=",
             )
         example_inputs = default_inputs(model)
-    capture = capture_training(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    capture = capture_training(model, example_inputs, dynamic_shapes=dynamic_shapes, progress=told)
     return Origin(
         graph_module=capture.graph_module,
         signature=capture.signature,
@@ -85,4 +141,6 @@ def capture_origin(
         untie=untie,
         freeze_base=freeze_base,
         recompute=recompute,
+        made_up=made_up and dynamic_shapes is None,
+        progress=told,
     )

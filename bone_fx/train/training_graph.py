@@ -26,6 +26,7 @@ class TrainingGraph(ModelGraph):
     _origin: Origin
     _rebuild: Callable[[], None]
     _call_with_fused_head: Callable[..., Any]
+    _fit_call: Callable[..., None]
     _forms: dict[Hashable, Form]  # of other active adapters, or without them, by what is on
     _split = False
     _checkpointing: dict[str, Any] | None = None
@@ -184,6 +185,7 @@ class TrainingGraph(ModelGraph):
         if kwargs.get("fused_lm_head"):
             return self._call_with_fused_head(*args, **kwargs)
         forget_masks()
+        self._fit_call(*args, **kwargs)
         origin = self._origin
         inputs = origin.signature.bind(*args, **kwargs)
         labels = origin.signature.labels_of(*args, **kwargs)

@@ -55,6 +55,7 @@ def test_two_processes_have_the_losses_and_the_adapter_of_one(
     assert first[kind]["losses"] == pytest.approx(expected, rel=1e-4)
     folder = out / kind
     assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]

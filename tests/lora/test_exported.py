@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 import bone_fx
+from bone_fx.adapter_folder import read_adapters
+from bone_fx.deploy.checkpoint_inputs import open_checkpoint
+from bone_fx.deploy.earlier_output import read_manifest
+from bone_fx.deploy.verification import verify_checkpoint
+from bone_fx.deploy.verify_export import exported_of
 from bone_fx.errors import VerificationError
 from bone_fx.verify.parity import TOLERANCE
 from bone_fx.verify.unmerged import lora_layout
@@ -93,3 +98,35 @@ def test_a_wrong_scale_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(VerificationError, match="the written weight is not the folded one"):
         bone_fx.export(case.base, adapters=[case.adapter], output=tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("dora", "experts", "tied embeddings", "tokens of a tied pair", "conv1d"),
+        *("lora_bias without a bias", "dora of embeddings"),
+    ],
+)
+def test_a_reference_without_room_in_memory_finds_the_same(name: str, tmp_path: Path) -> None:
+    case, out = make(ROWS[name], tmp_path), tmp_path / "out"
+    bone_fx.export(case.base, adapters=[case.adapter], output=out, verify="off")
+    manifest = read_manifest(out)
+    assert manifest is not None
+    adapters = read_adapters([case.adapter])
+    figures = []
+    for memory in (1000, 1 << 40):
+        inputs = open_checkpoint(case.base, adapters, trust_remote_code=False, revision=None)
+        exported = exported_of(out, manifest, inputs, "cpu")
+        parity = verify_checkpoint(exported, inputs, "cpu", "fast", memory=memory)
+        assert parity.reference == ("streamed" if memory == 1000 else "in memory")
+        figures.append(parity.figures)
+    assert figures[0] == pytest.approx(figures[1], rel=0.5, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_variants_of_loras_share_what_none_touches(tmp_path: Path) -> None:
+    one, other = (make(ROWS[name], tmp_path / name) for name in ("lora", "dora"))
+    variants = {"one": one.adapter, "other": other.adapter}
+    result = bone_fx.export(one.base, variants=variants, output=tmp_path / "out")
+    assert result.verified

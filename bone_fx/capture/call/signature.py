@@ -12,7 +12,7 @@ instead, with the names that the caller used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,11 @@ _NO_EFFECT = {"use_cache": False, "return_dict": True}
 
 _LOSS_OPTIONS = ("num_items_in_batch",)
 """Arguments of the call that are for the loss."""
+
+_BOUNDS_OF_PACKED = frozenset(
+    {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+)
+"""Where packed sequences begin, in the forms that kernels read; `position_ids` says it too."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,11 @@ class CallSignature:
         """The names of the graph's arguments, in order."""
         return tuple(argument.name for argument in self.arguments)
 
+    @property
+    def packs(self) -> bool:
+        """Whether the graph finds packed sequences by their positions."""
+        return "position_ids" in self.input_names and not any(a.ones_like for a in self.arguments)
+
     def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The graph's inputs for a call of the model.
 
@@ -129,6 +139,28 @@ class CallSignature:
         self.conditions.require(arguments)
         return tuple(flat)
 
+    def takes(self, names: Collection[str], *, is_packed: bool = False) -> bool:
+        """Whether a call that brings these tensors can be bound.
+
+        Args:
+            names: What the call brings.
+            is_packed: Whether its rows are packed sequences, which a mask of ones would join.
+        """
+        derived = {a.name for a in self.arguments if a.ones_like and not is_packed}
+        if self.decoder_inputs is not None:
+            derived.add("decoder_input_ids")
+        return set(names) <= set(self.input_names) <= {*names, *derived}
+
+    def tensors_of(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """The tensors among the arguments of a call of the model, by name; labels are none."""
+        arguments = {**dict(zip(self.positional, args, strict=False)), **kwargs}
+        return {
+            name: value
+            for name, value in arguments.items()
+            if isinstance(value, torch.Tensor)
+            and name not in {*self.ignored, *_LOSS_OPTIONS, *_BOUNDS_OF_PACKED}
+        }
+
     def pack(self, outputs: Any) -> Any:
         """The model's own output from the graph's flat outputs."""
         leaves = list(outputs) if isinstance(outputs, tuple | list) else [outputs]
@@ -159,8 +191,9 @@ class CallSignature:
                 raise UsageError(f"{name} is given twice, by position and by name")
             arguments[name] = value
         names = set(self.input_names)
+        passed_over = set(self.ignored) | (_BOUNDS_OF_PACKED if self.packs else set())
         for name, value in arguments.items():
-            if name in names or name in self.ignored:
+            if name in names or name in passed_over:
                 continue
             if name in self.constants:
                 if value is not None and value != self.constants[name]:
@@ -285,7 +318,10 @@ def _refuse_packed(mask: str, position_ids: Any) -> None:
         return
     follow = (position_ids.diff(dim=-1) == 1).all()
     problem = f"position_ids restart within a row and there is no {mask}"
-    advice = f"pass a 4-D {mask} in the example inputs and in the call"
+    advice = (
+        "pass use_cache=False, as transformers packs without a cache alone; where you chose the "
+        f"example inputs, position_ids and {mask}=None among them"
+    )
     if torch.compiler.is_compiling():  # where a branch on data would break the graph
         torch._assert_async(follow, f"{problem}: {advice}")
     elif not follow:

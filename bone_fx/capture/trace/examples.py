@@ -1,7 +1,9 @@
 """From the example inputs of a caller to what is traced: which arguments, which sizes vary.
 
 Labels go, flags and numbers become constants of the graph, a text model gets its attention mask,
-and a size of one that is to vary becomes two (`torch.export` takes a one for a constant).
+and a size of one that is to vary becomes two (`torch.export` takes a one for a constant). With
+`position_ids` and `attention_mask=None` there is no mask: transformers finds packed sequences by
+their positions then.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from bone_fx.errors import UsageError
 BATCH = "batch"
 _LENGTH_INPUTS = ("inputs_embeds", "decoder_inputs_embeds", "encoder_hidden_states", "input_values")
 """Floating-point inputs whose dimension 1 is a length, as it is in all 2-D integer inputs."""
+_MASK = "attention_mask"
 _MASKED_BY = {
-    "attention_mask": ("input_ids", "inputs_embeds", "input_values"),
+    _MASK: ("input_ids", "inputs_embeds", "input_values"),
     "decoder_attention_mask": ("decoder_input_ids", "decoder_inputs_embeds"),
 }
 
@@ -109,7 +112,8 @@ def read_examples(
     ones_like: dict[str, str] = {}
     if transformers:
         _add_decoder_inputs(model, inputs, labels)
-        ones_like = _add_masks(inputs, set(positional))
+        is_packed = "position_ids" in inputs and arguments.get(_MASK, inputs) is None
+        ones_like = _add_masks(inputs, set(positional) - ({_MASK} if is_packed else set()))
     varying = _varying(inputs, lengths=transformers)
     return Examples(
         inputs=_without_ones(inputs, varying),
@@ -192,7 +196,7 @@ def _add_masks(inputs: dict[str, Any], parameters: set[str]) -> dict[str, str]:
         if like is None or mask not in parameters:
             continue
         text = not like.endswith("input_values")
-        if mask == "attention_mask" and text and mask not in inputs:
+        if mask == _MASK and text and mask not in inputs:
             shape = inputs[like].shape[:2]
             inputs[mask] = torch.ones(shape, dtype=torch.long, device=inputs[like].device)
         if mask in inputs and inputs[mask].dim() == 2:

@@ -61,6 +61,8 @@ def _named(values: Mapping[str, object]) -> list[str]:
 _LABELS = {
     "r": "r",
     "mini_r": "mini_r",
+    "lora_alpha": "alpha",
+    "target_parameters": "params",
     "target_modules": "targets",
     "exclude_modules": "but not",
     "layers_to_transform": "layers",
@@ -74,7 +76,8 @@ def _blocks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for the blocks of one site in all layers."""
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        key = _NUMBER.sub("*", row["name"]), str(row["shape"]), row["dtype"]
+        name = f"{row['name']} {row.get('part', '')}".rstrip()
+        key = _NUMBER.sub("*", name), str(row["shape"]), row["dtype"]
         groups.setdefault(key, []).append(row)
     table = [["site", "layers", "block", "dtype", "norm"]]
     has_change = any("change" in row for row in rows)
@@ -90,7 +93,8 @@ def _blocks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         table.append(line)
     if not rows:
         return ["no blocks"]
-    return [f"{len(rows)} blocks", *_table(table)]
+    kind = "tensors of blocks" if any("part" in row for row in rows) else "blocks"
+    return [f"{len(rows)} {kind}", *_table(table)]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

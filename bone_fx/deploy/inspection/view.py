@@ -24,6 +24,7 @@ from bone_fx.errors import AdapterError, BoneFxError
 from bone_fx.files.inputs import is_plain_file, unsafe_entries
 from bone_fx.files.json_file import NotJsonError, read_object
 from bone_fx.files.nearby import meant
+from bone_fx.lora.keys import plain, read_key
 from bone_fx.weights.recipes.recipe import Recipe
 from bone_fx.weights.storage.safetensors_file import read_header, read_tensor
 
@@ -32,7 +33,8 @@ _BLOCKS = (".bone_block", ".miss_block")
 _FIELDS = (
     *("peft_type", "r", "init_weights", "mini_r", "miss_dropout", "target_modules"),
     *("exclude_modules", "layers_to_transform", "modules_to_save", "bias", "task_type"),
-    "base_model_name_or_path",
+    *("lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters"),
+    *("trainable_token_indices", "base_model_name_or_path"),
 )
 _CARD = ("README.md", "LICENSE")
 
@@ -152,8 +154,10 @@ def _tensors(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     except BoneFxError:
         return blocks, saved
     for key, entry in header.items():
-        name = key.removeprefix(_PREFIX)
+        name, of_lora = key.removeprefix(_PREFIX), read_key(plain(key))
         leaf = next((leaf for leaf in _BLOCKS if name.endswith(leaf)), None)
+        if of_lora is not None:
+            name, leaf = of_lora.site, ""
         norm = None
         if entry.dtype.is_floating_point:
             norm = _three_digits(float(read_tensor(path, entry).double().norm()))
@@ -163,6 +167,8 @@ def _tensors(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             "dtype": str(entry.dtype).removeprefix("torch."),
             "norm": norm,
         }
+        if of_lora is not None:
+            row["part"] = ".".join((of_lora.leaf, of_lora.end)).removesuffix(".weight").rstrip(".")
         (saved if leaf is None else blocks).append(row)
     return blocks, saved
 

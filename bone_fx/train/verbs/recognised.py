@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bone_fx.capture.trace.hf_model import is_transformers_model
 from bone_fx.errors import UsageError
-from bone_fx.operators import head_inputs
+from bone_fx.operators import forget_masks, head_inputs
 from bone_fx.train.adapter_set import AdapterSet
 
 
@@ -54,6 +54,8 @@ class Recognised(AdapterSet):
         Raises:
             UsageError: The graph has none.
         """
+        forget_masks()
+        self._fit_call(*args, **kwargs)
         inputs = self._origin.signature.bind(*args, **kwargs)
         with head_inputs(always=True) as request:
             packed = self._origin.signature.pack(self._run(*inputs))
