@@ -1,6 +1,6 @@
-"""bone_fx: a compiler for block adapters (Bone, BAT, MiSS).
+"""bone_fx: a compiler for adapters (Bone, BAT, MiSS, LoRA, DoRA).
 
-It rewrites a traced model to train block adapters, folds the trained blocks into constant weights,
+It rewrites a traced model to train Bone, BAT and MiSS, folds trained adapters into constant weights,
 and exports the result to ONNX for ONNX Runtime. `adapt`, `insert_adapters`, `fold_adapters` and
 `export` are the four verbs.
 """

@@ -135,7 +135,7 @@ def _program(
         ),
     ] = False,
 ) -> None:
-    """Fold block adapters (Bone, BAT, MiSS) and export models to ONNX Runtime, verified."""
+    """Fold adapters (Bone, BAT, MiSS, LoRA, DoRA) and export models to ONNX Runtime, verified."""
 
 
 app = typer.Typer(

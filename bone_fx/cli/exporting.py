@@ -83,7 +83,7 @@ def export(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Fold block adapters into a base model and export it to ONNX, verified, for ONNX Runtime."""
+    """Fold adapters into a base model and export it to ONNX, verified, for ONNX Runtime."""
     options = ExportOptions(
         dtype=dtype,
         provider=provider,
@@ -124,7 +124,7 @@ def fold(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Fold block adapters into a checkpoint: a Hugging Face folder of the same layout."""
+    """Fold adapters into a checkpoint: a Hugging Face folder of the same layout."""
     adapters = named_adapters(adapter)
     from bone_fx.deploy.fold_checkpoint import fold_checkpoint
 

@@ -20,7 +20,7 @@ def option(choice: str, *flags: str, **settings: Any) -> Any:
 ADAPTER = typer.Option(
     "--adapter",
     metavar="[NAME=]DIR",
-    help="Bone, BAT or MiSS adapter in PEFT's layout: a folder, or a hub id (ID@REVISION); "
+    help="Adapter in PEFT's layout (Bone, BAT, MiSS, LoRA, DoRA): a folder, or a hub id (ID@REVISION); "
     "repeat to apply several, in order.",
 )
 Base = Annotated[
