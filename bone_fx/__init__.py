@@ -1,7 +1,7 @@
 """bone_fx: a compiler for adapters (Bone, BAT, MiSS, LoRA, DoRA).
 
-It rewrites a traced model to train Bone, BAT and MiSS, folds trained adapters into constant weights,
-and exports the result to ONNX for ONNX Runtime. `adapt`, `insert_adapters`, `fold_adapters` and
+It rewrites a traced model to train Bone, BAT and MiSS, folds adapters into constant weights, and
+exports the result to ONNX for ONNX Runtime. `adapt`, `insert_adapters`, `fold_adapters` and
 `export` are the four verbs.
 """
 

@@ -20,8 +20,8 @@ def option(choice: str, *flags: str, **settings: Any) -> Any:
 ADAPTER = typer.Option(
     "--adapter",
     metavar="[NAME=]DIR",
-    help="Adapter in PEFT's layout (Bone, BAT, MiSS, LoRA, DoRA): a folder, or a hub id (ID@REVISION); "
-    "repeat to apply several, in order.",
+    help="Bone, BAT, MiSS, LoRA or DoRA adapter in PEFT's layout: a folder, or a hub id "
+    "(ID@REVISION); repeat to apply several, in order.",
 )
 Base = Annotated[
     str, typer.Argument(metavar="BASE", help="Hugging Face folder, GGUF file or hub id.")
