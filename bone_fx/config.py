@@ -275,11 +275,21 @@ class BoneConfig:
             ConfigError: A value in it is not allowed.
         """
         path = Path(directory, subfolder or "", CONFIG_NAME)
+        return cls.from_dict(cls.from_json_file(path), where=str(path))
+
+    @staticmethod
+    def from_json_file(path_json_file: str | Path) -> dict[str, Any]:
+        """The fields of an `adapter_config.json` as they are, without PEFT's `runtime_config`.
+
+        Raises:
+            AdapterError: The file is missing or not JSON.
+        """
+        path = Path(path_json_file)
         try:
             content = read_object(path)
         except FileNotFoundError:
             raise AdapterError(
-                f"no {CONFIG_NAME} in {directory}",
+                f"no {path.name} in {path.parent}",
                 expected="a folder as PEFT's save_pretrained writes it",
                 next_step="check the path of the adapter",
             ) from None
@@ -289,7 +299,7 @@ class BoneConfig:
                 found=str(error),
                 next_step="save or copy the adapter again",
             ) from None
-        return cls.from_dict(content, where=str(path))
+        return {name: value for name, value in content.items() if name != "runtime_config"}
 
 
 @dataclass
