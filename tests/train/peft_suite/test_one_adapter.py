@@ -276,8 +276,10 @@ def test_the_name_of_an_adapter_makes_no_difference(kind: str) -> None:
     assert (outputs[0] - output(base())).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("row", ["Bone 5", "MiSS 3 bat"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@rows(["MiSS 3", "Bone 5 bat", "Bone 5", "MiSS 3 bat"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16]
+)
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision(row: str, dtype: torch.dtype, autocast: bool, tmp_path: Path) -> None:
     x = x_of_net().to(dtype)
@@ -304,6 +306,7 @@ def test_half_precision(row: str, dtype: torch.dtype, autocast: bool, tmp_path: 
     close(mine.merge_and_unload()(x).detach(), expected, atol=2 * near)
 
 
+@pytest.mark.slow
 def test_half_precision_from_the_start(tmp_path: Path) -> None:
     dtype = torch.bfloat16
     x = (x_of_net().to(dtype),)

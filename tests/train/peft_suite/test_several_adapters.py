@@ -239,7 +239,7 @@ def test_gradients_by_hand(kind: str) -> None:
 
 @kinds
 @pytest.mark.parametrize("is_trainable", [False, True])
-@pytest.mark.parametrize("whole", [None, ["layers.0.lin1"]])
+@pytest.mark.parametrize("whole", [pytest.param(None, marks=pytest.mark.slow), ["layers.0.lin1"]])
 def test_what_trains_of_what_is_loaded(
     kind: str, is_trainable: bool, whole: Any, tmp_path: Path
 ) -> None:

@@ -49,13 +49,13 @@ def of(name: str, sizes: dict[str, Any]) -> Any:
 
 
 MODELS: dict[str, tuple[Callable[[], Any], str | None]] = {
-    "decoder": (lambda: llama(use_cache=True).eval(), "CAUSAL_LM"),
+    "decoder": (lambda: llama().eval(), "CAUSAL_LM"),
     "classifier": (lambda: of("BertForSequenceClassification", SIZES), "SEQ_CLS"),
     "encoder": (lambda: of("BertModel", SIZES), "FEATURE_EXTRACTION"),
     # PEFT 0.18.1's class for SEQ_2_SEQ_LM asks transformers 5 for a method that it has no more.
     "seq2seq": (lambda: of("T5ForConditionalGeneration", T5), None),
 }
-SLOW = {"encoder", "seq2seq"}
+SLOW = {"classifier", "encoder", "seq2seq"}
 
 
 def models(*names: str) -> Any:
@@ -228,6 +228,7 @@ def test_some_layers_of_the_model() -> None:
     assert count == [4, 2]
 
 
+@pytest.mark.slow
 def test_a_classifier_has_a_loss_and_trains_its_head() -> None:
     mine, other = pair("classifier")
     labels = torch.tensor([0, 1])
@@ -243,7 +244,7 @@ def test_a_classifier_has_a_loss_and_trains_its_head() -> None:
 def test_the_card_has_the_tags_of_the_base(tmp_path: Path) -> None:
     heads = []
     for name, make in (("mine", bone_fx.get_peft_model), ("other", in_peft)):
-        base = llama(use_cache=True)
+        base = llama()
         base.add_model_tags(["tag1", "tag2"])
         base.config._name_or_path = base.name_or_path = "me/a-base"
         make(base, peft.MissConfig(r=2)).save_pretrained(tmp_path / name)
