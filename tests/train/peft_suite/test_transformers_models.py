@@ -156,7 +156,7 @@ def test_gradients_with_and_without_checkpointing(name: str) -> None:
         torch.manual_seed(0)
         module.zero_grad()
         module.train()(**inputs(name))[0].square().sum().backward()
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        gradients = [p.grad for p in module.parameters() if p.grad is not None and p.grad.any()]
         assert len(gradients) == sum(p.requires_grad for p in module.parameters())
         reached.append(training(module))
     assert reached[0] == reached[1] == reached[2]
