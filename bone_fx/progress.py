@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
+WORTH_SHOWING = 20_000_000
+"""Bytes of a stage, or of a model's parameters, from which on they are shown."""
 PUBLISH = "publish"
 """The last stage: the folder is moved to the output."""
 
-_WORTH_SHOWING = 20_000_000
-"""Bytes of a stage from which on they are shown."""
 _ON_A_TERMINAL, _ELSEWHERE = 100, 4
 """Parts of a stage that are shown."""
 
@@ -76,7 +77,7 @@ class Lines:
 
         Small models are written before it could be read.
         """
-        if total < _WORTH_SHOWING:
+        if total < WORTH_SHOWING:
             return
         part = (_ON_A_TERMINAL if self._terminal else _ELSEWHERE) * done // total
         if part == self._part:
@@ -102,6 +103,21 @@ class Lines:
         with suppress(OSError, ValueError):
             self._stream.write(text)
             self._stream.flush()
+
+
+def telling(progress: Progress | bool) -> Progress:
+    """What a caller asked for: True tells on stderr, False nothing, and its own is its own."""
+    if isinstance(progress, bool):
+        return Lines() if progress else Silent()
+    return progress
+
+
+@contextmanager
+def shown(progress: Progress | bool) -> Iterator[Progress]:
+    """`telling`, with the bar off the terminal at the end."""
+    told = telling(progress)
+    with told if isinstance(told, Lines) else nullcontext():
+        yield told
 
 
 def _bar(stream: IO[str], total: int) -> Bar:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import pytest
 
+import bone_fx
 from bone_fx.progress import Lines
+from tests.end_to_end.tiny import tiny_adapter, tiny_base
+from tests.train.peft_models import llama
 
 MB = 1_000_000
 
@@ -61,3 +65,50 @@ def test_a_terminal_that_is_gone_does_not_end_a_run() -> None:
         stream.close()
         lines.advance(200 * MB, 400 * MB)
         lines.stage("verify")
+
+
+class Told:
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+
+    def stage(self, name: str) -> None:
+        self.stages.append(name)
+
+    def advance(self, done: int, total: int) -> None:
+        pass
+
+
+def test_adapt_tells_its_stages_where_there_is_something_to_wait_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = bone_fx.BoneConfig(r=8, target_modules=["q_proj"])
+    told = Told()
+    bone_fx.adapt(llama(), config, progress=told)
+    assert told.stages == [
+        "trace LlamaForCausalLM",
+        "compare the graph with the model",
+        "insert the adapter",
+    ]
+    assert capsys.readouterr().err == ""
+    bone_fx.adapt(llama(), config)  # a small one
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("bone_fx.train.origin.WORTH_SHOWING", 1000)
+    bone_fx.adapt(llama(), config)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("] ")[2] for line in lines] == told.stages
+    bone_fx.adapt(llama(), config, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_fold_in_python_tells_its_stages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = tiny_base(tmp_path / "base"), tiny_adapter(tmp_path / "adapter")
+    capsys.readouterr()
+    bone_fx.fold_checkpoint(base, adapters=[adapter], output=tmp_path / "loud")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("] ")[2] for line in lines] == [
+        *("read the inputs", "fold the weights", "verify", "publish")
+    ]
+    bone_fx.fold_checkpoint(base, adapters=[adapter], output=tmp_path / "quiet", progress=False)
+    assert capsys.readouterr().err == ""

@@ -48,7 +48,7 @@ from bone_fx.deploy.report import write_failure, write_reports
 from bone_fx.deploy.report.timing import Timed
 from bone_fx.deploy.staging import staged
 from bone_fx.errors import UsageError, VerificationError
-from bone_fx.progress import PUBLISH, Progress, Silent
+from bone_fx.progress import PUBLISH, Progress, shown
 from bone_fx.verify.parity import Parity
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def export(
     trust_remote_code: bool = False,
     revision: str | None = None,
     allow_unused: Sequence[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> ExportResult:
     """Export to ONNX.
 
@@ -156,7 +156,8 @@ def export(
         revision: Branch, tag or commit of a hub id.
         allow_unused: Names, or patterns as for file names, of tensors in the base's or an adapter's
             files that may be left out though the model does not take them; the manifest notes them.
-        progress: Gets the stages and the bytes.
+        progress: Tell stages and bytes on stderr, with a bar on a terminal; or what is to be told
+            instead, an object with `stage(name)` and `advance(done, total)`.
 
     Raises:
         BoneFxError: One of its kinds, each with its exit status; nothing is published, the inputs
@@ -193,7 +194,8 @@ def export(
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
     )
-    return export_with(base, adapters, output, options, progress or Silent(), variants or {})
+    with shown(progress) as told:
+        return export_with(base, adapters, output, options, told, variants or {})
 
 
 def export_with(

@@ -43,7 +43,7 @@ from bone_fx.deploy.report.timing import Timed
 from bone_fx.deploy.staging import staged
 from bone_fx.errors import LOOK, ExportError, UsageError, VerificationError
 from bone_fx.passes.fold import fold_weight
-from bone_fx.progress import PUBLISH, Progress, Silent
+from bone_fx.progress import PUBLISH, Progress, shown
 from bone_fx.weights.recipes.fold_recipe import Fold, FoldPart
 from bone_fx.weights.recipes.recipe import Read, Recipe
 from bone_fx.weights.recipes.rounding import Rounding
@@ -86,7 +86,7 @@ def fold_checkpoint(
     trust_remote_code: bool = False,
     revision: str | None = None,
     allow_unused: Sequence[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> FoldResult:
     """Fold adapters into a checkpoint and publish it as a Hugging Face folder.
 
@@ -105,7 +105,8 @@ def fold_checkpoint(
         revision: Branch, tag or commit of a hub id.
         allow_unused: Names, or patterns as for file names, of tensors in the base's or an adapter's
             files that may be left out though the model does not take them; the manifest notes them.
-        progress: Gets the stages and the bytes.
+        progress: Tell stages and bytes on stderr, with a bar on a terminal; or what is to be told
+            instead, an object with `stage(name)` and `advance(done, total)`.
 
     Raises:
         BoneFxError: One of its kinds; nothing is published, the inputs are as they were.
@@ -123,10 +124,13 @@ def fold_checkpoint(
     """
     if not adapters:
         raise UsageError("there is nothing to fold", next_step="pass one adapter or more")
-    progress = timed = Timed(progress or Silent())
     adapters = local_adapters(adapters)
     inputs_read = files_read(base, list(adapters.values()))
-    with staged(output, overwrite=overwrite, inputs=inputs_read) as staging:
+    with (
+        shown(progress) as told,
+        staged(output, overwrite=overwrite, inputs=inputs_read) as staging,
+    ):
+        progress = timed = Timed(told)
         progress.stage("read the inputs")
         inputs = open_checkpoint(
             base,

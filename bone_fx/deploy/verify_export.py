@@ -34,7 +34,7 @@ from bone_fx.deploy.verification import Exported, verify_checkpoint
 from bone_fx.errors import KEPT, UsageError, VerificationError
 from bone_fx.files.nearby import meant
 from bone_fx.onnx.writer import MODEL_FILE
-from bone_fx.progress import Progress, Silent
+from bone_fx.progress import Progress, telling
 from bone_fx.runtime.session import require_provider
 
 _FOLDED = "a folded checkpoint: its files were hashed; only ONNX outputs are compared with a base"
@@ -70,7 +70,7 @@ def verify_export(
     trust_remote_code: bool = False,
     revision: str | None = None,
     allow_unused: Sequence[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> VerifyResult:
     """Verify a published folder again; nothing is written.
 
@@ -86,7 +86,8 @@ def verify_export(
         trust_remote_code: Run Python files that come with the base.
         revision: Branch, tag or commit of a hub id.
         allow_unused: Tensors that may be left out, as for `export`.
-        progress: Gets the stages.
+        progress: Tell stages on stderr; or what is to be told instead, an object with
+            `stage(name)` and `advance(done, total)`.
 
     Raises:
         VerificationError: A file is another than the manifest says, or the graph and torch differ.
@@ -105,7 +106,7 @@ def verify_export(
         True
     """
     folder = Path(output).expanduser()
-    progress = progress or Silent()
+    progress = telling(progress)
     manifest = read_manifest(folder)
     if manifest is None:
         raise UsageError(

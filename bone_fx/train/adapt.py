@@ -14,6 +14,7 @@ from bone_fx.adapter_folder import read_adapter
 from bone_fx.base.hub import adapter_folder
 from bone_fx.config import BoneConfig
 from bone_fx.errors import UsageError
+from bone_fx.progress import Progress
 from bone_fx.train.adapted_module import AdaptedModule
 from bone_fx.train.origin import capture_origin
 
@@ -30,6 +31,7 @@ def adapt(
     gradient_checkpointing: bool = False,
     recompute: bool = True,
     dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
+    progress: Progress | bool = True,
 ) -> AdaptedModule:
     """Capture a model for training and put an adapter on it.
 
@@ -51,6 +53,8 @@ def adapt(
         recompute: Fold BAT's weights again in backward. False keeps them from the forward: faster,
             and one float32 weight a layer more memory.
         dynamic_shapes: `torch.export`'s own, instead of a dynamic batch and length.
+        progress: Tell the stages on stderr, for a model of 20 MB or more; or what is to be told
+            instead, an object with `stage(name)` and `advance(done, total)`.
 
     Returns:
         The module in the mode (`train` or `eval`) of the model, the adapter active, its blocks
@@ -86,7 +90,9 @@ def adapt(
         untie=untie,
         freeze_base=freeze_base,
         recompute=recompute,
+        progress=progress,
     )
+    origin.progress.stage("insert the adapter")
     adapted = AdaptedModule(origin)._start(adapter_name, config, folder)
     if gradient_checkpointing:
         adapted.gradient_checkpointing_enable()

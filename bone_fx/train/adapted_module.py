@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from bone_fx.adapter_folder import AdapterFolder, read_adapter
 from bone_fx.base.hub import adapter_folder
 from bone_fx.config import BoneConfig
 from bone_fx.errors import UsageError
+from bone_fx.progress import Progress
 from bone_fx.sites import Refusal
 from bone_fx.train.mounting import refuse_taken_name
 from bone_fx.train.options import hub_options
@@ -77,6 +78,7 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
         autocast_adapter_dtype: bool = True,
         *,
         example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+        progress: Progress | bool = True,
         **options: Any,
     ) -> AdaptedModule:
         """A model under a trained adapter, frozen and in evaluation mode as PEFT loads it.
@@ -89,6 +91,7 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
             config: Instead of the configuration in the folder; PEFT's own is taken too.
             autocast_adapter_dtype: False keeps the blocks in the dtype of their layers.
             example_inputs: One call's arguments; None makes those of a transformers model up.
+            progress: As `adapt` takes it.
             **options: `subfolder`, `revision`, `token` and `cache_dir` for the hub, and PEFT's
                 options of loading.
 
@@ -105,11 +108,12 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
         folder = read_adapter(adapter_folder(model_id, **hub_options(options)), adapter_name)
         if config is not None:
             folder = replace(folder, config=BoneConfig.of(config))
-        adapted = AdaptedModule(capture_origin(model, example_inputs))
-        adapted._load(adapter_name, folder, is_trainable=is_trainable)
+        own = replace(folder.config, inference_mode=not is_trainable)
+        origin = capture_origin(model, example_inputs, progress=progress)
+        origin.progress.stage("insert the adapter")
+        adapted = AdaptedModule(origin)._start(adapter_name, own, folder)
         if not autocast_adapter_dtype:
             adapted._narrow(adapter_name)
-        adapted.set_adapter(adapter_name, inference_mode=not is_trainable)
         return adapted.train(model.training and is_trainable)
 
     # Adapters: add, load, choose, switch off, delete.
@@ -246,12 +250,6 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
             yield
         finally:
             self._set_disabled(before)
-
-    def _start(self, name: str, config: BoneConfig, folder: AdapterFolder | None) -> Self:
-        """Mount the first adapter and activate it; it trains unless its configuration says no."""
-        self._mount(name, config, folder)
-        self.set_adapter(name, inference_mode=config.inference_mode)
-        return self
 
 
 PeftModel = AdaptedModule

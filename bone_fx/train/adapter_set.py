@@ -68,7 +68,15 @@ class AdapterSet(TrainingGraph):
         self.active_adapters = []
         self._disabled = False
         self._merged: list[str] = []
-        self._rebuild()
+
+    def _start(self, name: str, config: BoneConfig, folder: AdapterFolder | None = None) -> Self:
+        """Be the graph under a first adapter, which trains unless its configuration says no."""
+        adapter = new_adapter(self._base, self._origin, name, config, folder)
+        adapter.train(not config.inference_mode)
+        with self._change():
+            self._adapters[name] = adapter
+            self.active_adapters = [name]
+        return self
 
     def _mount(self, name: str, config: BoneConfig, folder: AdapterFolder | None = None) -> None:
         adapter = new_adapter(self._base, self._origin, name, config, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from bone_fx.capture.training.capture_training import capture_training
 from bone_fx.capture.training.loss import ModelLoss
 from bone_fx.config import BoneConfig
 from bone_fx.errors import UsageError
+from bone_fx.progress import WORTH_SHOWING, Progress, Silent, telling
 from bone_fx.sites import output_layers
 
 
@@ -33,6 +34,7 @@ class Origin:
         freeze_base: Whether every parameter but blocks and `modules_to_save` is frozen.
         recompute: Whether backward folds BAT's weights again instead of keeping them.
         made_up: Whether the example inputs were: then a call may bring others.
+        progress: Gets the stages of such a capture.
     """
 
     graph_module: fx.GraphModule
@@ -43,6 +45,7 @@ class Origin:
     freeze_base: bool = True
     recompute: bool = True
     made_up: bool = False
+    progress: Progress = field(default_factory=Silent, repr=False)
 
     def packs(self, tensors: Mapping[str, Tensor], use_cache: bool | None) -> bool:
         """Whether the model reads a call's rows as packed sequences: places, no mask, no cache.
@@ -84,7 +87,7 @@ class Origin:
         with ExitStack() as outside:  # a trainer calls under autocast
             for kind in kinds:
                 outside.enter_context(torch.autocast(kind, enabled=False))
-            capture = capture_training(self.model, examples)
+            capture = capture_training(self.model, examples, progress=self.progress)
         return replace(self, graph_module=capture.graph_module, signature=capture.signature)
 
     def output_layers(self, config: BoneConfig) -> frozenset[str]:
@@ -100,6 +103,7 @@ def capture_origin(
     untie: bool = False,
     freeze_base: bool = True,
     recompute: bool = True,
+    progress: Progress | bool = True,
 ) -> Origin:
     """Capture a model to put adapters on it.
 
@@ -110,11 +114,15 @@ def capture_origin(
         untie: As in `Origin`.
         freeze_base: As in `Origin`.
         recompute: As in `Origin`.
+        progress: True tells the stages on stderr, if the model is large enough to wait for.
 
     Raises:
         CaptureError: The model cannot be captured, or its capture would not be the model.
         UsageError: The example inputs do not fit the model, or cannot be made up.
     """
+    told = telling(progress)
+    if progress is True and sum(p.nbytes for p in model.parameters()) < WORTH_SHOWING:
+        told = Silent()
     made_up = example_inputs is None
     if example_inputs is None:
         if not is_transformers_model(model):
@@ -124,7 +132,7 @@ def capture_origin(
                 next_step="pass example_inputs=",
             )
         example_inputs = default_inputs(model)
-    capture = capture_training(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    capture = capture_training(model, example_inputs, dynamic_shapes=dynamic_shapes, progress=told)
     return Origin(
         graph_module=capture.graph_module,
         signature=capture.signature,
@@ -134,4 +142,5 @@ def capture_origin(
         freeze_base=freeze_base,
         recompute=recompute,
         made_up=made_up and dynamic_shapes is None,
+        progress=told,
     )

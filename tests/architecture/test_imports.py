@@ -38,11 +38,11 @@ MAY_KNOW: dict[str, set[str]] = {
     "verify": {
         *("adapter_folder", "errors", "onnx", "operators", "passes", "runtime", "sites", "weights"),
     },
-    "capture": {"collector", "errors", "graphs", "lower", "operators", "passes"},
+    "capture": {"collector", "errors", "graphs", "lower", "operators", "passes", "progress"},
     # Of base it is the hub: adapters are fetched and uploaded.
     "train": {
         *("adapter_folder", "adapters", "base", "capture", "config", "default_targets", "dialects"),
-        *("errors", "lean", "graphs", "operators", "passes", "sites"),
+        *("errors", "lean", "graphs", "operators", "passes", "progress", "sites"),
     },
     "deploy": {
         *("adapter_folder", "base", "capture", "config", "dialects", "errors", "files", "onnx"),

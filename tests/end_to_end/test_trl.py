@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).with_name("trl_losses.py")
+SCRIPT = ROOT / "examples" / "trl_trainers.py"
 
 pytestmark = pytest.mark.slow
 

@@ -17,6 +17,7 @@ The model is left as it was: modes, configuration, random states, gradients.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,7 @@ from bone_fx.passes.dropout import remember_training
 from bone_fx.passes.follow_device import follow_device
 from bone_fx.passes.frame import Frame
 from bone_fx.passes.inline_no_grad import inline_no_grad
+from bone_fx.progress import Progress, Silent
 
 # What the trace leaves behind to check the sizes and dtypes of the example: the call signature
 # checks the inputs, and what was derived from them follows. (`_guards_fn` is not made at all:
@@ -97,6 +99,7 @@ def capture_training(
     *,
     dynamic_shapes: DynamicShapes | None = None,
     stamp: bool = True,
+    progress: Progress | None = None,
 ) -> TrainingCapture:
     """Captures `model` in training mode.
 
@@ -109,6 +112,7 @@ def capture_training(
         dynamic_shapes: Instead of that choice, `torch.export`'s own `dynamic_shapes` for the
             example inputs.
         stamp: Trace equal layers once. The graph is the same without, and takes longer.
+        progress: Gets the stages.
 
     Returns:
         The capture.
@@ -119,31 +123,36 @@ def capture_training(
         UsageError: The example inputs do not fit the model.
     """
     graphs: list[GraphModule] = []
+    capture = functools.partial(
+        _capture, model, example_inputs, dynamic_shapes, graphs, progress or Silent()
+    )
     if not stamp:
-        return _capture(model, example_inputs, dynamic_shapes, stamp=False, graphs=graphs)
+        return capture(stamp=False)
     try:
-        return _capture(model, example_inputs, dynamic_shapes, stamp=True, graphs=graphs)
+        return capture(stamp=True)
     except CaptureError as error:
         # Layers may leave something beside their output, or the model cannot be captured: then the
         # trace of every layer says why. If it gives the same graph, the model's results change.
-        capture = _capture(model, example_inputs, dynamic_shapes, stamp=False, graphs=graphs)
+        captured = capture(stamp=False)
         if len(graphs) > 1 and _operators(graphs[0]) == _operators(graphs[1]):
             raise error from None
-        return capture
+        return captured
 
 
 def _capture(
     model: torch.nn.Module,
     example_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor,
     dynamic_shapes: DynamicShapes | None,
+    graphs: list[GraphModule],
+    progress: Progress,
     *,
     stamp: bool,
-    graphs: list[GraphModule],
 ) -> TrainingCapture:
     """The capture; its graph is among `graphs` before it is tried."""
     refuse_checkpointing(model)
     with unchanged(model):
         model.train()
+        progress.stage(f"trace {type(model).__name__}{'' if stamp else ', every layer'}")
         with refuse_draws(model), refuse_own_backward(model):
             examples = read_examples(model, example_inputs)
             traced = trace(model, examples, dynamic_shapes, stamp=stamp)
@@ -156,6 +165,7 @@ def _capture(
         graph_module.recompile()
         graph_module.train()
         graphs.append(graph_module)
+        progress.stage("compare the graph with the model")
         output = require_same_evaluation(model, graph_module, traced.examples)
         loss, notes = checked_loss(model, traced.examples, output)
         return TrainingCapture(graph_module, signature, loss, (*traced.notes, *notes))

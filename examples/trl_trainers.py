@@ -1,6 +1,8 @@
-"""Train with a trainer of TRL, under PEFT or under bone_fx: the import is all that differs.
+"""Train a tiny model with a trainer of TRL, under PEFT or bone_fx: the import is all that differs.
 
-Usage: python trl_losses.py sft|packed|dpo|reward peft|bone_fx FOLDER
+Run: python examples/trl_trainers.py sft|packed|dpo|reward peft|bone_fx FOLDER
+
+It needs TRL beside bone_fx. The last line is JSON: losses, a checkpoint's files, models loaded.
 """
 
 from __future__ import annotations
@@ -13,8 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-import trl
-from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -30,7 +30,10 @@ def tokenizer() -> Any:
 
 
 def main(kind: str, library: str, folder: Path) -> dict[str, Any]:
-    """Losses, the files of a checkpoint, and how many models were loaded."""
+    """Train for ten steps; give losses, a checkpoint's files, and how many models were loaded."""
+    import trl  # so that the usage is said without it
+    from datasets import Dataset
+
     generator = torch.Generator().manual_seed(0)
 
     def text(words: int) -> str:
@@ -96,4 +99,6 @@ def main(kind: str, library: str, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n" + json.dumps(main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))) + "\n")
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    print(json.dumps(main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))))
