@@ -67,6 +67,15 @@ def grown() -> LlamaForCausalLM:
     return model
 
 
+def tied_and_grown() -> LlamaForCausalLM:
+    """One table for embeddings and head, with three more tokens than its checkpoint has."""
+    model = tied()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.resize_token_embeddings(VOCABULARY + 3)
+    return model
+
+
 def gpt2() -> GPT2LMHeadModel:
     """A GPT-2, whose layers keep their weights transposed."""
     torch.manual_seed(0)
@@ -184,6 +193,33 @@ ROWS: dict[str, Row] = {
             "rank_pattern": {"experts.down_proj": 2},
         },
     ),
+    "saved head of a tied pair": Row(
+        tied, {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}, merges=False
+    ),
+    "tied pair trained as one": Row(
+        tied,
+        {
+            "target_modules": ["v_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+        merges=False,
+    ),
+    "resized embeddings of a tied pair": Row(
+        tied_and_grown,
+        {"target_modules": ["v_proj", "embed_tokens"]},
+        merges=False,
+        saved_base=tied,
+    ),
+    "tokens of both sides": Row(
+        llama,
+        {
+            "target_modules": ["v_proj"],
+            "trainable_token_indices": {"embed_tokens": [5, 31], "lm_head": [7, 99]},
+        },
+        merges=False,
+    ),
+    "a router": Row(mixtral, {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}),
     "one parameter of experts": Row(
         mixtral, {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}
     ),
