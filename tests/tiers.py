@@ -1,4 +1,4 @@
-"""Rows of a table of models: a few kinds in every run, all of them in the slow tier."""
+"""Rows of a table: one of a kind in every run, all of them in the slow tier."""
 
 from __future__ import annotations
 
@@ -19,5 +19,13 @@ def tiered(rows: Iterable[Any], core: Collection[str]) -> list[Any]:
     assert set(core) <= {row.name for row in rows}, set(core) - {row.name for row in rows}
     return [
         pytest.param(row, id=row.name, marks=() if row.name in core else pytest.mark.slow)
+        for row in rows
+    ]
+
+
+def slow(*rows: Any) -> list[Any]:
+    """Parameters of a test for the slow tier only; a tuple is one row of several arguments."""
+    return [
+        pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=pytest.mark.slow)
         for row in rows
     ]

@@ -3,6 +3,8 @@ gradients in float64."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,20 +21,18 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def slow_fold(method: str, w: Tensor, block: Tensor) -> Tensor:
-    """The definition, element by element."""
-    out_features, in_features = w.shape
-    folded = w.clone()
+    """The definition, element by element, in Python's floats, which are float64."""
+    weight, blocks = w.tolist(), block.tolist()  # a loop over a tensor's entries takes seconds
+    folded = w.tolist()
     r = block.shape[-1] if method == "bat" else block.shape[0]
-    for o in range(out_features):
-        for i in range(in_features):
-            if method == "bat":
-                a, row, b, col = o // r, o % r, i // r, i % r
-                folded[o, i] += (
-                    sum(w[o, b * r + k] * block[a, k, col] for k in range(r)) + block[a, row, col]
-                )
-            else:
-                folded[o, i] += block[i % r, o % block.shape[1]]
-    return folded
+    for o, i in itertools.product(*map(range, w.shape)):
+        if method == "bat":
+            a, row, b, col = o // r, o % r, i // r, i % r
+            turned = sum(weight[o][b * r + k] * blocks[a][k][col] for k in range(r))
+            folded[o][i] += turned + blocks[a][row][col]
+        else:
+            folded[o][i] += blocks[i % r][o % block.shape[1]]
+    return torch.tensor(folded, dtype=w.dtype)
 
 
 def make(

@@ -154,6 +154,7 @@ def test_without_architectures_it_is_the_plain_model(folder: Path) -> None:
     assert open_base(folder).architecture.__name__ == "LlamaModel"
 
 
+@pytest.mark.slow
 def test_large_model_needs_no_memory(tmp_path: Path) -> None:
     """A 70B Llama, 141 GB in bfloat16, opened and built in an address space of 8 GB."""
     (tmp_path / "config.json").write_text(json.dumps(LARGE))

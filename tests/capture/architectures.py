@@ -338,9 +338,7 @@ BY_NAME: dict[str, Architecture] = {row.name: row for row in ARCHITECTURES + UNL
 CORE = (
     "llama",
     "mixtral",
-    "gemma3_text",
     "gpt2",
-    "falcon",
     "bert",
     "modernbert",
     "t5",

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.architecture.sources import ROOT
 
 # In one process: it forks the runs, so that its imports are done once.
@@ -16,6 +18,7 @@ assert kills.main(["--kills", "1", "--seed", "3", "--real", "0"]) == 0
 """
 
 
+@pytest.mark.slow
 def test_a_sample() -> None:
     folders = os.pathsep.join(map(str, (ROOT, ROOT / "tools")))
     done = subprocess.run(

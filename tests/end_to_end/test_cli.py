@@ -18,12 +18,11 @@ from safetensors.torch import load_file
 
 from tests.command import run
 from tests.end_to_end.tiny import tiny_adapter, tiny_base
+from tests.tiers import slow
 
 COMMAND = [sys.executable, "-m", "bone_fx"]
 STAGES = [
-    "read the inputs",
-    "capture without weights",
-    "translate to ONNX",
+    "read the inputs",  # and nothing is on disk
     "write the model",
     "verify (full",
 ]
@@ -96,6 +95,7 @@ def test_json_is_one_object_and_twice_the_same_bytes(work: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_fold_in_a_process_of_its_own(work: Path) -> None:
     out = work / "out"
     done = process("fold", work / "base", "--adapter", work / "adapter", "-o", out, "--json")
@@ -177,9 +177,9 @@ def test_overwrite_keeps_the_earlier_output_until_the_new_one_is_good(work: Path
 
 @pytest.mark.parametrize(
     "stage",
-    [s if s == "write the model" else pytest.param(s, marks=pytest.mark.slow) for s in STAGES],
+    ["write the model", *slow(*(s for s in STAGES if s != "write the model"))],
 )
-def test_interrupted_in_every_stage(stage: str, work: Path) -> None:
+def test_interrupted_in_a_stage(stage: str, work: Path) -> None:
     before = tree(work)
     names = {path.name for path in work.iterdir()}
     command = [sys.executable, "-c", WAITING, stage, str(work / "base")]

@@ -13,6 +13,7 @@ from bone_fx.errors import InputRefusedError
 from bone_fx.operators import joint_linear
 from tests.end_to_end.test_adapted import inputs, llama, stir
 from tests.operators.saved import kept, shapes
+from tests.tiers import slow
 from tests.tolerances import assert_agrees
 
 pytestmark = pytest.mark.usefixtures("captures_once")
@@ -37,7 +38,7 @@ def compiled(adapted: bone_fx.AdaptedModule, **options: Any) -> Any:
     return torch.compile(adapted, backend="aot_eager", **options)
 
 
-@pytest.mark.parametrize("method", ["bone", pytest.param("bat", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["bone", *slow("bat")])
 def test_a_compiled_step_is_the_eager_one_without_a_graph_break(method: str) -> None:
     config = bone_fx.BoneConfig(target_modules="all-linear", **METHODS[method])
     adapted = bone_fx.adapt(llama(), config, inputs()).train()
@@ -76,9 +77,8 @@ def test_a_compiled_step_keeps_a_folded_weight_only_if_asked_to(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_under_autocast_it_compiles_to_one_graph_too(method: str) -> None:
-    config = bone_fx.BoneConfig(target_modules="all-linear", **METHODS[method])
+def test_under_autocast_it_compiles_to_one_graph_too() -> None:
+    config = bone_fx.BoneConfig(target_modules="all-linear", **METHODS["bat"])
     adapted = bone_fx.adapt(llama(), config, inputs()).train()
     stir(adapted, "default")
     with torch.autocast("cpu", torch.bfloat16):
@@ -119,6 +119,7 @@ def test_positions_without_a_mask_compile_to_one_graph_too() -> None:
         compiled(adapted)(**packed, labels=ids)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # dynamo says that it leaves this call to Python
 def test_sizes_that_do_not_fit_are_refused_by_a_compiled_call() -> None:
     config = bone_fx.BoneConfig(r=16, target_modules=["q_proj"])

@@ -28,6 +28,7 @@ from bone_fx.weights.storage.safetensors_file import file_sha256
 from tests.deploy.test_companions import tokenizer
 from tests.end_to_end.test_heads import SIZES, train, trained
 from tests.end_to_end.tiny import tiny_base
+from tests.tiers import slow
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # PEFT 0.18 warns of its own end
@@ -120,7 +121,7 @@ def test_a_folder_of_an_earlier_version_has_none(tmp_path: Path) -> None:
     assert list(parity.skipped) == ["config.json"]
 
 
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("named", [True, *slow(False)])
 def test_a_classifier_has_its_trained_labels(named: bool, tmp_path: Path) -> None:
     """Labels come from an adapter's config.json, where a label stands there for each class."""
     base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))

@@ -26,6 +26,7 @@ from transformers import (
 
 import bone_fx
 from tests.end_to_end.zen import zen
+from tests.tiers import slow
 
 ORACLE = Path(__file__).parents[1] / "oracle" / "bert_cls_bone"
 
@@ -51,8 +52,8 @@ def run(folder: Path, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, map(torch.from_numpy, session.run(None, arrays)), strict=True))
 
 
-@pytest.mark.parametrize("method", [True, pytest.param("bat", marks=pytest.mark.slow)])
-def test_minilm_with_an_adapter(method: Any, minilm: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "level"), [(True, "fast"), *slow(("bat", "full"))])
+def test_minilm_with_an_adapter(method: Any, level: Any, minilm: Path, tmp_path: Path) -> None:
     texts = sentences()
     assert len(set(texts)) == 50
     batch = AutoTokenizer.from_pretrained(minilm)(texts, padding=True, return_tensors="pt")
@@ -71,7 +72,8 @@ def test_minilm_with_an_adapter(method: Any, minilm: Path, tmp_path: Path) -> No
             if "bone_block" in name:
                 parameter.copy_(0.01 * torch.randn(parameter.shape, generator=generator))
     adapted.save_pretrained(tmp_path / "adapter")
-    result = bone_fx.export(minilm, adapters=[tmp_path / "adapter"], output=tmp_path / "out")
+    adapters = [tmp_path / "adapter"]
+    result = bone_fx.export(minilm, adapters=adapters, output=tmp_path / "out", verify=level)
     assert result.verified
     assert result.manifest["verification"]["figures"]["adapter_effect"] > 0.01
     with torch.no_grad():
@@ -83,7 +85,7 @@ def test_minilm_with_an_adapter(method: Any, minilm: Path, tmp_path: Path) -> No
     assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size == 30522
 
 
-@pytest.mark.parametrize("base_has_head", [True, False])
+@pytest.mark.parametrize("base_has_head", [False, *slow(True)])
 def test_a_trained_head_is_exported(base_has_head: bool, tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     shutil.copytree(ORACLE / "base", base)
@@ -111,6 +113,7 @@ def test_a_trained_head_is_exported(base_has_head: bool, tmp_path: Path) -> None
     assert len(written["id2label"]) == expected["logits"].shape[-1]
 
 
+@pytest.mark.slow
 def test_windows_of_a_bidirectional_model(tmp_path: Path) -> None:
     """Texts longer than a window see no more than it, forward and backward."""
     torch.manual_seed(0)
@@ -139,7 +142,7 @@ def test_windows_of_a_bidirectional_model(tmp_path: Path) -> None:
     assert (without - expected).abs().max() > 0.1 * expected.abs().max()
 
 
-@pytest.mark.parametrize("field", ["output_hidden_states", "output_attentions"])
+@pytest.mark.parametrize("field", ["output_hidden_states", *slow("output_attentions")])
 def test_outputs_that_a_configuration_asks_for(field: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.test_adapted import inputs, llama
-from tests.flow import METHODS, Flow
+from tests.flow import Flow
+from tests.tiers import slow
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["bat", *slow("bone", "mini")])
 def test_a_trained_adapter_is_deployed(method: str, tmp_path: Path) -> None:
     flow = Flow(llama(), inputs(), tmp_path)
     flow.capture().same().insert(method).same().step().fold().same().to_onnx().same()

@@ -16,7 +16,7 @@ import bone_fx
 from tests.architecture.sources import ROOT
 from tests.capture.decoder.decoders import DECODERS
 from tests.end_to_end.tiny import tiny_adapter, tiny_base
-from tests.tiers import tiered
+from tests.tiers import slow
 
 sys.path.insert(0, str(ROOT / "tools"))
 gpu_check: Any = import_module("gpu_check")
@@ -30,6 +30,7 @@ NAMES = (
     *("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
     *("phi3_longrope_short", "gpt2", "opt", "olmo2", "mixtral", "gpt_oss"),
 )
+QUANTIZED = ("opt", "gemma2", "phi3_longrope_short", "mixtral", "gpt_oss")
 DTYPES = ["fp16", "int4", "int8", *(["bf16"] if PROVIDER == "cuda" else [])]
 """ONNX Runtime does not run bf16 on the CPU."""
 CACHES = ["int8", *(["fp8"] if PROVIDER == "cuda" else [])]
@@ -51,10 +52,16 @@ def rows_of(folder: Path, *more: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("row", tiered([ROW[name] for name in NAMES], ("llama", "opt")))
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_decoder_runs_as_it_says(row: Any, dtype: str, tmp_path: Path) -> None:
-    rows = rows_of(exported(row.name, tmp_path, dtype))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(("opt", "fp16"), ("llama", "int4")),
+        *slow(*((name, "fp16") for name in NAMES if name != "opt")),
+        *slow(*((name, dtype) for name in QUANTIZED for dtype in DTYPES[1:])),
+    ],
+)
+def test_a_decoder_runs_as_it_says(name: str, dtype: str, tmp_path: Path) -> None:
+    rows = rows_of(exported(name, tmp_path, dtype))
     settings = [row["setting"] for row in rows]
     assert settings[:2] == ["as written", GRAPH]
     assert len(settings) == 2 + dtype.startswith("int")
@@ -80,7 +87,7 @@ def test_last_logits_with_random_weights_against_another_folder(tmp_path: Path) 
     assert "to" in rows[1]["decode_4_of_first"]
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "int4"])
+@pytest.mark.parametrize("dtype", ["int4", *slow("fp16")])
 def test_a_graph_of_a_shape_without_weights(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

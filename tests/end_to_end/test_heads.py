@@ -32,6 +32,7 @@ from transformers import (
 import bone_fx
 from bone_fx.errors import AdapterError, FoldError
 from tests.end_to_end.tiny import tiny_adapter, tiny_base
+from tests.tiers import slow
 
 # PEFT 0.18 warns of its own end and of transformers' names of today.
 pytestmark = [
@@ -125,7 +126,7 @@ def test_a_fold_is_what_peft_runs(
     torch.testing.assert_close(logits(folded), expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("tied", "rows", "saved", "targets"), [ROWS[1], ROWS[5], ROWS[8]])
+@pytest.mark.parametrize(("tied", "rows", "saved", "targets"), [ROWS[5], *slow(ROWS[1], ROWS[8])])
 def test_an_export_is_what_peft_runs(
     tied: bool, rows: int, saved: list[str] | None, targets: list[str], tmp_path: Path
 ) -> None:

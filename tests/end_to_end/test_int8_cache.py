@@ -20,6 +20,7 @@ from bone_fx.verify.parity import INT8_CACHE, TOLERANCE
 from tests.capture.decoder.decoders import DECODERS
 from tests.end_to_end.test_calibrated import number_tokenizer
 from tests.end_to_end.tiny import tiny_adapter, tiny_base
+from tests.tiers import slow
 
 ROW = {row.name: row for row in DECODERS}
 RANDOM = "the cache was measured on random tokens"
@@ -39,7 +40,7 @@ def ran(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
     return np.concatenate([first["logits"], second["logits"]], 1), past_of(second)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("name", ["mistral", *slow("llama", "qwen2")])
 def test_tiny_decoders(name: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     ROW[name].build().save_pretrained(base)
@@ -90,7 +91,7 @@ def test_a_text_an_adapter_and_quantized_weights(tmp_path: Path) -> None:
     assert nearest["kv_cache"]["text"] == "built-in"
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["bf16", *slow("fp16")])
 def test_half_floats_for_cuda(dtype: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     ROW["mixtral" if dtype == "bf16" else "gpt_oss"].build().save_pretrained(base)

@@ -51,9 +51,20 @@ def loss_of(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
     )
 
 
-@pytest.mark.parametrize(
-    ("case", "expected"), CASES, ids=[f"{c.name}-{'+'.join(e['active'])}" for c, e in CASES]
-)
+KINDS = {
+    *("bert_cls_bone-default", "granite_bone_two-alpha+beta", "llama_bat_r4_all-default"),
+    *("llama_bone_bf16_adapter-default", "llama_miss_mini-default", "llama_tied_bone-default"),
+}
+"""Of every run: each method, two adapters, an adapter in bfloat16, a tied head, a classifier."""
+
+
+def named(case: Path, expected: dict[str, Any]) -> Any:
+    """A case as a parameter; one that is of no kind of its own is slow."""
+    name = f"{case.name}-{'+'.join(expected['active'])}"
+    return pytest.param(case, expected, id=name, marks=() if name in KINDS else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("case", "expected"), [named(*row) for row in CASES])
 def test_case(case: Path, expected: dict[str, Any], tmp_path: Path) -> None:
     info = json.loads((case / "case.json").read_text())
     oracle = load_file(case / expected["file"])

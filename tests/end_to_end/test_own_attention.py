@@ -10,6 +10,7 @@ import bone_fx
 from bone_fx.capture.decoder import session
 from bone_fx.errors import VerificationError
 from tests.capture.decoder.decoders import DECODERS
+from tests.tiers import slow
 
 ROW = {row.name: row for row in DECODERS}
 
@@ -17,7 +18,7 @@ ROW = {row.name: row for row in DECODERS}
 @pytest.mark.parametrize(
     ("name", "note"),
     [
-        ("falcon_alibi", "computes its attention by itself"),
+        *slow(("falcon_alibi", "computes its attention by itself")),
         ("gpt_neo", "computes its attention by itself"),
         ("phi3_longrope_short", "one table for batches of at most 20 tokens"),
         ("llama_dynamic", "texts of at most 100 tokens"),

@@ -12,6 +12,7 @@ import pytest
 import bone_fx
 from bone_fx.deploy.export import ExportResult
 from tests.end_to_end.tiny import tiny_tokenizer
+from tests.tiers import slow
 from tests.verify.mixtures import MIXTURES
 
 FIELDS = {"num_hidden_layers": 1, "moe_intermediate_size": 128, "intermediate_size": 128}
@@ -44,9 +45,9 @@ def export(tmp_path: Path) -> Callable[..., ExportResult]:
     ("name", "choices", "experts", "ratio", "tolerance"),
     [
         ("mixtral_8", {"dtype": "int4", "tokenizer": True}, 8, 0.29, 1e-4),
-        ("gpt_oss_8", {"dtype": "int8"}, 8, 0.55, 1e-4),
-        ("olmoe_64", {"dtype": "int4", **CUDA}, 64, 0.29, 2e-2),
         ("qwen3_moe_64", {"dtype": "int8", **CUDA}, 64, 0.55, 2e-2),
+        *slow(("gpt_oss_8", {"dtype": "int8"}, 8, 0.55, 1e-4)),
+        *slow(("olmoe_64", {"dtype": "int4", **CUDA}, 64, 0.29, 2e-2)),
     ],
 )
 def test_experts_are_quantized_and_verified(

@@ -12,6 +12,7 @@ import pytest
 import bone_fx
 from bone_fx.runtime.session import open_session
 from tests.end_to_end.tiny import tiny_base, tiny_tokenizer
+from tests.tiers import slow
 
 SIZES = {
     "hidden_size": 64,
@@ -46,7 +47,7 @@ def session_keys(folder: Path) -> dict[str, str]:
     return {key: value for key, value in options.items() if "." in key}
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [True, *slow(False)])
 def test_every_product_fits_by_default(tied: bool, tmp_path: Path) -> None:
     result = exported(tmp_path, {}, tie_word_embeddings=tied)
     found = products_of(tmp_path / "out")

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import bone_fx
 from bone_fx.operators.loss.linear_cross_entropy import CHUNK
 from tests.end_to_end.zen import zen_batch
+from tests.tiers import slow
 
 PARAMETERS = 134_515_008
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -81,7 +82,7 @@ def generate(folder: Path, prompt: list[int], *, stop: bool = False) -> list[int
 
 @pytest.mark.slow
 def test_the_base_answers(smollm2: Path, tmp_path: Path) -> None:
-    export(smollm2, "-o", tmp_path / "out")
+    export(smollm2, "-o", tmp_path / "out", "--verify", "off")
     tokens = generate(tmp_path / "out", prompts(smollm2)[0], stop=True)
     text = AutoTokenizer.from_pretrained(smollm2).decode(tokens, skip_special_tokens=True)
     assert text.strip() == "The capital of France is Paris."
@@ -175,10 +176,8 @@ def layer(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "method", ["bone", *(pytest.param(m, marks=pytest.mark.slow) for m in ("bat", "mini"))]
-)
-@pytest.mark.parametrize(
-    ("layers", "steps"), [(4, 6), pytest.param(30, 20, marks=pytest.mark.slow)]
+    ("method", "layers", "steps"),
+    [("bone", 4, 6), *slow(("bat", 4, 6), ("mini", 4, 6), ("bat", 30, 8))],
 )
 def test_training_gives_the_losses_of_peft(
     method: str, layers: int, steps: int, smollm2: Path, monkeypatch: pytest.MonkeyPatch

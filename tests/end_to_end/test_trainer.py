@@ -25,6 +25,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 import bone_fx
 from bone_fx.errors import UsageError
 from tests.end_to_end.test_adapted import CONFIG, inputs, llama
+from tests.tiers import slow
 
 pytestmark = pytest.mark.usefixtures("captures_once")
 
@@ -87,8 +88,13 @@ def plain(adapted: bone_fx.AdaptedModule, data: list[dict[str, Tensor]]) -> list
     return found
 
 
-@pytest.mark.parametrize("kind", [Trainer, bone_fx.AdapterTrainer])
-@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "accumulated"),
+    [
+        *((Trainer, 1), (bone_fx.AdapterTrainer, 2)),
+        *slow((Trainer, 2), (bone_fx.AdapterTrainer, 1)),
+    ],
+)
 def test_trainer_equals_the_plain_loop(
     kind: type[Trainer], accumulated: int, tmp_path: Path
 ) -> None:
@@ -264,7 +270,7 @@ def test_accelerate_runs_the_plain_loop() -> None:
     assert found == pytest.approx(plain(adapted_llama(), data), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", [Trainer, bone_fx.AdapterTrainer])
+@pytest.mark.parametrize("kind", [bone_fx.AdapterTrainer, *slow(Trainer)])
 def test_labels_of_a_causal_model_shift_under_label_smoothing(
     kind: type[Trainer], tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ from bone_fx.errors import ExportError
 from bone_fx.onnx.placement import ON_SIZES, place
 from tests.capture.decoder.decoders import DECODERS
 from tests.capture.decoder.decoding import differences, onnx_of, session_of, skeleton_of
+from tests.tiers import slow
 
 GQA = "com.microsoft::GroupQueryAttention"
 SMALL: dict[str, Any] = {
@@ -41,8 +42,8 @@ SMALL: dict[str, Any] = {
 }
 ROW = {row.name: row for row in DECODERS}
 UNUSUAL = (
-    *("llama_head_20", "phi_narrow", "stablelm_qk_norm", "cohere_qk_norm", "opt", "olmo"),
-    *("nemotron", "phi3_longrope_short", "gpt_oss"),
+    *("gpt_oss", "nemotron", "stablelm_qk_norm"),
+    *slow("llama_head_20", "phi_narrow", "cohere_qk_norm", "opt", "olmo", "phi3_longrope_short"),
 )
 """Rows that between them hold the operators of all; the tool count_nodes looks at every row."""
 
@@ -64,12 +65,8 @@ def built(name: str) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("llama", "fp16"),
-        ("tied", "int4"),
-        ("gemma", "fp32"),
-        ("gpt2", "bf16"),
-        ("bert", "bf16"),
-        pytest.param("bert", "fp16", marks=pytest.mark.slow),
+        *(("tied", "int4"), ("gemma", "fp32"), ("bert", "bf16")),
+        *slow(("llama", "fp16"), ("gpt2", "bf16"), ("bert", "fp16")),
     ],
 )
 def test_an_export_says_where_each_node_runs(name: str, dtype: Any, tmp_path: Path) -> None:
@@ -123,7 +120,7 @@ def test_unusual_decoders_in_bf16(name: str) -> None:
     assert not placement_of(name, torch.bfloat16).missing
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "phi3_longrope_short", "gpt_neox"])
+@pytest.mark.parametrize("name", ["gpt_oss", *slow("phi3_longrope_short", "gpt_neox")])
 def test_unusual_decoders_in_fp32(name: str) -> None:
     assert not placement_of(name, torch.float32).missing
 
@@ -237,8 +234,13 @@ def test_what_waits_for_the_device_is_not_captured() -> None:
     assert found.why_not_captured() == "NonZero (where) waits for values of the device"
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "phi3_longrope_short", "qwen3_moe"])
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        *(("phi3_longrope_short", False), ("qwen3_moe", False), ("gpt2", True)),
+        *slow(("llama", False), ("gpt2", False), ("opt", False), ("llama", True)),
+    ],
+)
 def test_a_decoder_is_captured_as_a_cuda_graph(name: str, last: bool) -> None:
     model = ROW[name].build()
     capture = capture_decoder(skeleton_of(model, torch.float16), last_token_logits=last)

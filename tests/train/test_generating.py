@@ -13,6 +13,8 @@ import bone_fx
 from bone_fx.errors import UsageError
 from tests.train.peft_models import llama, net, x_of_net
 
+pytestmark = pytest.mark.usefixtures("captures_once")
+
 IDS = torch.tensor([[5, 9, 3, 40], [7, 1, 2, 8]])
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 

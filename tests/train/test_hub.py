@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.hub import REPOSITORY, local_hub
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +40,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_to_the_hub_and_comes_back(tmp_path: Path) -> None:
     with local_hub() as hub:
         env = {

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 import bone_fx
 from tests.train.peft_models import llama
+
+pytestmark = pytest.mark.usefixtures("captures_once")
 
 
 def test_a_few_lines_and_a_table() -> None:

@@ -21,6 +21,8 @@ import bone_fx
 from bone_fx.errors import UsageError
 from tests.train.peft_models import llama, net, x_of_net
 
+pytestmark = pytest.mark.usefixtures("captures_once")
+
 STEPS = 6
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "training_args.bin"}
 

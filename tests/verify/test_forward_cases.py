@@ -16,9 +16,10 @@ from transformers import (
 )
 
 import bone_fx
+from tests.tiers import slow
 
 
-@pytest.mark.parametrize("end", [98, 2])  # where the end token is, or the largest
+@pytest.mark.parametrize("end", [98, *slow(2)])  # where the end token is, or the largest
 def test_a_model_that_pools_at_the_end_token(end: int, tmp_path: Path) -> None:
     config = CLIPTextConfig(
         hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=3,

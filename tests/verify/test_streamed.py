@@ -26,6 +26,7 @@ from bone_fx.deploy.verify_export import exported_of
 from bone_fx.errors import VerificationError
 from tests.end_to_end.tiny import LAYERS, tiny_adapter, tiny_base
 from tests.memory import PRINT_PEAK
+from tests.tiers import slow
 
 LITTLE, SOME, PLENTY = 1000, 100_000, 1 << 40
 """Bytes of memory: for no weight, for some, for the whole reference of 200 kB."""
@@ -75,7 +76,7 @@ def exported(top: Path, **choices: Any) -> Export:
     return Export(top / "out", base, [bone, bat])
 
 
-@pytest.fixture(scope="module", params=["fp32", "fp16", "int4"])
+@pytest.fixture(scope="module", params=["fp32", "int4", *slow("fp16")])
 def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Export:
     return exported(tmp_path_factory.mktemp(request.param), dtype=request.param)
 
@@ -144,6 +145,7 @@ for out in map(Path, sys.argv[1:]):
 """The reference's part of the verifications of exports: the peak of memory after each."""
 
 
+@pytest.mark.slow
 def test_a_large_reference_needs_a_part_of_its_memory(tmp_path: Path) -> None:
     sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6}
     outs = []

@@ -75,6 +75,19 @@ def session_of(model: ir.Model) -> ort.InferenceSession:
     return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
+@cache
+def captured_onnx(name: str) -> ir.Model:
+    """The translation of a captured row, once a process: for tests that read it."""
+    model, capture = captured(name)
+    return onnx_of(capture, model)
+
+
+@cache
+def captured_session(name: str) -> ort.InferenceSession:
+    """A session of a captured row."""
+    return session_of(captured_onnx(name))
+
+
 class Generation:
     """A cache and a mask that grow, or with `buffer` stand at so many positions from the start.
 

@@ -22,13 +22,15 @@ from tests.capture.decoder.decoding import (
     Generation,
     capture_of,
     captured,
+    captured_onnx,
+    captured_session,
     differences,
     onnx_of,
     session_of,
     skeleton_of,
     texts,
 )
-from tests.tiers import tiered
+from tests.tiers import slow, tiered
 
 TOLERANCE = 1e-5
 ROW = {row.name: row for row in DECODERS}
@@ -38,8 +40,8 @@ ROW = {row.name: row for row in DECODERS}
 @pytest.mark.parametrize("row", tiered(DECODERS, CORE), scope="session")
 def test_decoder_equals_the_model_on_ragged_texts(row: Decoder) -> None:
     model, capture = captured(row.name)
-    translated = onnx_of(capture, model)
-    found = differences(model, capture, session_of(translated))
+    translated = captured_onnx(row.name)
+    found = differences(model, capture, captured_session(row.name))
     assert max(found.values()) <= TOLERANCE, found
     assert [layer.window for layer in capture.layers] == list(row.windows)
     assert capture.norms == row.norms
@@ -59,7 +61,7 @@ def test_decoder_equals_the_model_on_ragged_texts(row: Decoder) -> None:
     assert float(logits.detach().std()) > 0.5, "logits that hardly differ would hide an error"
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "mistral_head_20"])
+@pytest.mark.parametrize("name", ["mistral", "mistral_head_20", *slow("gemma2")])
 def test_a_window_wider_by_one_is_seen(name: str) -> None:
     model = ROW[name].build()
     wider = ROW[name].build(sliding_window=7)
@@ -90,15 +92,8 @@ def test_gemma3_has_a_table_for_each_kind_of_layer() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "llama",
-        "gemma2",
-        "gpt_neox_quarter",
-        "gpt2",
-        "bloom",
-        *(
-            pytest.param(n, marks=pytest.mark.slow)
-            for n in ("llama_head_20", "phi3", "falcon_alibi")
-        ),
+        *("llama", "bloom"),
+        *slow("gemma2", "gpt_neox_quarter", "gpt2", "llama_head_20", "phi3", "falcon_alibi"),
     ],
 )
 def test_half_precision_is_captured_in_half_precision(name: str) -> None:
@@ -162,8 +157,7 @@ def test_a_subclass_with_other_names_goes_through_unchanged() -> None:
 
 
 def test_names_and_axes_are_those_of_onnxruntime_genai() -> None:
-    model, capture = captured("llama")
-    translated = onnx_of(capture, model)
+    translated = captured_onnx("llama")
     shapes = {v.name: str(v.shape) for v in (*translated.graph.inputs, *translated.graph.outputs)}
     assert shapes["input_ids"] == "[batch_size,sequence_length]"
     assert shapes["attention_mask"] == "[batch_size,total_sequence_length]"
@@ -217,7 +211,7 @@ def test_dynamic_ntk_is_refused_beyond_the_length_where_angles_are_fixed() -> No
 
 def test_a_text_that_outgrows_the_short_factors_goes_on_as_the_model_does() -> None:
     model, capture = captured("phi3_longrope_short")
-    run = Generation(session_of(onnx_of(capture, model)), capture, 1)
+    run = Generation(captured_session("phi3_longrope_short"), capture, 1)
     tokens = texts(99, (21,))[0][None]
     cache = None
     for start, end in ((0, 19), (19, 20), (20, 21), (21, 24)):
@@ -232,7 +226,9 @@ def test_a_text_that_outgrows_the_short_factors_goes_on_as_the_model_does() -> N
     assert float((anew - expected.logits[:, -1]).abs().max()) > 1e-2, "the cache is of two kinds"
 
 
-@pytest.mark.parametrize("name", ["llama_dynamic", "phi3_longrope_short", "phi3_longrope_long"])
+@pytest.mark.parametrize(
+    "name", ["llama_dynamic", "phi3_longrope_short", *slow("phi3_longrope_long")]
+)
 def test_fixed_tables_serve_a_rotary_function_that_is_not_recognised(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,14 +242,17 @@ def test_fixed_tables_serve_a_rotary_function_that_is_not_recognised(
     assert max(found.values()) <= TOLERANCE, found
 
 
+WRITTEN_OUT = "written out for the test"
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "unfused"),
     [
-        *("bloom", "falcon_new"),  # with ALiBi, and with rotary embeddings
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("falcon", "falcon_alibi")),
+        *(("bloom", None), ("falcon_new", WRITTEN_OUT)),  # with ALiBi, and with rotary embeddings
+        *slow(("falcon_new", None), ("bloom", WRITTEN_OUT)),
+        *slow(("falcon", WRITTEN_OUT), ("falcon_alibi", None)),
     ],
 )
-@pytest.mark.parametrize("unfused", [None, "written out for the test"])
 def test_attention_of_its_own_in_other_forms(name: str, unfused: str | None) -> None:
     size = {"hidden_size": 80} if unfused is None else {}
     model = ROW[name].build(**size)
@@ -300,7 +299,7 @@ class Spoiled:
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda x: torch.where(x < -1e9, x, x.tanh()),
+        *slow(lambda x: torch.where(x < -1e9, x, x.tanh())),
         lambda x: torch.cat([x, x[..., :1]], -1),
     ],
     ids=["tanh", "sink"],
@@ -309,7 +308,7 @@ def test_attention_that_is_something_else_is_written_out(
     spoil: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     model = ROW["bloom"].build()
-    plain = session_of(onnx_of(captured("bloom").capture, model))
+    plain = captured_session("bloom")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules[type(model).__module__], "F", Spoiled(spoil))
         capture = capture_of(model)
@@ -321,11 +320,13 @@ def test_attention_that_is_something_else_is_written_out(
 TABLE = torch.tensor([0.0, 1.5, -1.0, 0.5, 2.0, -0.5])
 
 
-@pytest.mark.parametrize("kind", ["scores by the length", "a table of six keys", "a clamped mask"])
+@pytest.mark.parametrize(
+    "kind", ["a table of six keys", *slow("scores by the length", "a clamped mask")]
+)
 def test_attention_that_depends_on_how_a_text_is_cut_is_written_out(kind: str) -> None:
     """Its logits are others for other prompts and steps, so both sides are cut alike."""
     model = ROW["bloom"].build()
-    plain_session = session_of(onnx_of(captured("bloom").capture, model))
+    plain_session = captured_session("bloom")
     space = sys.modules[type(model).__module__]
     mask = space.create_causal_mask  # type: ignore[attr-defined]  # bloom has it
     with pytest.MonkeyPatch.context() as patch:
@@ -369,11 +370,11 @@ def test_lowering_twice_changes_nothing() -> None:
     assert str(capture.program.graph) == before
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "bloom", *slow("gemma2")])
 def test_logits_of_the_last_tokens_are_those_of_each_text(name: str) -> None:
-    model, every = captured(name)
+    model = captured(name).model
     last = capture_of(model, last_token_logits=True)
-    sessions = [session_of(onnx_of(capture, model)) for capture in (every, last)]
+    sessions = [captured_session(name), session_of(onnx_of(last, model))]
     lengths = [5, 2, 7]
     ids = torch.randint(0, 99, (3, 7)).numpy()
     mask = torch.tensor([[int(i < n) for i in range(7)] for n in lengths]).numpy()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bone_fx.capture.decoder.experts import SwiGlu, recognise_gate
 from tests.capture.decoder.decoders import DECODERS
 from tests.capture.decoder.decoding import capture_of, differences, onnx_of, session_of
+from tests.tiers import slow
 
 TOLERANCE = 1e-5
 DECODER = {row.name: row for row in DECODERS}
@@ -67,7 +68,7 @@ def test_a_gate_is_known_by_its_values(function: Any, expected: SwiGlu | None) -
     assert recognise_gate(Gate(function)) == expected
 
 
-@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("normalized", [True, *slow(False)])
 def test_mixtures_are_one_operator(normalized: bool) -> None:
     model = DECODER["qwen3_moe"].build(norm_topk_prob=normalized)
     capture = capture_of(model)

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 from tests.capture.decoder.decoders import DECODERS
-from tests.capture.decoder.decoding import capture_of, captured, onnx_of
+from tests.capture.decoder.decoding import capture_of, captured, captured_onnx, onnx_of
+from tests.tiers import slow
 
 ROW = {row.name: row for row in DECODERS}
 
@@ -29,18 +30,16 @@ OF_A_LAYER = {
 }
 
 
-@pytest.mark.parametrize("name", OF_A_LAYER)
+@pytest.mark.parametrize("name", ["opt", "gemma3_text", *slow("gpt_neox_partial", "phi", "qwen3")])
 def test_nodes_of_a_layer(name: str) -> None:
-    counts = []
-    for layers in (2, 4):
-        kinds = getattr(ROW[name].build().config, "layer_types", None)
-        changes = {"layer_types": (list(kinds) * layers)[:layers]} if kinds else {}
-        model, capture = captured(name)
-        if layers != 2:
-            model = ROW[name].build(num_hidden_layers=layers, **changes)
-            capture = capture_of(model)
-        counts.append(Counter(node.op_type for node in onnx_of(capture, model).graph))
-    few, many = counts
+    two = captured(name).model
+    kinds = getattr(two.config, "layer_types", None)
+    changes = {"layer_types": list(kinds) * 2} if kinds else {}
+    four = ROW[name].build(num_hidden_layers=4, **changes)
+    few, many = (
+        Counter(node.op_type for node in model.graph)
+        for model in (captured_onnx(name), onnx_of(capture_of(four), four))
+    )
     two_layers = many - few
     assert not few - many
     expected = (part.split() for part in OF_A_LAYER[name].split(", "))

@@ -16,6 +16,7 @@ from bone_fx.capture.training.capture_training import capture_training
 from bone_fx.capture.training.loss import loss_for
 from bone_fx.errors import UsageError
 from tests.capture.architectures import ARCHITECTURES, BY_NAME, VOCABULARY, Architecture
+from tests.tiers import slow
 
 _BERT = BY_NAME["bert"].config
 _LLAMA = BY_NAME["llama"].config
@@ -190,7 +191,7 @@ def test_a_forward_that_passes_labels_on_has_its_parents_loss() -> None:
         torch.testing.assert_close(capture.loss(model(**inputs), labels), expected)
 
 
-@pytest.mark.parametrize("model_class", [_Doubled, _Smoothed, _Weighted])
+@pytest.mark.parametrize("model_class", [_Weighted, *slow(_Doubled, _Smoothed)])
 def test_a_loss_that_the_forward_changes_is_not_taken_for_its_parents(model_class: Any) -> None:
     fields = _BERT | {"num_labels": 3} if model_class is _Weighted else _LLAMA
     model = model_class(model_class.config_class(**fields)).eval()

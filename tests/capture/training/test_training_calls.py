@@ -20,6 +20,7 @@ from bone_fx.capture.training.capture_training import capture_training
 from bone_fx.errors import CaptureError, InputRefusedError, UsageError
 from bone_fx.passes.dropout import set_dropout
 from tests.capture.architectures import BY_NAME
+from tests.tiers import slow
 
 LLAMA, BERT = BY_NAME["llama"], BY_NAME["bert"]
 
@@ -31,8 +32,13 @@ def _evaluation(capture: Any, model: torch.nn.Module, **inputs: Any) -> float:
         return (capture(**inputs).logits - model(**inputs).logits).abs().max().item()
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (2, 2), (2, 64), (4, 4)])
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *(("llama", (1, 1)), ("llama", (4, 4)), ("bert", (2, 2))),
+        *slow(("llama", (1, 5)), ("llama", (2, 64)), ("bert", (1, 1))),
+    ],
+)
 def test_example_of_any_size_gives_the_same_graph(name: str, shape: tuple[int, int]) -> None:
     row = BY_NAME[name]
     model = row.build()
@@ -43,7 +49,7 @@ def test_example_of_any_size_gives_the_same_graph(name: str, shape: tuple[int, i
         assert _evaluation(capture, model, **row.inputs(batch, length)) <= 1e-6
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "gemma2", "mistral"])
+@pytest.mark.parametrize("name", ["mistral", *slow("llama", "bert", "gemma2")])
 def test_mask_of_ones_in_the_example_is_still_an_input(name: str) -> None:
     row = BY_NAME[name]
     model = row.build()
@@ -79,7 +85,7 @@ def test_missing_mask_means_ones_and_labels_are_passed_over() -> None:
     torch.testing.assert_close(capture.loss.attach(capture(**inputs), ids).loss, expected.loss)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [3, *slow(1)])
 def test_position_ids_are_an_input(rows: int) -> None:
     model = LLAMA.build()
     inputs = LLAMA.inputs(3, 8)
@@ -122,7 +128,7 @@ def test_embeddings_as_input() -> None:
     assert _evaluation(capture, model, inputs_embeds=torch.randn(2, 9, 64)) <= 1e-6
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", ["bart", *slow("t5")])
 def test_decoder_inputs_come_from_labels(name: str) -> None:
     row = BY_NAME[name]
     model = row.build()
@@ -171,7 +177,7 @@ def test_calls_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "longest"),
-    [("bert", 100), ("gpt2", 100), ("opt", 100), ("roberta", 98), ("bart", 100)],
+    [("roberta", 98), *slow(("bert", 100), ("gpt2", 100), ("opt", 100), ("bart", 100))],
 )
 def test_longer_than_the_learned_positions(name: str, longest: int) -> None:
     row = BY_NAME[name]
@@ -195,7 +201,7 @@ def test_bfloat16_is_captured_in_bfloat16() -> None:
     assert _evaluation(capture, model, **inputs) == 0.0
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "whisper"])
+@pytest.mark.parametrize("name", ["bert", *slow("llama", "whisper")])
 def test_model_is_left_as_it_was(name: str) -> None:
     row = BY_NAME[name]
     model = row.build().train()
@@ -242,20 +248,22 @@ def test_left_as_it_was_when_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "overrides", "named"),
     [
-        ("wav2vec2", {"layerdrop": 0.1}, "layerdrop=0"),
         (
             "wav2vec2",
             {"apply_spec_augment": True, "mask_time_prob": 0.5},
             "apply_spec_augment=False",
         ),
         ("dinov2", {"drop_path_rate": 1e-6}, "drop_path_rate=0"),
-        ("mixtral", {"router_jitter_noise": 1e-6}, "router_jitter_noise=0"),
-        (
-            "whisper",
-            {"apply_spec_augment": True, "mask_feature_prob": 1e-6},
-            "apply_spec_augment=False",
+        *slow(
+            ("wav2vec2", {"layerdrop": 0.1}, "layerdrop=0"),
+            ("mixtral", {"router_jitter_noise": 1e-6}, "router_jitter_noise=0"),
+            (
+                "whisper",
+                {"apply_spec_augment": True, "mask_feature_prob": 1e-6},
+                "apply_spec_augment=False",
+            ),
+            ("mixtral", {"experts_implementation": "eager"}, 'experts_implementation="grouped_mm"'),
         ),
-        ("mixtral", {"experts_implementation": "eager"}, 'experts_implementation="grouped_mm"'),
     ],
 )
 def test_training_that_is_not_one_graph_is_refused(
@@ -310,7 +318,7 @@ def test_tied_parameter_is_read_under_the_name_of_its_user() -> None:
     assert capture.graph_module.lm_head.weight is capture.graph_module.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "falcon"])
+@pytest.mark.parametrize("name", ["llama", *slow("t5", "falcon")])
 def test_copies_stand_alone(name: str) -> None:
     row = BY_NAME[name]
     model = row.build()
