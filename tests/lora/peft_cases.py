@@ -160,7 +160,10 @@ ROWS: dict[str, Row] = {
     "dora of conv1d": Row(gpt2, {"target_modules": ["c_attn", "c_fc"], "use_dora": True}),
     "lora_bias": Row(biased, {"target_modules": ["v_proj", "o_proj"], "lora_bias": True}),
     "lora_bias without a bias": Row(
-        llama, {"target_modules": ["v_proj", "up_proj"], "lora_bias": True}, False, False
+        llama, {"target_modules": ["v_proj", "up_proj"], "lora_bias": True}, merges=False
+    ),
+    "lora_bias on a head": Row(
+        llama, {"target_modules": ["lm_head"], "lora_bias": True}, merges=False, folds=False
     ),
     "bias of all": Row(biased, {"target_modules": ["q_proj"], "bias": "all"}),
     "embeddings": Row(llama, {"target_modules": ["embed_tokens", "v_proj"]}),

@@ -54,7 +54,7 @@ def test_biases_that_peft_did_not_save_are_told(tmp_path: Path) -> None:
 
 
 def test_a_bias_that_the_class_has_no_place_for(tmp_path: Path) -> None:
-    case = make(ROWS["lora_bias without a bias"], tmp_path)
+    case = make(ROWS["lora_bias on a head"], tmp_path)
     with pytest.raises(FoldError, match=r"no place for .*bias") as caught:
         bone_fx.fold_checkpoint(case.base, adapters=[case.adapter], output=tmp_path / "out")
     assert "bone-export" in str(caught.value.next_step)
