@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bone_fx.adapter_folder import read_adapters
+from bone_fx.deploy.bias_fields import with_places_for_biases
 from bone_fx.deploy.changed_tensors import changed_tensors, check_names
 from bone_fx.deploy.checkpoint_inputs import open_checkpoint
 from bone_fx.deploy.companions.checkpoint_folder import INDEX_SUFFIX, copy_the_rest
@@ -138,6 +139,7 @@ def fold_checkpoint(
             revision=revision,
             allow_unused=allow_unused or (),
         )
+        inputs = with_places_for_biases(inputs)
         stored = _usual_dtype(inputs.checkpoint)
         rounding = Rounding(stored) if stored.itemsize == 2 else None
         folded = inputs.fold(torch.float32, rounding)

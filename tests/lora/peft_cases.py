@@ -67,6 +67,15 @@ def grown() -> LlamaForCausalLM:
     return model
 
 
+def tied_and_grown() -> LlamaForCausalLM:
+    """One table for embeddings and head, with three more tokens than its checkpoint has."""
+    model = tied()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.resize_token_embeddings(VOCABULARY + 3)
+    return model
+
+
 def gpt2() -> GPT2LMHeadModel:
     """A GPT-2, whose layers keep their weights transposed."""
     torch.manual_seed(0)
@@ -151,7 +160,10 @@ ROWS: dict[str, Row] = {
     "dora of conv1d": Row(gpt2, {"target_modules": ["c_attn", "c_fc"], "use_dora": True}),
     "lora_bias": Row(biased, {"target_modules": ["v_proj", "o_proj"], "lora_bias": True}),
     "lora_bias without a bias": Row(
-        llama, {"target_modules": ["v_proj", "up_proj"], "lora_bias": True}, False, False
+        llama, {"target_modules": ["v_proj", "up_proj"], "lora_bias": True}, merges=False
+    ),
+    "lora_bias on a head": Row(
+        llama, {"target_modules": ["lm_head"], "lora_bias": True}, merges=False, folds=False
     ),
     "bias of all": Row(biased, {"target_modules": ["q_proj"], "bias": "all"}),
     "embeddings": Row(llama, {"target_modules": ["embed_tokens", "v_proj"]}),
@@ -184,6 +196,33 @@ ROWS: dict[str, Row] = {
             "rank_pattern": {"experts.down_proj": 2},
         },
     ),
+    "saved head of a tied pair": Row(
+        tied, {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}, merges=False
+    ),
+    "tied pair trained as one": Row(
+        tied,
+        {
+            "target_modules": ["v_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+        merges=False,
+    ),
+    "resized embeddings of a tied pair": Row(
+        tied_and_grown,
+        {"target_modules": ["v_proj", "embed_tokens"]},
+        merges=False,
+        saved_base=tied,
+    ),
+    "tokens of both sides": Row(
+        llama,
+        {
+            "target_modules": ["v_proj"],
+            "trainable_token_indices": {"embed_tokens": [5, 31], "lm_head": [7, 99]},
+        },
+        merges=False,
+    ),
+    "a router": Row(mixtral, {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}),
     "one parameter of experts": Row(
         mixtral, {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}
     ),

@@ -111,6 +111,12 @@ def without_unused(
                 next_step="correct its configuration (peft_type, use_dora, lora_bias), or "
                 f"--allow-unused '{left[0]}' if the adapter is right without it",
             )
+        trained = getattr(adapter.config, "bias", "none")
+        if trained != "none" and not any(n.endswith("bias") for n in adapter.modules_to_save):
+            notes.append(
+                f"adapter {label!r} was trained with bias={trained}, and its file holds no bias: "
+                "PEFT loads the base's own, and so does this"
+            )
         given_up = [*heads, *unused]
         if given_up:
             notes.append(f"left out as allowed: {', '.join(given_up)} of adapter {label!r}")
