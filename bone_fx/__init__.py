@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bone_fx.config import BoneConfig, MissConfig
-    from bone_fx.deploy.convert_adapter import ConvertResult, convert_adapter
+    from bone_fx.deploy.conversion.convert_adapter import ConvertResult, convert_adapter
     from bone_fx.deploy.export import ExportResult, export
     from bone_fx.deploy.fold_checkpoint import FoldResult, fold_checkpoint
     from bone_fx.deploy.verify_export import VerifyResult, verify_export
@@ -36,7 +36,7 @@ _HOMES = {
     "AdapterTrainer": "bone_fx.train.trainer",
     "BoneConfig": "bone_fx.config",
     "BoneFxError": "bone_fx.errors",
-    "ConvertResult": "bone_fx.deploy.convert_adapter",
+    "ConvertResult": "bone_fx.deploy.conversion.convert_adapter",
     "ExportResult": "bone_fx.deploy.export",
     "FoldResult": "bone_fx.deploy.fold_checkpoint",
     "MissConfig": "bone_fx.config",
@@ -44,7 +44,7 @@ _HOMES = {
     "PassResult": "bone_fx.passes",
     "VerifyResult": "bone_fx.deploy.verify_export",
     "adapt": "bone_fx.train.adapt",
-    "convert_adapter": "bone_fx.deploy.convert_adapter",
+    "convert_adapter": "bone_fx.deploy.conversion.convert_adapter",
     "export": "bone_fx.deploy.export",
     "fold_adapters": "bone_fx.passes",
     "fold_checkpoint": "bone_fx.deploy.fold_checkpoint",

@@ -32,7 +32,7 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Write a Bone, BAT or MiSS adapter as another kind, for tools that read that."""
-    from bone_fx.deploy.convert_adapter import convert_adapter
+    from bone_fx.deploy.conversion.convert_adapter import convert_adapter
 
     result = convert_adapter(
         adapter,

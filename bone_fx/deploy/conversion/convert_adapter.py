@@ -9,7 +9,6 @@ Shapes: I in_features, O out_features, R block size or rank.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,15 +16,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bone_fx import __version__
 from bone_fx.adapter_folder import WEIGHTS_NAME, TrainedFolder, read_adapter, write_adapter
-from bone_fx.adapter_folder.folder import PREFIX
 from bone_fx.adapters import METHODS, LowRank, mini
-from bone_fx.config import CONFIG_NAME, PEFT_VERSION, BoneConfig
+from bone_fx.config import CONFIG_NAME, BoneConfig
 from bone_fx.deploy.checkpoint_inputs import CheckpointInputs, open_checkpoint
+from bone_fx.deploy.conversion.lora_folder import write_lora
+from bone_fx.deploy.conversion.low_rank import delta, exact, nearest
 from bone_fx.deploy.earlier_output import files_of
 from bone_fx.deploy.input_files import files_read, local_adapter
 from bone_fx.deploy.options import AdapterKind
@@ -35,8 +34,6 @@ from bone_fx.sites import LinearSite
 
 _PEFT_TYPES = {"bone": "BONE", "miss": "MISS"}
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
-_OVERSAMPLED, _ITERATIONS = 16, 8
-"""Of the randomized decomposition of what BAT adds, beyond the rank."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ def convert_adapter(
                     if error is not None:
                         errors[name] = error
                 names = [name for name, _ in folded.skeleton.model.named_modules()]
-                _write_lora(staging.folder, folder, folded.sites, pairs, names)
+                write_lora(staging.folder, folder, folded.sites, pairs, names)
             else:
                 blocks = {
                     name: mini.widen(folder.blocks[name], site.out_features)
@@ -218,98 +215,16 @@ def _pairs(
         block = folder.blocks[name].float()
         if rank is None:
             wide = mini.widen(block, site.out_features)
-            pair = _exact(wide, site.in_features)
-            if not torch.equal(_delta("lora", site, pair), _delta("bone", site, wide)):
+            pair = exact(wide, site.in_features)
+            if not torch.equal(delta("lora", site, pair), delta("bone", site, wide)):
                 raise VerificationError(f"{name}: the LoRA is not the block", next_step=LOOK)
             yield name, pair, None
             continue
         stored = weights[site.weight_name].evaluate()
         delta_OI = METHODS["bat"].delta(stored.t() if site.transposed else stored, block)
-        pair = _nearest(delta_OI, rank)
+        pair = nearest(delta_OI, rank)
         left = (delta_OI - pair.b @ pair.a).norm()
         yield name, pair, float(left / delta_OI.norm().clamp_min(1e-30))
-
-
-def _exact(d_RO: Tensor, in_features: int) -> LowRank:
-    rank = d_RO.shape[0]
-    a_RI = torch.eye(rank).repeat(1, -(-in_features // rank))[:, :in_features]
-    return LowRank(a_RI.contiguous(), d_RO.t().contiguous(), 1.0)
-
-
-def _nearest(delta_OI: Tensor, rank: int) -> LowRank:
-    """The LoRA of a rank that is nearest to a change, by its largest singular values."""
-    rank = min(rank, *delta_OI.shape)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        width = min(rank + _OVERSAMPLED, *delta_OI.shape)
-        u_OQ, s_Q, v_IQ = torch.svd_lowrank(delta_OI, width, _ITERATIONS)
-    roots_R = s_Q[:rank].sqrt()
-    a_RI = (v_IQ[:, :rank] * roots_R).t().contiguous()
-    return LowRank(a_RI, (u_OQ[:, :rank] * roots_R).contiguous(), 1.0)
-
-
-def _delta(method: str, site: LinearSite, block: Any) -> Tensor:
-    return METHODS[method].delta(torch.zeros(site.out_features, site.in_features), block)
-
-
-def _write_lora(
-    target: Path,
-    folder: TrainedFolder,
-    sites: Mapping[str, LinearSite],
-    pairs: Mapping[str, LowRank],
-    modules: list[str],
-) -> None:
-    """Write a LoRA's configuration and tensors."""
-    config = folder.config
-    rank = max(pair.rank for pair in pairs.values())
-    smaller = {name: pair.rank for name, pair in pairs.items() if pair.rank < rank}
-    fields = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,
-        # A pattern is matched as a regular expression that ends the name.
-        "rank_pattern": {_escaped(name): number for name, number in smaller.items()},
-        "alpha_pattern": {_escaped(name): number for name, number in smaller.items()},
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "fan_in_fan_out": any(site.transposed for site in sites.values()),
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "target_modules": _targets(set(sites), modules),
-        "modules_to_save": config.modules_to_save,
-        "task_type": config.task_type,
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "revision": config.revision,
-        "auto_mapping": config.auto_mapping,
-        "peft_version": PEFT_VERSION,
-    }
-    (target / CONFIG_NAME).write_text(json.dumps(dict(sorted(fields.items())), indent=2) + "\n")
-    tensors = {
-        f"{PREFIX}{name}.lora_{side}.weight": tensor
-        for name, pair in pairs.items()
-        for side, tensor in (("A", pair.a), ("B", pair.b))
-    }
-    for name, tensor in _whole(folder).items():
-        module, _, leaf = name.rpartition(".")
-        tensors[f"{PREFIX}{module}.base_layer.{leaf}" if module in sites else PREFIX + name] = (
-            tensor
-        )
-    save_file(tensors, target / WEIGHTS_NAME, metadata={"format": "pt"})
-
-
-def _targets(names: set[str], modules: list[str]) -> list[str]:
-    """Last parts of the layers' names if these choose them and nothing else, else whole names."""
-    ends = sorted({name.rpartition(".")[2] for name in names})
-    chosen = {
-        module for module in modules if f".{module}".endswith(tuple(f".{end}" for end in ends))
-    }
-    return ends if chosen == names else sorted(names)
-
-
-def _escaped(name: str) -> str:
-    return name.replace(".", r"\.")
 
 
 def _whole(folder: TrainedFolder) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""An adapter of one kind as a folder of another."""
