@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from bone_fx.train.adapt import adapt, get_peft_model
     from bone_fx.train.adapted_module import AdaptedModule, PeftModel
     from bone_fx.train.peft_functions import (
+        get_base_model_state_dict,
         get_peft_model_state_dict,
         hotswap_adapter,
+        set_base_model_state_dict,
         set_peft_model_state_dict,
     )
     from bone_fx.train.trainer import AdapterTrainer
@@ -43,10 +45,12 @@ _HOMES = {
     "export": "bone_fx.deploy.export",
     "fold_adapters": "bone_fx.passes",
     "fold_checkpoint": "bone_fx.deploy.fold_checkpoint",
+    "get_base_model_state_dict": "bone_fx.train.peft_functions",
     "get_peft_model": "bone_fx.train.adapt",
     "get_peft_model_state_dict": "bone_fx.train.peft_functions",
     "hotswap_adapter": "bone_fx.train.peft_functions",
     "insert_adapters": "bone_fx.passes",
+    "set_base_model_state_dict": "bone_fx.train.peft_functions",
     "set_peft_model_state_dict": "bone_fx.train.peft_functions",
     "verify_export": "bone_fx.deploy.verify_export",
 }
@@ -66,10 +70,12 @@ __all__ = [
     "export",
     "fold_adapters",
     "fold_checkpoint",
+    "get_base_model_state_dict",
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "insert_adapters",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "verify_export",
 ]

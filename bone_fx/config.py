@@ -275,8 +275,17 @@ class BoneConfig:
             ConfigError: A value in it is not allowed.
         """
         path = Path(directory, subfolder or "", CONFIG_NAME)
-        content = read_configuration(path)
-        return cls.from_dict(content, where=str(path))
+        return cls.from_dict(cls.from_json_file(path), where=str(path))
+
+    @staticmethod
+    def from_json_file(path_json_file: str | Path) -> dict[str, Any]:
+        """The fields of an `adapter_config.json` as they are, without PEFT's `runtime_config`.
+
+        Raises:
+            AdapterError: The file is missing or not JSON.
+        """
+        content = read_configuration(Path(path_json_file))
+        return {name: value for name, value in content.items() if name != "runtime_config"}
 
 
 @dataclass
@@ -302,7 +311,7 @@ def read_configuration(path: Path) -> dict[str, Any]:
         return read_object(path)
     except FileNotFoundError:
         raise AdapterError(
-            f"no {CONFIG_NAME} in {path.parent}",
+            f"no {path.name} in {path.parent}",
             expected="a folder as PEFT's save_pretrained writes it",
             next_step="check the path of the adapter",
         ) from None

@@ -118,7 +118,7 @@ def get_peft_model(
         peft_config: A `BoneConfig`, or PEFT's own `BoneConfig` or `MissConfig`.
         adapter_name: The adapter's name.
         mixed: Must be False; adapters of both kinds live together anyhow.
-        autocast_adapter_dtype: Must be True on a base in half precision: blocks are float32.
+        autocast_adapter_dtype: False keeps the blocks in the dtype of their layers, not float32.
         revision: Of the base, noted in the configuration.
         low_cpu_mem_usage: Taken as PEFT takes it; blocks are small.
         example_inputs: One call's arguments; None makes those of a transformers model up.
@@ -140,12 +140,6 @@ def get_peft_model(
             "mixed=True is for tuners of several kinds",
             next_step="leave it out: Bone, BAT and MiSS adapters live in one module anyhow",
         )
-    if not autocast_adapter_dtype and any(p.itemsize < 4 for p in model.parameters()):
-        raise UsageError(
-            "blocks are float32, whatever the base's dtype",
-            expected="autocast_adapter_dtype=True",
-            next_step="leave it out",
-        )
     config = BoneConfig.of(peft_config)
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     noted = config.base_model_name_or_path or None
@@ -157,4 +151,7 @@ def get_peft_model(
         )
     revision = revision or config.revision
     config = replace(config, base_model_name_or_path=name, revision=revision)
-    return adapt(model, config, example_inputs, adapter_name, **options)
+    adapted = adapt(model, config, example_inputs, adapter_name, **options)
+    if not autocast_adapter_dtype:
+        adapted._narrow(adapter_name)
+    return adapted

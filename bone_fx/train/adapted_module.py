@@ -75,6 +75,7 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: BoneConfig | Any | None = None,
+        autocast_adapter_dtype: bool = True,
         *,
         example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
         progress: Progress | bool = True,
@@ -88,6 +89,7 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
             adapter_name: The adapter's name.
             is_trainable: Whether it trains; then the module has the mode of the model.
             config: Instead of the configuration in the folder; PEFT's own is taken too.
+            autocast_adapter_dtype: False keeps the blocks in the dtype of their layers.
             example_inputs: One call's arguments; None makes those of a transformers model up.
             progress: As `adapt` takes it.
             **options: `subfolder`, `revision`, `token` and `cache_dir` for the hub, and PEFT's
@@ -110,6 +112,8 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
         origin = capture_origin(model, example_inputs, progress=progress)
         origin.progress.stage("insert the adapter")
         adapted = AdaptedModule(origin)._start(adapter_name, own, folder)
+        if not autocast_adapter_dtype:
+            adapted._narrow(adapter_name)
         return adapted.train(model.training and is_trainable)
 
     # Adapters: add, load, choose, switch off, delete.
@@ -119,6 +123,7 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
         adapter_name: str,
         peft_config: BoneConfig | Any,
         low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Add an adapter with fresh blocks; `set_adapter` makes it active.
 
@@ -126,6 +131,7 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
             adapter_name: Its name.
             peft_config: A `BoneConfig`, or PEFT's own `BoneConfig` or `MissConfig`.
             low_cpu_mem_usage: Taken as PEFT takes it; blocks are small.
+            autocast_adapter_dtype: False keeps its blocks in the dtype of their layers.
 
         Raises:
             SiteError: Nothing matched, or a block cannot fit its layer.
@@ -133,6 +139,8 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
         """
         refuse_taken_name(self._adapters, adapter_name)
         self._mount(adapter_name, BoneConfig.of(peft_config))
+        if not autocast_adapter_dtype:
+            self._narrow(adapter_name)
 
     def load_adapter(
         self,
@@ -140,6 +148,7 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
         adapter_name: str = "default",
         is_trainable: bool = False,
         torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
         **options: Any,
     ) -> LoadResult:
         """Add a trained adapter in PEFT's layout; `set_adapter` makes it active.
@@ -153,6 +162,7 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
             is_trainable: Whether the module keeps its mode. A frozen adapter trains once it is
                 activated with `set_adapter(name)`, as in PEFT.
             torch_device: Taken as PEFT takes it; blocks go where their layers are.
+            autocast_adapter_dtype: False keeps its blocks in the dtype of their layers.
             **options: `subfolder`, `revision`, `token` and `cache_dir` for the hub, and PEFT's
                 options of loading.
 
@@ -163,6 +173,8 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
         """
         folder = read_trained(adapter_folder(model_id, **hub_options(options)), adapter_name)
         self._load(adapter_name, folder, is_trainable=is_trainable)
+        if not autocast_adapter_dtype:
+            self._narrow(adapter_name)
         if not is_trainable:
             self.eval()
         return LoadResult([], list(folder.unused))
@@ -208,14 +220,15 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
         Where none is active any more, the first of the others by name becomes so, as in PEFT.
 
         Raises:
-            UsageError: There is no adapter of that name.
+            UsageError: There is no adapter of that name, or it is merged.
         """
         self._adapter(adapter_name)
+        if adapter_name in self._merged:
+            raise UsageError(f"adapter {adapter_name!r} is merged", next_step="unmerge_adapter()")
         left = sorted(set(self._adapters) - {adapter_name})
         active = [name for name in self.active_adapters if name != adapter_name]
         with self._change():
             del self._adapters[adapter_name]
-            self._merged = [name for name in self._merged if name != adapter_name]
             if self.active_adapters and not active and left:
                 active = left[:1]
                 warnings.warn(

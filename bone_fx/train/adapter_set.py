@@ -31,6 +31,7 @@ from bone_fx.train.mounting import (
     insert_mounted,
     mount_parameters,
     named_buffers,
+    narrow_blocks,
     new_adapter,
 )
 from bone_fx.train.origin import Origin
@@ -81,6 +82,11 @@ class AdapterSet(TrainingGraph):
         adapter = new_adapter(self._base, self._origin, name, config, folder)
         with self._change():
             self._adapters[name] = adapter
+
+    def _narrow(self, name: str) -> None:
+        """Keep an adapter in the dtype of its layers, as PEFT's `autocast_adapter_dtype=False`."""
+        with self._change():
+            narrow_blocks(self._base, find_sites(self._base).sites, self._adapter(name))
 
     def _activate(self, names: list[str], trained: Sequence[str]) -> None:
         """Make adapters active, in this order; some of them train, and no other adapter does."""

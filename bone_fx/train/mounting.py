@@ -166,12 +166,22 @@ def insert_mounted(
 def mount_parameters(
     root: nn.Module, sites: Sequence[LinearSite], adapters: Mapping[str, MountedAdapter]
 ) -> None:
-    """Put every adapter's blocks under their names."""
+    """Put every adapter's blocks under their names, and say the sizes of the layers they are on."""
     for name, adapter in adapters.items():
         for site in sites:
             if site.name in adapter.blocks:
                 owner, leaf = container(root, f"{site.block_owner}.{BLOCK}.{name}")
                 owner.register_parameter(leaf, adapter.blocks[site.name])
+                layer: Any = root.get_submodule(site.block_owner)
+                layer.in_features, layer.out_features = site.in_features, site.out_features
+
+
+def narrow_blocks(base: nn.Module, sites: Sequence[LinearSite], adapter: MountedAdapter) -> None:
+    """Give an adapter's blocks the dtype of the weights that they change."""
+    for site in sites:
+        block = adapter.blocks.get(site.name)
+        if block is not None:
+            block.data = block.data.to(base.get_parameter(site.weight_name).dtype)
 
 
 def mounted_values(

@@ -10,11 +10,11 @@ from bone_fx.errors import UsageError
 _HUB = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 _WITHOUT_EFFECT = frozenset(
     {
-        *("autocast_adapter_dtype", "ephemeral_gpu_offload", "ignore_mismatched_sizes"),
-        *("low_cpu_mem_usage", "offload_folder", "torch_device", "use_safetensors"),
+        *("ephemeral_gpu_offload", "ignore_mismatched_sizes", "low_cpu_mem_usage"),
+        *("device_map", "max_memory", "offload_folder", "torch_device", "use_safetensors"),
     }
 )
-"""They choose how PEFT gets to the result: blocks are float32 and lie where their layers do."""
+"""They choose how PEFT gets to the result: blocks lie where their layers do."""
 
 
 def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:

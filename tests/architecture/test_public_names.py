@@ -30,10 +30,12 @@ PUBLIC = {
     "export",
     "fold_adapters",
     "fold_checkpoint",
+    "get_base_model_state_dict",
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "insert_adapters",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "verify_export",
 }

@@ -341,7 +341,6 @@ CORE = (
     "gpt2",
     "bert",
     "modernbert",
-    "t5",
     "vit",
     "whisper",
 )

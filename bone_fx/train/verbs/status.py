@@ -136,7 +136,7 @@ class Status(AdapterSet):
             name=f"model.{name}",
             module_type="ModulesToSaveWrapper" if whole else _LAYER_TYPES[kind],
             enabled=not self._disabled,
-            active_adapters=list(self.active_adapters),
+            active_adapters=[n for n in self.active_adapters if n in owned or not whole],
             merged_adapters=[n for n in self._merged if n in owned],
             requires_grad={n: _trains(parameters) for n, parameters in owned.items()},
             available_adapters=sorted(owned),

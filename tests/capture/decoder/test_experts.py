@@ -85,6 +85,7 @@ def test_experts_with_another_gate_are_written_out() -> None:
     assert max(differences(model, capture, session_of(translated)).values()) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_experts_chosen_in_another_way_are_written_out() -> None:
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 

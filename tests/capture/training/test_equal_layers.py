@@ -59,7 +59,7 @@ def content(capture: TrainingCapture) -> list[Any]:
     ]
 
 
-KINDS = {*CORE, *ALL_TRACED, "gemma3_text", "falcon"}
+KINDS = {*CORE, *ALL_TRACED, "gemma3_text", "falcon", "t5"}
 """What the other rows' captures compute is compared with their models elsewhere."""
 
 
