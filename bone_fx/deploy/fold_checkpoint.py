@@ -49,6 +49,7 @@ from bone_fx.verify.fold_bounds import fold_bounds, lies_within
 from bone_fx.weights.recipes.fold_recipe import Fold, FoldPart
 from bone_fx.weights.recipes.recipe import Read, Recipe
 from bone_fx.weights.recipes.rounding import Rounding
+from bone_fx.weights.recipes.stack import Entry, Stack
 from bone_fx.weights.storage.safetensors_file import read_header
 from bone_fx.weights.writing.safetensors_writer import write_safetensors
 from bone_fx.weights.writing.stream import workers
@@ -153,7 +154,7 @@ def fold_checkpoint(
         progress.stage("verify")
         _verify(files, recipes)
         check_names(staging.folder, folded, changes)
-        names = tuple(key for key, recipe in recipes.items() if isinstance(recipe, Fold))
+        names = tuple(key for key, recipe in recipes.items() if isinstance(recipe, Fold | Stack))
         is_product = any(isinstance(a.config, LoraConfig) for _, a in inputs.adapters)
         how_close = "within what float32 rounds" if is_product else "bit for bit"
         rounded = [] if rounding is None else rounding.warnings()
@@ -247,26 +248,34 @@ def _verify(files: Iterable[Path], recipes: Mapping[str, Recipe]) -> None:
         key: Read(path, key, entry) for path in files for key, entry in read_header(path).items()
     }
     for key, recipe in recipes.items():
-        if not isinstance(recipe, Fold):
-            if not torch.equal(by_key[key].evaluate(), recipe.evaluate()):
-                raise VerificationError(
-                    f"verification failed: {key}: the written tensor is not what was to be written",
-                    expected=recipe.describe(),
-                    next_step=f"{LOOK}; please report it",
-                )
-            continue
-        same = partial(_is_the_fold, by_key[key], recipe)
-        with workers() as pool:
-            verified = all(pool.map(same, recipe.parts(_VERIFIED_BYTES)))
-        if not verified:
+        written: Recipe = by_key[key]
+        if isinstance(recipe, Stack):
+            for number, each in enumerate(recipe.recipes):
+                assert isinstance(each, Fold)
+                _verify_fold(Entry(written, number), each)
+        elif isinstance(recipe, Fold):
+            _verify_fold(written, recipe)
+        elif not torch.equal(written.evaluate(), recipe.evaluate()):
             raise VerificationError(
-                f"verification failed: {recipe.site}: the written weight is not the folded one",
-                expected="torch's own fold",
-                next_step=LOOK,
+                f"verification failed: {key}: the written tensor is not what was to be written",
+                expected=recipe.describe(),
+                next_step=f"{LOOK}; please report it",
             )
 
 
-def _is_the_fold(written: Read, recipe: Fold, part: FoldPart) -> bool:
+def _verify_fold(written: Recipe, recipe: Fold) -> None:
+    same = partial(_is_the_fold, written, recipe)
+    with workers() as pool:
+        verified = all(pool.map(same, recipe.parts(_VERIFIED_BYTES)))
+    if not verified:
+        raise VerificationError(
+            f"verification failed: {recipe.site}: the written weight is not the folded one",
+            expected="torch's own fold",
+            next_step=LOOK,
+        )
+
+
+def _is_the_fold(written: Recipe, recipe: Fold, part: FoldPart) -> bool:
     steps = [(step.method, part.step(step).block) for step in recipe.steps]
     base, actual = recipe.base.part(part.stored), written.part(part.stored)
     with torch.no_grad():
