@@ -9,8 +9,9 @@ and written one at a time; no model is built with weights.
    what they change gets its name and dtype on disk (`deploy.changed_tensors`).
 4. Every weight file is written again (`_write`), and what stands beside it copied
    (`deploy.companions.checkpoint_folder.copy_the_rest`).
-5. Every folded weight is read back and compared with torch's own fold (`_verify`), every head with
-   the adapter's, and transformers says which tensor each of them gets when the folder is loaded
+5. Every folded weight is read back and compared with torch's own fold (`_verify`): bit for bit, or
+   for a LoRA within what float32 rounds (`verify.fold_bounds`). Every head is compared with the
+   adapter's, and transformers says which tensor each of them gets when the folder is loaded
    (`deploy.changed_tensors.check_names`).
 6. The manifest, a model card and a page are written (`deploy.manifest.manifest_of`,
    `deploy.report.write_reports`) and the folder is moved to the output (`Staging.publish`).
@@ -42,11 +43,13 @@ from bone_fx.deploy.report.origin import read_origin
 from bone_fx.deploy.report.timing import Timed
 from bone_fx.deploy.staging import staged
 from bone_fx.errors import LOOK, ExportError, UsageError, VerificationError
+from bone_fx.lora.config import LoraConfig
 from bone_fx.progress import PUBLISH, Progress, shown
 from bone_fx.verify.fold_bounds import fold_bounds, lies_within
 from bone_fx.weights.recipes.fold_recipe import Fold, FoldPart
 from bone_fx.weights.recipes.recipe import Read, Recipe
 from bone_fx.weights.recipes.rounding import Rounding
+from bone_fx.weights.recipes.stack import Entry, Stack
 from bone_fx.weights.storage.safetensors_file import read_header
 from bone_fx.weights.writing.safetensors_writer import write_safetensors
 from bone_fx.weights.writing.stream import workers
@@ -151,7 +154,9 @@ def fold_checkpoint(
         progress.stage("verify")
         _verify(files, recipes)
         check_names(staging.folder, folded, changes)
-        names = tuple(key for key, recipe in recipes.items() if isinstance(recipe, Fold))
+        names = tuple(key for key, recipe in recipes.items() if isinstance(recipe, Fold | Stack))
+        is_product = any(isinstance(a.config, LoraConfig) for _, a in inputs.adapters)
+        how_close = "within what float32 rounds" if is_product else "bit for bit"
         rounded = [] if rounding is None else rounding.warnings()
         progress.stage(PUBLISH)
         manifest = manifest_of(
@@ -174,7 +179,7 @@ def fold_checkpoint(
                 "verified": True,
                 "verification": {
                     "ran": [
-                        f"{len(names)} folded weights, read back: torch's own fold, bit for bit",
+                        f"{len(names)} folded weights, read back: torch's own fold, {how_close}",
                         *([_HEADS.format(heads)] if (heads := len(recipes) - len(names)) else []),
                         "the names, as transformers loads them",
                     ]
@@ -238,31 +243,39 @@ def _write(
 
 
 def _verify(files: Iterable[Path], recipes: Mapping[str, Recipe]) -> None:
-    """Read what was changed back; folded weights are torch's own fold, bit for bit."""
+    """Read what was changed back; folded weights are torch's own fold."""
     by_key = {
         key: Read(path, key, entry) for path in files for key, entry in read_header(path).items()
     }
     for key, recipe in recipes.items():
-        if not isinstance(recipe, Fold):
-            if not torch.equal(by_key[key].evaluate(), recipe.evaluate()):
-                raise VerificationError(
-                    f"verification failed: {key}: the written tensor is not what was to be written",
-                    expected=recipe.describe(),
-                    next_step=f"{LOOK}; please report it",
-                )
-            continue
-        same = partial(_is_the_fold, by_key[key], recipe)
-        with workers() as pool:
-            verified = all(pool.map(same, recipe.parts(_VERIFIED_BYTES)))
-        if not verified:
+        written: Recipe = by_key[key]
+        if isinstance(recipe, Stack):
+            for number, each in enumerate(recipe.recipes):
+                assert isinstance(each, Fold)
+                _verify_fold(Entry(written, number), each)
+        elif isinstance(recipe, Fold):
+            _verify_fold(written, recipe)
+        elif not torch.equal(written.evaluate(), recipe.evaluate()):
             raise VerificationError(
-                f"verification failed: {recipe.site}: the written weight is not the folded one",
-                expected="torch's fold, bit for bit",
-                next_step=LOOK,
+                f"verification failed: {key}: the written tensor is not what was to be written",
+                expected=recipe.describe(),
+                next_step=f"{LOOK}; please report it",
             )
 
 
-def _is_the_fold(written: Read, recipe: Fold, part: FoldPart) -> bool:
+def _verify_fold(written: Recipe, recipe: Fold) -> None:
+    same = partial(_is_the_fold, written, recipe)
+    with workers() as pool:
+        verified = all(pool.map(same, recipe.parts(_VERIFIED_BYTES)))
+    if not verified:
+        raise VerificationError(
+            f"verification failed: {recipe.site}: the written weight is not the folded one",
+            expected="torch's own fold",
+            next_step=LOOK,
+        )
+
+
+def _is_the_fold(written: Recipe, recipe: Fold, part: FoldPart) -> bool:
     steps = [(step.method, part.step(step).block) for step in recipe.steps]
     base, actual = recipe.base.part(part.stored), written.part(part.stored)
     with torch.no_grad():

@@ -16,6 +16,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -124,6 +126,25 @@ def mixtral(**changes: Any) -> MixtralForCausalLM:
     return MixtralForCausalLM(MixtralConfig(**{**fields, **changes}))
 
 
+def gpt_oss() -> GptOssForCausalLM:
+    """A gpt-oss, whose checkpoint keeps experts stacked, and their weights transposed."""
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    return GptOssForCausalLM(config)
+
+
 @dataclass(frozen=True)
 class Row:
     """One case.
@@ -221,6 +242,13 @@ ROWS: dict[str, Row] = {
             "trainable_token_indices": {"embed_tokens": [5, 31], "lm_head": [7, 99]},
         },
         merges=False,
+    ),
+    "experts that are stored stacked": Row(
+        gpt_oss,
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
     ),
     "a router": Row(mixtral, {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}),
     "one parameter of experts": Row(
