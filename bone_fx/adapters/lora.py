@@ -41,6 +41,11 @@ class LowRank:
         """R."""
         return self.a.shape[-2]
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether it acts on a stack of weights."""
+        return self.a.dim() == 3
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Its tensors."""
         magnitude = () if self.magnitude is None else (self.magnitude,)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bone_fx.adapter_folder import read_adapters
+from bone_fx.adapter_folder import Adapters, read_adapters
+from bone_fx.adapters import LowRank
 from bone_fx.deploy.bias_fields import with_places_for_biases
 from bone_fx.deploy.changed_tensors import changed_tensors, check_names
 from bone_fx.deploy.checkpoint_inputs import open_checkpoint
@@ -46,7 +47,7 @@ from bone_fx.errors import LOOK, ExportError, UsageError, VerificationError
 from bone_fx.lora.config import LoraConfig
 from bone_fx.progress import PUBLISH, Progress, shown
 from bone_fx.verify.fold_bounds import fold_bounds, lies_within
-from bone_fx.weights.recipes.fold_recipe import Fold, FoldPart
+from bone_fx.weights.recipes.fold_recipe import Fold, FoldPart, FoldStep
 from bone_fx.weights.recipes.recipe import Read, Recipe
 from bone_fx.weights.recipes.rounding import Rounding
 from bone_fx.weights.recipes.stack import Entry, Stack
@@ -152,7 +153,7 @@ def fold_checkpoint(
         files = _write(inputs.checkpoint, recipes, staging.folder, progress)
         notes = copy_the_rest(inputs, folded.skeleton.model, staging.folder)
         progress.stage("verify")
-        _verify(files, recipes)
+        _verify(files, recipes, inputs.adapters)
         check_names(staging.folder, folded, changes)
         names = tuple(key for key, recipe in recipes.items() if isinstance(recipe, Fold | Stack))
         is_product = any(isinstance(a.config, LoraConfig) for _, a in inputs.adapters)
@@ -242,8 +243,8 @@ def _write(
     return sha256
 
 
-def _verify(files: Iterable[Path], recipes: Mapping[str, Recipe]) -> None:
-    """Read what was changed back; folded weights are torch's own fold."""
+def _verify(files: Iterable[Path], recipes: Mapping[str, Recipe], adapters: Adapters) -> None:
+    """Read what was changed back; folded weights are torch's own fold of the adapters' blocks."""
     by_key = {
         key: Read(path, key, entry) for path in files for key, entry in read_header(path).items()
     }
@@ -252,9 +253,9 @@ def _verify(files: Iterable[Path], recipes: Mapping[str, Recipe]) -> None:
         if isinstance(recipe, Stack):
             for number, each in enumerate(recipe.recipes):
                 assert isinstance(each, Fold)
-                _verify_fold(Entry(written, number), each)
+                _verify_fold(Entry(written, number), each, adapters)
         elif isinstance(recipe, Fold):
-            _verify_fold(written, recipe)
+            _verify_fold(written, recipe, adapters)
         elif not torch.equal(written.evaluate(), recipe.evaluate()):
             raise VerificationError(
                 f"verification failed: {key}: the written tensor is not what was to be written",
@@ -263,8 +264,8 @@ def _verify(files: Iterable[Path], recipes: Mapping[str, Recipe]) -> None:
             )
 
 
-def _verify_fold(written: Recipe, recipe: Fold) -> None:
-    same = partial(_is_the_fold, written, recipe)
+def _verify_fold(written: Recipe, recipe: Fold, adapters: Adapters) -> None:
+    same = partial(_is_the_fold, written, recipe, list(_steps(recipe, adapters)))
     with workers() as pool:
         verified = all(pool.map(same, recipe.parts(_VERIFIED_BYTES)))
     if not verified:
@@ -275,9 +276,24 @@ def _verify_fold(written: Recipe, recipe: Fold) -> None:
         )
 
 
-def _is_the_fold(written: Recipe, recipe: Fold, part: FoldPart) -> bool:
-    steps = [(step.method, part.step(step).block) for step in recipe.steps]
+def _steps(recipe: Fold, adapters: Adapters) -> Iterator[FoldStep]:
+    """What acts on a weight, by the adapters and not by the recipe, where they have it as it is.
+
+    Of stacked experts a checkpoint may keep other parts than the adapter, which the recipe has cut.
+    """
+    for (label, adapter), own in zip(_acting(recipe, adapters), recipe.steps, strict=True):
+        block = adapter.blocks[recipe.site]
+        is_cut = isinstance(block, LowRank) and block.is_stacked
+        yield own if is_cut else FoldStep(adapter.config.method, block, label)
+
+
+def _acting(recipe: Fold, adapters: Adapters) -> Adapters:
+    return [pair for pair in adapters if recipe.site in pair[1].blocks]
+
+
+def _is_the_fold(written: Recipe, recipe: Fold, steps: Sequence[FoldStep], part: FoldPart) -> bool:
+    cut = [(step.method, part.step(step).block) for step in steps]
     base, actual = recipe.base.part(part.stored), written.part(part.stored)
     with torch.no_grad():
-        low, high = fold_bounds(base, steps, transposed=recipe.transposed, layer=recipe.site)
+        low, high = fold_bounds(base, cut, transposed=recipe.transposed, layer=recipe.site)
     return torch.equal(actual, low) if low is high else lies_within(actual, low, high)
