@@ -1,8 +1,9 @@
 """Export: wall time, peak memory, bytes and nodes of bone_fx and of the exporters beside it.
 
 SmolLM2-135M with a Bone adapter on every linear layer. bone_fx folds the adapter while it exports;
-the others, which know no Bone, are given the merged model. Each run is a process of its own, from
-start to exit, without verification.
+the others, which know no Bone, are given the merged model. "bone_fx, LoRA" takes the same adapter
+converted to LoRA, on the same layers. Each run is a process of its own, from start to exit, without
+verification.
 
     python tools/bench_export.py                   # against onnxruntime-genai's builder
     python tools/bench_export.py --transformers    # and transformers' exporter, once (minutes)
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ COLUMNS = {
     "dtype": "dtype",
     "wall_s": "wall, s",
     "of_builder": "of the builder's",
+    "of_bone": "of Bone's",
     "peak_gb": "peak, GB",
     "file_gb": "files, GB",
     "nodes": "nodes",
@@ -62,33 +64,45 @@ def main() -> None:
     console = Console()
     base = smollm2(arguments.work / "smollm2")
     adapter, merged = adapted_and_merged(base, arguments.work)
+    adapters = {"bone_fx": adapter, "bone_fx, LoRA": as_lora(adapter, base)}
     rows = []
     for dtype in arguments.dtype:
-        rows += bench(dtype, base, adapter, merged, arguments.work, arguments.rounds, console)
+        rows += bench(dtype, base, adapters, merged, arguments.work, arguments.rounds, console)
     if arguments.transformers:
         out = arguments.work / "export-transformers"
         run = measure([sys.executable, __file__, "--transformers-leg", merged, out])
-        rows.append(_row("transformers", "fp32", [run], None, out))
+        rows.append(_row("transformers", "fp32", [run], out))
     report("export of SmolLM2-135M with a Bone adapter", rows, COLUMNS, arguments.json)
 
 
+def as_lora(adapter: Path, base: Path) -> Path:
+    """The adapter as a LoRA of the same layers and rank."""
+    import bone_fx
+
+    lora = adapter.with_name(f"{adapter.name}-lora")
+    return bone_fx.convert_adapter(
+        adapter, to="lora", base=base, output=lora, overwrite=True
+    ).output
+
+
 def bench(
-    dtype: str, base: Path, adapter: Path, merged: Path, work: Path, rounds: int, console: Console
+    dtype: str,
+    base: Path,
+    adapters: Mapping[str, Path],
+    merged: Path,
+    work: Path,
+    rounds: int,
+    console: Console,
 ) -> list[dict[str, Any]]:
     """The rows of one dtype."""
-    ours, theirs = work / f"export-ours-{dtype}", work / f"export-builder-{dtype}"
+    outs = {name: work / f"export-{n}-{dtype}" for n, name in enumerate(adapters)}
+    theirs = work / f"export-builder-{dtype}"
     provider = {"fp32": "cpu", "fp16": "cuda"}[dtype]
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "bone_fx",
-        base,
-        "--adapter",
-        adapter,
-        "-o",
-        ours,
-    ]
-    command += ["--dtype", dtype, "--provider", provider, "--verify", "off", "-q"]
+    options = ["--dtype", dtype, "--provider", provider, "--verify", "off", "-q"]
+    commands: dict[str, list[str | Path]] = {
+        name: [sys.executable, "-m", "bone_fx", base, "--adapter", adapter, "-o", outs[name]]
+        for name, adapter in adapters.items()
+    }
     builder: list[str | Path] = [
         sys.executable,
         "-m",
@@ -105,17 +119,22 @@ def bench(
 
         return run
 
-    runs = interleave(
-        {"bone_fx": leg(ours, command), "builder": leg(theirs, builder)}, rounds, console
-    )
+    legs = {name: leg(outs[name], [*commands[name], *options]) for name in adapters}
+    runs = interleave({**legs, "builder": leg(theirs, builder)}, rounds, console)
+    bone = next(iter(adapters))
     return [
-        _row("bone_fx", dtype, runs["bone_fx"], runs["builder"], ours),
-        _row("genai builder", dtype, runs["builder"], None, theirs),
+        *(_row(n, dtype, runs[n], out, runs["builder"], runs[bone]) for n, out in outs.items()),
+        _row("genai builder", dtype, runs["builder"], theirs),
     ]
 
 
 def _row(
-    exporter: str, dtype: str, runs: list[Measured], builder: list[Measured] | None, out: Path
+    exporter: str,
+    dtype: str,
+    runs: list[Measured],
+    out: Path,
+    builder: list[Measured] | None = None,
+    bone: list[Measured] | None = None,
 ) -> dict[str, Any]:
     walls = [run.wall for run in runs]
     return {
@@ -123,6 +142,7 @@ def _row(
         "dtype": dtype,
         "wall_s": spread(walls),
         "of_builder": ratios(walls, [run.wall for run in builder]) if builder else None,
+        "of_bone": ratios(walls, [run.wall for run in bone]) if bone else None,
         "peak_gb": max(run.peak for run in runs) / 1e9,
         "file_gb": folder_bytes(out) / 1e9,
         "nodes": " + ".join(str(count_nodes(path)) for path in sorted(out.glob("*.onnx"))),

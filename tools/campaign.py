@@ -189,7 +189,7 @@ def import_everything() -> None:
 
 
 def make_inputs(folder: Path) -> None:
-    """A tiny Llama as safetensors and GGUF, a GPT-2, a Bert, and adapters for them."""
+    """A tiny Llama as safetensors and GGUF, a GPT-2, a Bert, and a Bone and a LoRA for each."""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models
@@ -261,6 +261,42 @@ def make_inputs(folder: Path) -> None:
             "revision": None,
         }
         (adapter / "adapter_config.json").write_text(json.dumps(config))
+        _make_lora(folder / f"{name}-lora", model, config, **LORAS[name])
+
+
+LORAS: dict[str, dict[str, Any]] = {
+    "llama": {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"layers.1.up_proj": 6}},
+    "sharded": {"use_rslora": True, "lora_bias": True},
+    "gpt2": {"fan_in_fan_out": True},
+    "bert": {"use_dora": True},
+}
+"""What each model's LoRA has beside a rank of 4."""
+
+
+def _make_lora(folder: Path, model: Any, block: dict[str, Any], **fields: Any) -> None:
+    """A LoRA of the layers that a Bone adapter is of."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    config = {**block, "peft_type": "LORA", "r": 4, "lora_alpha": 8, "init_lora_weights": True}
+    del config["init_weights"]
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for site, layer in model.named_modules():
+        if site.rpartition(".")[2] not in block["target_modules"] or not hasattr(layer, "weight"):
+            continue
+        shape = tuple(layer.weight.shape)
+        o, i = shape if isinstance(layer, torch.nn.Linear) else shape[::-1]
+        r = 2 if site.endswith("up_proj") and "rank_pattern" in fields else 4
+        parts: dict[str, tuple[int, ...]] = {"lora_A.weight": (r, i), "lora_B.weight": (o, r)}
+        parts |= {"lora_B.bias": (o,)} if fields.get("lora_bias") else {}
+        parts |= {"lora_magnitude_vector": (o,)} if fields.get("use_dora") else {}
+        for part, sizes in parts.items():
+            values = 0.05 * torch.randn(*sizes, generator=generator)
+            tensors[f"base_model.model.{site}.{part}"] = values
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
 
 
 def _make_gguf(file: Path) -> None:

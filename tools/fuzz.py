@@ -1,6 +1,7 @@
 """Damages inputs of `bone-export` at random, and looks at what it makes of them.
 
     python tools/fuzz.py --count 5000 --seed 0 [--minutes M] [--state FILE] [--real SHARE]
+    python tools/fuzz.py --count 500 --adapters lora
 
 Whatever the input: no traceback, no hang above 60 s, no more than 2 GB of memory, an exit status of
 the table and no fault (70), nothing unprintable on the terminal, one JSON object with `--json`, the
@@ -47,14 +48,14 @@ CAPTURED = "capture without weights"
 
 
 def fuzz_one(
-    number: int, seed: int, inputs: Path, work: Path, real: float
+    number: int, seed: int, inputs: Path, work: Path, real: float, kind: str = "adapter"
 ) -> tuple[Outcome, list[str]]:
     """One damaged input: how the run ended, and what was wrong."""
     choose = random.Random(f"{seed}-{number}")
     folder = work / f"case-{number}"
     folder.mkdir()
     try:
-        arguments, done = _prepare(choose, folder, inputs)
+        arguments, done = _prepare(choose, folder, inputs, kind)
         before = tree(folder)
         run = Run(arguments, folder / "tmp", real=choose.random() < real)
         outcome = run.wait(SECONDS)
@@ -68,14 +69,16 @@ def fuzz_one(
         remove(folder)
 
 
-def _prepare(choose: random.Random, folder: Path, inputs: Path) -> tuple[list[str], list[str]]:
+def _prepare(
+    choose: random.Random, folder: Path, inputs: Path, kind: str
+) -> tuple[list[str], list[str]]:
     """Lay out damaged copies of the inputs; the arguments, and what was damaged."""
     import shutil
 
     name = choose.choice(MODELS)
     model = "llama" if name == "gguf" else name
     shutil.copytree(inputs / model, folder / "base")
-    shutil.copytree(inputs / f"{model}-adapter", folder / "adapter")
+    shutil.copytree(inputs / f"{model}-{kind}", folder / "adapter")
     if name == "gguf":
         shutil.copyfile(inputs / "base.gguf", folder / "base.gguf")
     (folder / "tmp").mkdir()
@@ -93,7 +96,7 @@ def _prepare(choose: random.Random, folder: Path, inputs: Path) -> tuple[list[st
     for adapter in ("adapter", "second")[:adapters]:
         arguments += ["--adapter", str(folder / adapter)]
     if adapters == 2:
-        shutil.copytree(inputs / f"{model}-adapter", folder / "second")
+        shutil.copytree(inputs / f"{model}-adapter", folder / "second")  # a Bone
     if adapters and choose.random() < 0.5:
         arguments.insert(0, "fold")
     else:
@@ -177,6 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--adapters", choices=["bone", "lora"], default="bone")
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--real", type=float, default=0.1, help="share of runs of the command")
     parser.add_argument("--state", type=Path, help="file to go on from")
@@ -190,6 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     if chosen.state is not None and chosen.state.exists():
         state = json.loads(chosen.state.read_text())
+    kind = {"bone": "adapter", "lora": "lora"}[chosen.adapters]
     outcomes, end = Counter(state["outcomes"]), time.monotonic() + 60 * chosen.minutes
     with tempfile.TemporaryDirectory(prefix="fuzz-") as top:
         inputs = Path(top) / "inputs"
@@ -199,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
         for number in range(state["next"], chosen.first + chosen.count):
             if time.monotonic() > end:
                 break
-            outcome, wrong = fuzz_one(number, chosen.seed, inputs, Path(top), chosen.real)
+            outcome, wrong = fuzz_one(number, chosen.seed, inputs, Path(top), chosen.real, kind)
             outcomes[str(outcome.code)] += 1
             state["captured"] += CAPTURED in outcome.err
             state["slowest"] = max(state["slowest"], outcome.seconds)
