@@ -183,11 +183,13 @@ def select_sites(
         ]
         refused += _unmatched(config, [*(s.name for s in chosen), *(r.name for r in refused)])
     if not chosen:
+        base = config.base_model_name_or_path
         raise SiteError(
             f"target_modules={config.target_modules!r} matched no linear layer",
             expected=f"names such as {_examples(sites)}",
             found="; ".join(map(str, refused[:5])) or "no match",
-            next_step="correct target_modules, exclude_modules or layers_to_transform",
+            next_step="correct target_modules, exclude_modules or layers_to_transform"
+            + (f", or give the base that the configuration names, {base}" if base else ""),
         )
     both = [s.name for s in chosen if is_trained_whole(config, s.weight_name)]
     if both:

@@ -37,8 +37,15 @@ def adapter_names(paths: Sequence[str | Path]) -> list[str]:
     them apart: `run1/checkpoint-500` and `run2/checkpoint-500`.
 
     Raises:
-        UsageError: A folder is given twice.
+        UsageError: A folder is given twice, or one is given without a list around it.
     """
+    if isinstance(paths, str | Path):
+        raise UsageError(
+            "adapters is one path",
+            expected="a list of folders, or a dict of names and folders",
+            found=repr(str(paths)),
+            next_step=f"adapters=[{str(paths)!r}]",
+        )
     folders = [Path(path).resolve() for path in paths]
     if len(set(folders)) < len(folders):
         _refuse_twice(folders)

@@ -100,10 +100,17 @@ def _snapshot(
             f"{hub_id} is no local folder, and it could not be fetched from the hub",
             expected="a folder that exists, or the id of a model that you may read",
             found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
-            next_step=meant(
-                hub_id, "check the spelling, the network, and `hf auth login` for gated models"
-            ),
+            next_step=meant(hub_id, _next_step()),
         ) from error
+
+
+def _next_step() -> str:
+    """What to look at where nothing was fetched."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return "check the spelling, or unset HF_HUB_OFFLINE: only the cache was looked at"
+    return "check the spelling, the network, and `hf auth login` for gated models"
 
 
 def adapter_folder(

@@ -16,7 +16,7 @@ from bone_fx.config import BoneConfig
 from bone_fx.errors import UsageError
 from bone_fx.progress import Progress
 from bone_fx.train.adapted_module import AdaptedModule
-from bone_fx.train.origin import capture_origin
+from bone_fx.train.origin import capture_origin, check_model
 
 
 def adapt(
@@ -76,6 +76,7 @@ def adapt(
         >>> [name for name, p in adapted.named_parameters() if p.grad is not None]
         ['0.bone_block.default']
     """
+    check_model(model)
     folder = None
     if isinstance(config, str | Path):
         # A broken folder is refused before the trace.

@@ -19,7 +19,7 @@ from bone_fx.progress import Progress
 from bone_fx.sites import Refusal
 from bone_fx.train.mounting import refuse_taken_name
 from bone_fx.train.options import hub_options
-from bone_fx.train.origin import capture_origin
+from bone_fx.train.origin import capture_origin, check_model
 from bone_fx.train.verbs.generating import Generating
 from bone_fx.train.verbs.passing import Passing
 from bone_fx.train.verbs.peft_verbs import PeftVerbs
@@ -105,6 +105,7 @@ class AdaptedModule(Shown, Generating, Saving, Status, PeftVerbs, Passing):
 
             Skipped as a doctest: it needs a folder; the tests load them.
         """
+        check_model(model)
         folder = read_trained(adapter_folder(model_id, **hub_options(options)), adapter_name)
         if config is not None:
             folder = replace(folder, config=BoneConfig.of(config))

@@ -95,6 +95,21 @@ class Origin:
         return frozenset() if self.model is None else output_layers(self.model, config.task_type)
 
 
+def check_model(model: object) -> None:
+    """Refuse what is no module, such as the name of a model.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"a model is needed, not {type(model).__name__}",
+            expected="a torch.nn.Module, before the adapter",
+            found=repr(model)[:80],
+            next_step="load it, as with AutoModelForCausalLM.from_pretrained(...)",
+        )
+
+
 def capture_origin(
     model: nn.Module,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None,

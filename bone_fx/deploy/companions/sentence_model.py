@@ -137,7 +137,7 @@ def sentence_note(folder: Path, *, decodes: bool = False) -> str | None:
             "embeddings, name the model without its head in config.json's architectures"
         )
     return printable(
-        f"{gives}; what sentence-transformers does besides, as {folder.name} says, is left to the "
+        f"{gives}; what sentence-transformers does besides, as its files say, is left to the "
         f"caller: {', '.join(steps)}",
         lines=False,
     )
