@@ -32,6 +32,7 @@ class Targets(Protocol):
     layers_to_transform: list[int] | int | None
     layers_pattern: list[str] | str | None
     modules_to_save: list[str] | None
+    base_model_name_or_path: str | None
 
 
 @dataclass(frozen=True)

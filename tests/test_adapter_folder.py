@@ -71,3 +71,16 @@ def test_a_weight_of_a_site_that_is_not_under_base_layer_is_unused(tmp_path: Pat
     adapter = read_adapter(tmp_path / "wrapped")
     assert list(adapter.modules_to_save) == ["lin.weight"]
     assert adapter.unused == ()
+
+
+def test_the_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter", CONFIG, {"lin": torch.ones(4, 8)}, {})
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "adapter").iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode & 0o777}
+
+
+def test_one_path_is_no_list_of_them(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="one path") as refused:
+        read_adapters(str(tmp_path))
+    assert refused.value.next_step == f"adapters=['{tmp_path}']"

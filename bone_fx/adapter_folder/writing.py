@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,6 +61,8 @@ def write_adapter(
         else:
             torch.save(tensors, Path(staging) / written)
         config.save_pretrained(staging)
+        # safetensors writes a file for its owner alone, whatever the umask.
+        shutil.copymode(Path(staging) / CONFIG_NAME, Path(staging) / written)
         for name in (written, CONFIG_NAME):
             os.replace(Path(staging) / name, folder / name)
     (folder / other).unlink(missing_ok=True)  # or PEFT would read the weights of an earlier save

@@ -45,6 +45,11 @@ def logits(model: Any, adapter: Path) -> torch.Tensor:
     return result
 
 
+def _mode_of_a_file(folder: Path) -> int:
+    (folder / "new").touch()
+    return (folder / "new").stat().st_mode & 0o777
+
+
 def convert(adapter: Path, to: Any, output: Path, **options: Any) -> bone_fx.ConvertResult:
     return bone_fx.convert_adapter(adapter, to=to, output=output, **options)
 
@@ -67,6 +72,12 @@ def test_a_lora_computes_what_the_blocks_do(tmp_path: Path, fields: dict[str, An
     (adapter / "optimizer.pt").write_bytes(b"")
     result = convert(adapter, "lora", tmp_path / "lora", base=base)
     assert (result.kind, result.errors) == ("LORA", {})
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "lora").iterdir()}
+    assert (
+        modes["adapter_model.safetensors"]
+        == modes["adapter_config.json"]
+        == _mode_of_a_file(tmp_path)
+    )
     assert (tmp_path / "lora" / "tokenizer.json").read_text() == "{}"
     assert "not taken along: optimizer.pt" in result.warnings
     torch.testing.assert_close(logits(model, tmp_path / "lora"), expected, rtol=0, atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -357,3 +358,16 @@ def test_other_adapters_lie_in_folders_of_their_names_under_one_card(tmp_path: P
         example_inputs=(x_of_net(),),
     )
     assert given.peft_config["mine"].target_modules == "lin0"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: bone_fx.get_peft_model("tiny", bone_fx.BoneConfig(r=8)),  # type: ignore[arg-type]
+        lambda: bone_fx.AdaptedModule.from_pretrained("adapter", net()),  # type: ignore[arg-type]
+    ],
+    ids=["a name", "the other way round"],
+)
+def test_what_is_no_model_is_said(call: Callable[[], object]) -> None:
+    with pytest.raises(UsageError, match="a model is needed"):
+        call()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def write_lora(
             tensor
         )
     save_file(tensors, target / WEIGHTS_NAME, metadata={"format": "pt"})
+    shutil.copymode(target / CONFIG_NAME, target / WEIGHTS_NAME)  # safetensors': 0600
 
 
 def _targets(names: set[str], modules: list[str]) -> list[str]:
