@@ -11,7 +11,7 @@ import pytest
 import bone_fx
 from bone_fx.progress import Lines
 from tests.end_to_end.tiny import tiny_adapter, tiny_base
-from tests.train.peft_models import llama
+from tests.train.peft_models import net, x_of_net
 
 MB = 1_000_000
 
@@ -81,22 +81,22 @@ class Told:
 def test_adapt_tells_its_stages_where_there_is_something_to_wait_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = bone_fx.BoneConfig(r=8, target_modules=["q_proj"])
+    config = bone_fx.BoneConfig(r=8, target_modules=["lin0"])
     told = Told()
-    bone_fx.adapt(llama(), config, progress=told)
+    bone_fx.adapt(net(), config, [x_of_net()], progress=told)
     assert told.stages == [
-        "trace LlamaForCausalLM",
+        "trace Net",
         "compare the graph with the model",
         "insert the adapter",
     ]
     assert capsys.readouterr().err == ""
-    bone_fx.adapt(llama(), config)  # a small one
+    bone_fx.adapt(net(), config, [x_of_net()])  # a small one
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("bone_fx.train.origin.WORTH_SHOWING", 1000)
-    bone_fx.adapt(llama(), config)
+    bone_fx.adapt(net(), config, [x_of_net()])
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition("] ")[2] for line in lines] == told.stages
-    bone_fx.adapt(llama(), config, progress=False)
+    bone_fx.adapt(net(), config, [x_of_net()], progress=False)
     assert capsys.readouterr().err == ""
 
 
