@@ -97,6 +97,8 @@ _F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": {**_F32, "dtype": "F33"}}, b"\0" * 8, None, "F33"),
         ({"a": {**_F32, "shape": [2**62], "data_offsets": [0, 2**64]}}, b"", None, "cut off"),
         ({"a": _F32, "b": {**_F32, "data_offsets": [4, 12]}}, b"\0" * 12, None, "overlap"),
+        ({"a": _F32}, b"\0" * 12, None, "4 bytes at the end are no tensor's"),
+        ({"a": {**_F32, "data_offsets": [4, 12]}}, b"\0" * 12, None, "4 bytes before 'a'"),
         ({"a": 1}, b"", None, "not an object"),
         ([], b"", None, "not a JSON object"),
         (b"{", b"", None, "not JSON"),

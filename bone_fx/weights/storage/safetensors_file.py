@@ -96,7 +96,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     start = 8 + header_bytes
     entries = {key: _entry(path, key, raw, start, size) for key, raw in header.items()}
     entries = dict(sorted(entries.items(), key=lambda item: item[1].offset))
-    _check_no_overlap(path, entries)
+    _check_cover(path, entries, start, size)
     return entries
 
 
@@ -263,12 +263,17 @@ def _naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-def _check_no_overlap(path: Path, entries: Mapping[str, TensorEntry]) -> None:
-    end = 0
+def _check_cover(path: Path, entries: Mapping[str, TensorEntry], start: int, size: int) -> None:
+    """Every byte behind the header is one tensor's, as the format asks and its library checks."""
+    end = start
     for key, entry in entries.items():
         if entry.offset < end:
             raise _broken(path, f"the bytes of {key!r} overlap another tensor's")
+        if entry.offset > end:
+            raise _broken(path, f"{entry.offset - end} bytes before {key!r} are no tensor's")
         end = entry.offset + entry.nbytes
+    if end < size:
+        raise _broken(path, f"{size - end} bytes at the end are no tensor's")
 
 
 def _broken(path: Path, problem: str, expected: str | None = None) -> BaseModelError:
