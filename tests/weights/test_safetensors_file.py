@@ -99,6 +99,7 @@ _F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": _F32, "b": {**_F32, "data_offsets": [4, 12]}}, b"\0" * 12, None, "overlap"),
         ({"a": _F32}, b"\0" * 12, None, "4 bytes at the end are no tensor's"),
         ({"a": {**_F32, "data_offsets": [4, 12]}}, b"\0" * 12, None, "4 bytes before 'a'"),
+        ({"__metadata__": {"format": 3}}, b"", None, "__metadata__"),
         ({"a": 1}, b"", None, "not an object"),
         ([], b"", None, "not a JSON object"),
         (b"{", b"", None, "not JSON"),

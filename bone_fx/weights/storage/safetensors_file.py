@@ -92,7 +92,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise _broken(path, f"the header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise _broken(path, "the header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _broken(path, "__metadata__ is not texts by name")
     start = 8 + header_bytes
     entries = {key: _entry(path, key, raw, start, size) for key, raw in header.items()}
     entries = dict(sorted(entries.items(), key=lambda item: item[1].offset))
