@@ -140,21 +140,16 @@ class AdapterSet(TrainingGraph):
         origin = self._origin
         if not origin.made_up or torch.compiler.is_compiling() or self.is_sharded:
             return
-        tensors = origin.signature.tensors_of(*args, **kwargs)
+        given = origin.signature.tensors_of(*args, **kwargs)
+        known = origin.signature.positional  # what else is given, the call refuses
+        tensors = {name: tensor for name, tensor in given.items() if name in known}
         is_packed = origin.packs(tensors, kwargs.get("use_cache"))
         if origin.signature.takes(tensors, is_packed=is_packed):
             return
-        entering = next(
-            (
-                pair
-                for pair in self._captures
-                if pair[0].signature.takes(tensors, is_packed=is_packed)
-            ),
-            None,
-        )
-        if entering is None:
-            if not set(tensors) <= set(origin.signature.positional):
-                return  # the model has no such argument
+        fitting = [p for p in self._captures if p[0].signature.takes(tensors, is_packed=is_packed)]
+        if fitting:
+            entering = fitting[0]
+        else:
             entering = self._captured(origin.for_call(tensors, is_packed=is_packed))
         with self._other_form():
             left = [pair for pair in self._captures if pair is not entering]

@@ -73,7 +73,11 @@ def adapter_named(adapters: Mapping[str, MountedAdapter], name: str) -> MountedA
         UsageError: There is none.
     """
     if name not in adapters:
-        raise UsageError(f"there is no adapter {name!r}", expected=f"one of {list(adapters)}")
+        raise UsageError(
+            f"there is no adapter {name!r}",
+            expected=f"one of {list(adapters)}",
+            next_step="correct the name, or add_adapter(name, config) first",
+        )
     return adapters[name]
 
 

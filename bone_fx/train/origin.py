@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bone_fx.capture.call.signature import CallSignature
-from bone_fx.capture.trace.default_inputs import default_inputs
+from bone_fx.capture.trace.default_inputs import LENGTH, ROWS, default_inputs
 from bone_fx.capture.trace.hf_model import is_transformers_model
 from bone_fx.capture.training.capture_training import capture_training
 from bone_fx.capture.training.loss import ModelLoss
@@ -80,9 +80,9 @@ class Origin:
             UsageError: They do not fit the model.
         """
         assert self.model is not None
-        examples = {**({"attention_mask": None} if is_packed else {}), **tensors}
         device = next((p.device for p in self.model.parameters()), None)
-        examples = {n: v if v is None else v.detach().to(device) for n, v in examples.items()}
+        small = {name: value.detach().to(device) for name, value in _small(tensors).items()}
+        examples = {**({"attention_mask": None} if is_packed else {}), **small}
         kinds = {tensor.device.type for tensor in tensors.values()}
         with ExitStack() as outside:  # a trainer calls under autocast
             for kind in kinds:
@@ -93,6 +93,32 @@ class Origin:
     def output_layers(self, config: BoneConfig) -> frozenset[str]:
         """Sites that `"all-linear"` leaves out for an adapter: its task has a part in it."""
         return frozenset() if self.model is None else output_layers(self.model, config.task_type)
+
+
+def _small(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first rows and tokens of a call's text: a trace wants its sizes to vary, not its size.
+
+    A mask of two dimensions is one of ones, since what is left may have been all padding.
+    """
+    text = tensors.get("input_ids", tensors.get("inputs_embeds"))
+    if text is None or text.dim() < 2:
+        return dict(tensors)
+    rows, length = text.shape[:2]
+    small = {}
+    for name, tensor in tensors.items():
+        cut = tensor[:ROWS] if tensor.dim() and len(tensor) == rows else tensor
+        if cut.dim() > 1 and cut.shape[1] == length and _is_counted(name, cut):
+            cut = cut[:, :LENGTH]
+        if cut.dim() == 4 and cut.shape[2:] == (length, length):
+            cut = cut[:, :, :LENGTH, :LENGTH]
+        is_mask = name.endswith("mask") and cut.dim() == 2
+        small[name] = torch.ones_like(cut) if is_mask else cut
+    return small
+
+
+def _is_counted(name: str, tensor: Tensor) -> bool:
+    """Whether dimension 1 of a tensor counts tokens: of numbers of them, masks, embeddings."""
+    return not tensor.is_floating_point() or name.endswith(("mask", "embeds"))
 
 
 def check_model(model: object) -> None:

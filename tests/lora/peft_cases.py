@@ -62,19 +62,18 @@ def biased() -> LlamaForCausalLM:
 
 def grown() -> LlamaForCausalLM:
     """The same with five more tokens than its checkpoint has."""
-    model = llama()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.resize_token_embeddings(VOCABULARY + 5)
-    return model
+    return _with_more_tokens(llama(), 5)
 
 
 def tied_and_grown() -> LlamaForCausalLM:
     """One table for embeddings and head, with three more tokens than its checkpoint has."""
-    model = tied()
+    return _with_more_tokens(tied(), 3)
+
+
+def _with_more_tokens(model: LlamaForCausalLM, more: int) -> LlamaForCausalLM:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.resize_token_embeddings(VOCABULARY + 3)
+        model.resize_token_embeddings(VOCABULARY + more)
     return model
 
 

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import bone_fx
 from bone_fx.errors import CaptureError, InputRefusedError, UsageError
+from bone_fx.train import origin
 from tests.train.peft_models import in_peft, llama
 
 IDS = torch.randint(0, 64, (1, 9), generator=torch.Generator().manual_seed(3))
@@ -112,6 +113,23 @@ def test_segments_of_a_text() -> None:
     expected = model(**segments).logits
     torch.testing.assert_close(adapted(**segments).logits, expected, rtol=0, atol=1e-6)
     assert (adapted(input_ids=IDS).logits - expected).abs().max() > 1e-3
+
+
+def test_a_long_call_is_traced_by_its_first_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = pair()
+    seen = {}
+    trace = origin.capture_training
+
+    def watched(model: Any, examples: dict[str, Any], **options: Any) -> Any:
+        seen.update({n: None if v is None else list(v.shape) for n, v in examples.items()})
+        return trace(model, examples, **options)
+
+    monkeypatch.setattr(origin, "capture_training", watched)
+    wide = {"inputs_embeds": torch.randn(5, 40, 32), "position_ids": torch.arange(40)[None]}
+    expected = ours.get_base_model()(**wide, attention_mask=torch.ones(5, 40)).logits
+    with ours.disable_adapter():
+        torch.testing.assert_close(ours(**wide).logits, expected, rtol=0, atol=1e-6)
+    assert seen == {"inputs_embeds": [2, 7, 32], "position_ids": [1, 7]}
 
 
 def test_chosen_inputs_stay_as_they_are() -> None:
